@@ -53,7 +53,7 @@ class Looked(VllmEngine):
         """Look from now on, as configured, or not at all."""
         options = self._look
         every = options.every if on else 0
-        await self._rpc("coe_capture", _NAME, every, options.stretches, options.tokens)
+        await self.worker_rpc("coe_capture", _NAME, every, options.stretches, options.tokens)
 
     async def tell(self) -> None:
         """Have what was seen told, as every 10 s."""
@@ -62,7 +62,7 @@ class Looked(VllmEngine):
 
     def core_s(self) -> float:
         """Processor time that the engine's core has used, in s."""
-        ended = Path(f"/proc/{self._vllm.core_pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ended = Path(f"/proc/{self.vllm.core_pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(ended[11]) + int(ended[12])) / _TICKS
 
 

@@ -24,7 +24,7 @@ class LazyEngine:
     """
 
     def __init__(self, make: Callable[[], SwappingEngine]) -> None:
-        self._make = make
+        self.make = make
         self._made: SwappingEngine | None = None
 
     def _engine(self) -> SwappingEngine:
@@ -34,7 +34,7 @@ class LazyEngine:
 
     async def start(self) -> EngineReport:
         """Make the engine, then start it. The errors of both steps are raised."""
-        self._made = await asyncio.to_thread(self._make)
+        self._made = await asyncio.to_thread(self.make)
         return await self._made.start()
 
     async def load(self, expert: str, adapter: str | None = None) -> None:

@@ -115,6 +115,12 @@ class StartupServer:
         """
         self._serve(_PortServer((host, port), _Handler))
 
+    @property
+    def port(self) -> int | None:
+        """The port that it listens on; None while it listens on none."""
+        servers = (server for server in self._servers if isinstance(server, _PortServer))
+        return next((server.socket.getsockname()[1] for server in servers), None)
+
     def leave_port(self) -> None:
         """Close the port, because HAProxy listens on it now."""
         for server in [s for s in self._servers if isinstance(s, _PortServer)]:

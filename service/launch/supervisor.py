@@ -104,7 +104,7 @@ def run(config: Config, *, source: Path) -> None:
         cluster.deploy(secret_path, admin_key_path())
         _say(f"the gateway answers at {url} ({startup_server.done(_GATEWAY):.0f} s)")
         startup_server.finish()
-        any_ready = _report_experts(config, began_s)
+        any_ready = report_experts(config, began_s)
         _say(_usage(url) if any_ready else f"every expert failed, see above; retrying: {url}")
         while True:
             hangup.wait()
@@ -205,7 +205,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
         signal.signal(number, handler)
 
 
-def _report_experts(config: Config, began_s: float) -> bool:
+def report_experts(config: Config, began_s: float) -> bool:
     """Report the experts' states until each expert is ready or has failed.
 
     Returns:

@@ -85,7 +85,7 @@ class Pool:
         self._held: Mapping[str, str] | None = None
         self._observer = observer
         self.boot = secrets.token_hex(8)
-        self._slots: list[BaseSlot[Any]] = []
+        self.slots: list[BaseSlot[Any]] = []
         self._slot_of: dict[str, BaseSlot[Any]] = {}
         self._tasks: dict[BaseSlot[Any], asyncio.Task[None]] = {}
         # Engines start one at a time, because they would compete for the same cores and disk.
@@ -101,7 +101,7 @@ class Pool:
 
     def add(self, slot: BaseSlot[Any]) -> None:
         """Add a slot to a pool that has not been started."""
-        self._slots.append(slot)
+        self.slots.append(slot)
         self._assign(slot.experts, slot)
         if isinstance(slot, SharedSlot):
             self._policy = self._policy or slot.policy
@@ -140,7 +140,7 @@ class Pool:
     def start(self) -> None:
         """Start each slot's engine, one after the other, in the background."""
         self._divide_host_memory()
-        for slot in self._slots:
+        for slot in self.slots:
             self._supervise(slot)
         self._placement = asyncio.create_task(self._place_units())
 
@@ -194,7 +194,7 @@ class Pool:
         if (state := source.hand_over(unit.name)) is not None:
             target.take_in(unit, state)
             self._slot_of.update(dict.fromkeys(unit.experts, target))
-            log.info("unit %s moves to slot %d", unit.name, self._slots.index(target))
+            log.info("unit %s moves to slot %d", unit.name, self.slots.index(target))
 
     # --- additions and removals
 
@@ -256,7 +256,7 @@ class Pool:
         finally:
             self._closing.discard(slot)
         task = self._tasks.pop(slot)
-        self._slots.remove(slot)
+        self.slots.remove(slot)
         if isinstance(slot, SharedSlot):
             self._ending.add(slot)
         self._divide_host_memory()
@@ -330,15 +330,20 @@ class Pool:
         return isinstance(self._slot_of.get(expert), SharedSlot)
 
     @property
+    def experts(self) -> frozenset[str]:
+        """The experts that the pool has now, ready or not."""
+        return frozenset(self._slot_of)
+
+    @property
     def shared(self) -> list[SharedSlot]:
         """The slots that units share or could share."""
-        return [slot for slot in self._slots if isinstance(slot, SharedSlot)]
+        return [slot for slot in self.slots if isinstance(slot, SharedSlot)]
 
     async def stop(self, drain_s: float) -> None:
         """Refuse new requests, let the running ones end, and stop the engines."""
         self._draining = True
         self.changed()
-        await asyncio.gather(*(slot.drain(drain_s) for slot in self._slots))
+        await asyncio.gather(*(slot.drain(drain_s) for slot in self.slots))
         tasks = list(self._tasks.values())
         if self._placement is not None:
             tasks.append(self._placement)
@@ -365,7 +370,7 @@ class Pool:
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
         held = self.held_name(call.expert)
-        self._slot(held)
+        self.slot_of(held)
         if held != call.expert:
             body = await _addressed(body, held)
             send = RenamedSend(send, call.expert)
@@ -422,7 +427,7 @@ class Pool:
         reply: TimedSend,
         again: LeaseRevokedError | None,
     ) -> None:
-        slot = self._slot(held)
+        slot = self.slot_of(held)
         name = call.expert if held != call.expert else None
         try:
             async with slot.lease(
@@ -463,7 +468,13 @@ class Pool:
             # The tokens count for fairness. The tokens of a stream were counted on their way out.
             record_tokens(answer_tokens)
 
-    def _slot(self, expert: str) -> BaseSlot[Any]:
+    def slot_of(self, expert: str) -> BaseSlot[Any]:
+        """Return the slot of an expert.
+
+        Raises:
+            EngineRestartingError: The expert will be available again soon.
+            UnknownModelError: The pool has no such expert.
+        """
         slot = self._slot_of.get(expert)
         if slot is None and (why := self._returning.get(expert)) is not None:
             raise EngineRestartingError(why, retry_after_s=1)
@@ -479,7 +490,7 @@ class Pool:
         queues = {}
         capacity = {}
         slot_of: dict[str, BaseSlot[Any]] = {}
-        for i, slot in enumerate(self._slots):
+        for i, slot in enumerate(self.slots):
             states.update({name: replace(s, slot=i) for name, s in slot.states().items()})
             queues.update(slot.queues())
             capacity.update(dict.fromkeys(slot.experts, slot.capacity))
@@ -532,13 +543,13 @@ class Pool:
 
     def _share_start_times(self) -> None:
         """Set for each slot how long the engines take that start before its own engine."""
-        requested = [(slot.turn_asked_s, i) for i, slot in enumerate(self._slots)]
+        requested = [(slot.turn_asked_s, i) for i, slot in enumerate(self.slots)]
         ahead_s = 0.0
-        for slot in self._slots:
+        for slot in self.slots:
             slot.ahead_s = 0.0
         for _, i in sorted((at_s, i) for at_s, i in requested if at_s is not None):
-            self._slots[i].ahead_s = ahead_s
-            ahead_s += self._slots[i].start_left_s()
+            self.slots[i].ahead_s = ahead_s
+            ahead_s += self.slots[i].start_left_s()
 
     async def snapshots(self) -> AsyncIterator[bytes]:
         """Yield lines for one gateway: the whole state, then merged changes and heartbeats."""
@@ -561,7 +572,7 @@ class Pool:
     def details(self) -> dict[str, dict[str, Any]]:
         """Return each expert's residency in full, for operators."""
         self._share_start_times()
-        by_held = {held: entry for slot in self._slots for held, entry in slot.details().items()}
+        by_held = {held: entry for slot in self.slots for held, entry in slot.details().items()}
         now = self.snapshot()
         found = {}
         for name, held in self._present_names(by_held).items():
@@ -584,7 +595,7 @@ class Pool:
             ConflictError: The present state does not allow the operation.
         """
         held = self.held_name(expert)
-        slot = self._slot(held)
+        slot = self.slot_of(held)
         if operation not in OPERATIONS:
             raise UnknownEndpointError(
                 f"no operation {operation!r}; operations: {', '.join(OPERATIONS)}"
@@ -622,23 +633,23 @@ class Pool:
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Swaps since the start, by unit, method and reason."""
         counts: Counter[tuple[str, str, str]] = Counter()
-        for slot in self._slots:
+        for slot in self.slots:
             counts.update(slot.swap_counts())
         return dict(counts)
 
     def canary_failures(self) -> int:
         """The number of swaps after which the weights differed from those that were loaded."""
-        return sum(slot.canary_failures for slot in self._slots)
+        return sum(slot.canary_failures for slot in self.slots)
 
     def unhealthy(self) -> str | None:
         """Why this process should be replaced, or None."""
         if not self._draining and any(task.done() for task in self._tasks.values()):
             return "the supervisor of a slot has ended"
-        return next((why for slot in self._slots if (why := slot.unhealthy())), None)
+        return next((why for slot in self.slots if (why := slot.unhealthy())), None)
 
     def queued(self) -> int:
         """The number of running and waiting requests, by which Ray Serve autoscales."""
-        return sum(q.waiting + q.running for slot in self._slots for q in slot.queues().values())
+        return sum(q.waiting + q.running for slot in self.slots for q in slot.queues().values())
 
 
 async def _addressed(body: bytes, held: str) -> bytes:

@@ -22,13 +22,13 @@ class PoolProcess:
     """A pool with its engines, its application and its metrics."""
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
-        self._metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self._factory = PoolFactory(config, kind, Pool(kind, self._metrics), self._metrics)
+        self.pool_metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
+        self._factory = PoolFactory(config, kind, Pool(kind, self.pool_metrics), self.pool_metrics)
         self.pool = self._factory.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
-            self._metrics.traced = self._traces.pooled
-        self._metrics.follow(self.pool)
+            self.pool_metrics.traced = self._traces.pooled
+        self.pool_metrics.follow(self.pool)
         self._config = config
         self._weights: dict[str, int] = {}
         self.app = PoolApp(self.pool, self, secret, config.server.max_body_bytes)
@@ -85,7 +85,7 @@ class PoolProcess:
         return self._weights[expert]
 
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
-        return await self._metrics.routing_stats(self.pool.held_name(expert))
+        return await self.pool_metrics.routing_stats(self.pool.held_name(expert))
 
     async def metrics(self) -> str:
-        return await self._metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})
+        return await self.pool_metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

@@ -257,6 +257,11 @@ class PoolLink:
         except (aiohttp.ClientError, TimeoutError, OSError):
             raise PoolUnavailableError("the pool can't be reached") from None
 
+    @property
+    def follows(self) -> bool:
+        """Whether the link still follows the pool."""
+        return not self._task.done()
+
     async def unused(self) -> None:
         """Wait until no call is in flight.
 
@@ -302,9 +307,9 @@ class PoolLink:
                 snapshot = decode(line, snapshot)
                 if snapshot.boot != self.address.boot:
                     raise ValueError("another process has this address now")
-                self._on_snapshot(snapshot)
+                self.receive_snapshot(snapshot)
 
-    def _on_snapshot(self, snapshot: Snapshot) -> None:
+    def receive_snapshot(self, snapshot: Snapshot) -> None:
         before, self.snapshot = self.snapshot, snapshot
         self.draining = snapshot.draining
         self.received_s = time.monotonic()

@@ -32,7 +32,8 @@ class PoolDirectory:
         self.gateway = gateway
         self._secret = secret
         self._session: aiohttp.ClientSession | None = None
-        self._links: dict[str, PoolLink] = {}
+        # By boot id. Also pools that have sent no snapshot yet, or not for a while.
+        self.followed: dict[str, PoolLink] = {}
         # Links to former pools that still have open calls.
         self._leaving: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
@@ -44,11 +45,11 @@ class PoolDirectory:
         wanted = {address.boot: address for address in self._subset(list(addresses))}
         if self._session is None:
             self._session = new_session()
-        for boot in self._links.keys() - wanted.keys():
-            link = self._links.pop(boot)
+        for boot in self.followed.keys() - wanted.keys():
+            link = self.followed.pop(boot)
             self._leaving[link] = asyncio.create_task(self._disconnect(link))
-        for boot in wanted.keys() - self._links.keys():
-            self._links[boot] = PoolLink(
+        for boot in wanted.keys() - self.followed.keys():
+            self.followed[boot] = PoolLink(
                 wanted[boot],
                 self._session,
                 self._secret,
@@ -76,7 +77,7 @@ class PoolDirectory:
     def links(self) -> list[PoolLink]:
         """Links to pools whose last snapshot is at most 3 s old."""
         now_s = time.monotonic()
-        return [link for link in self._links.values() if link.age_s(now_s) <= GONE_S]
+        return [link for link in self.followed.values() if link.age_s(now_s) <= GONE_S]
 
     def link(self, boot: str) -> PoolLink:
         """Return the link to a pool.
@@ -84,7 +85,7 @@ class PoolDirectory:
         Raises:
             PoolUnreachableError: The pool is unknown, or has sent no snapshot for 3 s.
         """
-        link = self._links.get(boot)
+        link = self.followed.get(boot)
         if link is None or link.age_s(time.monotonic()) > GONE_S:
             raise PoolUnreachableError("the pool can't be reached any more")
         return link
@@ -111,7 +112,7 @@ class PoolDirectory:
         """
         if self._contexts is None:
             self._contexts = {}
-            for link in self._links.values():
+            for link in self.followed.values():
                 states = link.snapshot.experts if link.snapshot is not None else {}
                 for name, state in states.items():
                     known = self._contexts.get(name, 0)
@@ -124,7 +125,7 @@ class PoolDirectory:
     def silences(self) -> dict[str, float]:
         """Seconds since each pool's last snapshot, by the pool's name. Includes silent pools."""
         now_s = time.monotonic()
-        return {link.address.name: link.silent_s(now_s) for link in self._links.values()}
+        return {link.address.name: link.silent_s(now_s) for link in self.followed.values()}
 
     def _changed(self) -> None:
         for waiter in self._waiters:
@@ -148,9 +149,9 @@ class PoolDirectory:
         for task in self._leaving.values():
             task.cancel()
         await asyncio.gather(*self._leaving.values(), return_exceptions=True)
-        links = [*self._links.values(), *self._leaving]
+        links = [*self.followed.values(), *self._leaving]
         await asyncio.gather(*(link.close() for link in links))
-        self._links.clear()
+        self.followed.clear()
         self._leaving.clear()
         if self._session is not None:
             await self._session.close()

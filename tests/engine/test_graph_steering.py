@@ -36,7 +36,7 @@ class Compiled(Swapping):
         super().__init__(*args)
         self._uses_graph_steering = self._records_choices = True
         self.watch = Watch(_CAPTURE)
-        self._routing_stats = RoutingStatsPoller(self._rpc, self.watch, _CAPTURE)
+        self._routing_stats = RoutingStatsPoller(self.worker_rpc, self.watch, _CAPTURE)
 
     async def look(self) -> None:
         assert self._routing_stats is not None
@@ -79,7 +79,7 @@ async def test_graph_steered_engine_equals_the_reference(steering: Steering, nam
     # All of it in one step.
     whole = [*PROMPT, *answers[:-1]]
     assert (await greedy(steering.engine, name, whole, 1))["token_ids"] == answers[-1:]
-    seen = await steering.engine._rpc("coe_seen", len(whole))
+    seen = await steering.engine.worker_rpc("coe_seen", len(whole))
     for layer in range(LAYERS):
         assert {len(row) for row in seen[layer]} == {4}, "as many places as any profile needs"
         rows = [sorted(set(row)) for row in seen[layer]]
@@ -108,7 +108,7 @@ async def test_graph_steering_swaps_leave_no_trace(steering: Steering) -> None:
         await steering.go_to(name)
         own[name] = await steering.say(name, 4)
     assert len({repr(text) for text in (steering.first, *own.values())}) == len(own) + 1
-    compiled = await steering.engine._rpc("coe_compiled")
+    compiled = await steering.engine.worker_rpc("coe_compiled")
     assert compiled > 0
     before = (await steering.engine.memory())["resident_bytes"]
     names = itertools.cycle([*steering.profiles, "plain"])
@@ -116,7 +116,7 @@ async def test_graph_steering_swaps_leave_no_trace(steering: Steering) -> None:
         assert await steering.go_to(name) == "steer"
         expected = steering.first if name == "plain" else own[name]
         assert await steering.say(name, 4) == expected, "not bit for bit what it was"
-    assert await steering.engine._rpc("coe_compiled") == compiled
+    assert await steering.engine.worker_rpc("coe_compiled") == compiled
     grown = (await steering.engine.memory())["resident_bytes"] - before
     assert grown < 8 * 1024**2, f"{grown} bytes leaked"
 

@@ -44,9 +44,9 @@ async def test_steered_engine_equals_transformers_with_steered_gates(
     method = await steering.go_to(name)
     assert method == ("" if name == "plain" else "steer")
     # The canary may have left its prompt's blocks, but not of this one.
-    await steering.engine._rpc("coe_see")
+    await steering.engine.worker_rpc("coe_see")
     answers, _ = await steering.say(name)
-    seen = await steering.engine._rpc("coe_seen")
+    seen = await steering.engine.worker_rpc("coe_seen")
     profile = steering.profiles.get(name)
     expected, chosen = await asyncio.to_thread(steering.reference.say, PROMPT, TOKENS, profile)
     assert answers == expected
@@ -88,7 +88,7 @@ async def test_steering_swap_during_a_request_keeps_the_old_expert_until_its_end
     await steering.go_to("masked")
     alone = await steering.say("masked", 60)
     running = [asyncio.create_task(steering.say("masked", 60)) for _ in range(2)]
-    known = steering.engine._vllm._llm.output_processor.request_states
+    known = steering.engine.vllm._llm.output_processor.request_states
 
     def begun() -> bool:
         return len(known) == 2 and all(

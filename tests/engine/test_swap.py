@@ -158,7 +158,7 @@ async def test_swap_engine_started_with_a_merged_expert_holds_its_weights_once(
         assert await ask(engine, "base") == stage.said["base"]
         assert (await engine.swap_in("math")).ok
         assert await ask(engine, "math") == stage.said["math"]
-        names = await engine._rpc("coe_environment")
+        names = await engine.worker_rpc("coe_environment")
         assert "COE_TEST_API_KEY" not in names
         assert "PATH" in names
     finally:
@@ -197,7 +197,7 @@ async def test_swap_evicted_expert_can_be_loaded_again(stage: Stage) -> None:
 async def test_swap_weight_probe_detects_changed_weights(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
-    await engine._rpc("coe_spoil", "math")
+    await engine.worker_rpc("coe_spoil", "math")
     assert not (await engine.swap_in("math")).ok
     await stage.run("base")
     await engine.evict("math")
@@ -214,14 +214,14 @@ async def test_swap_out_of_memory_during_a_load_affects_nobody_else(
     await stage.run("base")
     await engine.evict("code")
     before = await engine.memory()
-    await engine._rpc("coe_no_memory", how)
+    await engine.worker_rpc("coe_no_memory", how)
     try:
         beside = asyncio.create_task(ask_one(engine, "base"))
         with pytest.raises(ExpertFailedError, match=why):
             await engine.load_to_host("code")
         assert stage.said["base"].startswith(await beside)
     finally:
-        await engine._rpc("coe_no_memory", "not")
+        await engine.worker_rpc("coe_no_memory", "not")
     # What the failed fill had taken is given back.
     after = await engine.memory()
     assert after["resident_bytes"] < before["resident_bytes"] + 50 * 1024**2
@@ -233,13 +233,13 @@ async def test_swap_out_of_memory_during_a_load_affects_nobody_else(
 async def test_swap_canary_detects_another_expert_s_weights(stage: Stage) -> None:
     engine = stage.engine
     await stage.run("base")
-    assert await engine._canary("base")
+    assert await engine.check_canary("base")
     kept = stage.canaries["base"]
     stage.canaries["base"] = replace(kept, answer=stage.canaries["math"].answer)
-    assert not await engine._canary("base")
+    assert not await engine.check_canary("base")
     # What was said by other files is nothing to hold these against.
     stage.canaries["base"] = replace(kept, version="older", answer=stage.canaries["math"].answer)
-    assert await engine._canary("base")
+    assert await engine.check_canary("base")
     assert stage.canaries["base"].version == kept.version
     stage.canaries["base"] = kept
 

@@ -62,11 +62,11 @@ async def test_swap_of_moe_models_is_exact_and_the_canary_detects_reloads(pair: 
             assert (await engine.swap_in("one")).ok
             assert await ask(engine, "one") == first
         # vLLM's own way of putting other weights into a running engine.
-        await engine._vllm.pause()
-        await engine._vllm.collective_rpc("reload_weights", weights_path=pair.folders["one"])
-        await engine._vllm.resume()
+        await engine.vllm.pause()
+        await engine.vllm.collective_rpc("reload_weights", weights_path=pair.folders["one"])
+        await engine.vllm.resume()
         same = await ask(engine, "one") == first
-        assert await engine._canary("one") is same
+        assert await engine.check_canary("one") is same
         assert not same, "vLLM reloads MoE weights rightly now: say so in the design"
     finally:
         await engine.stop()

@@ -73,7 +73,7 @@ async def test_swap_grammar_uses_the_tokenizer_of_its_expert(
     engine: Swapping, more: dict[str, Any]
 ) -> None:
     for expert in ("base", "other", "base", "other"):
-        if (await engine._rpc("coe_running")) != expert:
+        if (await engine.worker_rpc("coe_running")) != expert:
             assert (await engine.swap_in(expert)).ok
         text = await _answer(engine, expert, more)
         assert _fits(text, more), (expert, text)
@@ -82,7 +82,7 @@ async def test_swap_grammar_uses_the_tokenizer_of_its_expert(
 async def test_swap_prompt_and_answer_use_the_tokenizer_of_their_expert(engine: Swapping) -> None:
     fields = {}
     for expert in ("base", "other"):
-        if (await engine._rpc("coe_running")) != expert:
+        if (await engine.worker_rpc("coe_running")) != expert:
             assert (await engine.swap_in(expert)).ok
         answer = await greedy(engine, expert, "It is", 4, logprobs=1)
         fields[expert] = answer["token_ids"]

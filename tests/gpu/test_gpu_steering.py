@@ -77,7 +77,7 @@ async def test_steered_gpu_engine_equals_the_reference(eager: bool, tmp_path: Pa
             await steering.go_to(name)
             whole = [*PROMPT, *tokens[:-1]]
             await greedy(steering.engine, name, whole, 1)
-            seen = await steering.engine._rpc("coe_seen", len(whole))
+            seen = await steering.engine.worker_rpc("coe_seen", len(whole))
             expected, chosen = await asyncio.to_thread(
                 steering.reference.weigh, PROMPT, tokens, steering.profiles.get(name)
             )

@@ -43,7 +43,7 @@ async def two_pools() -> AsyncIterator[RunningGateway]:
         simulated({"a": {}, "b": {}, "c": {}}, experts=EXPERTS, kinds=kinds)
     ) as s:
         for kind, tokens in (("a", 40), ("b", 60)):
-            metrics = s.pools[kind].process._metrics
+            metrics = s.pools[kind].process.pool_metrics
             for expert in ("moe", "idle"):
                 metrics.on_routing_sample(chosen(expert))
             metrics.on_routing_sample(RoutingSample("dense", (), 0, 0))

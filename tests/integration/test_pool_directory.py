@@ -71,14 +71,14 @@ async def test_stream_of_a_removed_pool_still_ends() -> None:
             with pytest.raises(aiohttp.ClientError):
                 async with asyncio.timeout(10):
                     await answer.chunks.read()
-        await until(lambda: link._task.done(), "nobody follows it any more")
+        await until(lambda: not link.follows, "nobody follows it any more")
         await directory.close()
 
 
 async def test_removed_pool_without_calls_is_closed_at_once() -> None:
     async with followed(Node()) as (directory, link):
         directory.update([])
-        await until(lambda: link._task.done(), "nobody follows it any more")
+        await until(lambda: not link.follows, "nobody follows it any more")
         await directory.close()
 
 
@@ -87,4 +87,4 @@ async def test_directory_close_does_not_wait_for_calls() -> None:
         await answer.chunks.readany()
         directory.update([])
         await directory.close()
-        assert link._task.done()
+        assert not link.follows

@@ -145,7 +145,7 @@ class PoolStage:
         again: LeaseRevokedError | None = None
         while True:
             try:
-                slot = self.pool._slot(expert)
+                slot = self.pool.slot_of(expert)
                 async with slot.lease(expert, tokens, again=again) as lease:
                     request = EngineRequest("/v1/completions", expert, b'{"prompt":"x"}', "r")
                     await lease.engine.run(request, _nowhere)
@@ -177,9 +177,9 @@ async def tell(stage: PoolStage, length: int, rough: float) -> list[Any]:
                     chance.choice(list(stage.memory.held)).kill("a test killed it")
                 case "arm":
                     stage.memory.armed.add(chance.choice(("start", "fill", "die")))
-                case "remove" if name in pool._slot_of and chance.random() < 0.3:
+                case "remove" if name in pool.experts and chance.random() < 0.3:
                     changes.append(asyncio.create_task(pool.remove(name, "gone")))
-                case _ if name in pool._slot_of:
+                case _ if name in pool.experts:
                     act = chance.choice(("load", "evict", "pin", "unpin", "unpin"))
                     try:
                         await pool.operate(act, name)
@@ -192,7 +192,7 @@ async def tell(stage: PoolStage, length: int, rough: float) -> list[Any]:
         else:
             await asyncio.sleep(chance.choice((0.01, 0.05, 0.3, 1.0)))
     for name in names:
-        if name in pool._slot_of:
+        if name in pool.experts:
             await pool.operate("unpin", name)
     async with asyncio.timeout(600):
         outcomes = await asyncio.gather(*clients, return_exceptions=True)

@@ -184,7 +184,7 @@ async def run_pool(config: Config, kind: str) -> AsyncIterator[RunningPool]:
 
     # Each slot asks for its engine whenever it needs one: the name stays patched
     # for the pool's own slots only.
-    for slot in process.pool._slots:
+    for slot in process.pool.slots:
         slot._build_engine = _patched(  # type: ignore[method-assign]
             slot._build_engine, build
         )

@@ -63,7 +63,7 @@ def routers_choose(s: RunningGateway) -> None:
     stretch[:, :, 1] = 1
     load = np.array([[32, 32, 0, 0]], np.int64)
     sample = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
-    s.pools["cpu"].process._metrics.on_routing_sample(sample)
+    s.pools["cpu"].process.pool_metrics.on_routing_sample(sample)
 
 
 async def round_of_traffic(s: RunningGateway) -> None:

@@ -115,7 +115,7 @@ class VllmEngine:
         self._stats = EngineStats(observer, model.name) if observer is not None else None
         capture = options.moe_capture
         self._routing_stats = (
-            RoutingStatsPoller(self._rpc, observer, capture)
+            RoutingStatsPoller(self.worker_rpc, observer, capture)
             if observer is not None and capture
             else None
         )
@@ -129,7 +129,7 @@ class VllmEngine:
         self._trials = GrammarTrials()
 
     @property
-    def _vllm(self) -> VllmHandle:
+    def vllm(self) -> VllmHandle:
         """The running vLLM.
 
         Raises:
@@ -198,7 +198,7 @@ class VllmEngine:
         """Return the numbers of prompt tokens and of answer tokens so far of one call."""
         prompt = answer = 0
         for vllm_id in vllm_ids:
-            prompt_tokens, answer_tokens = self._vllm.unfinished_tokens(vllm_id)
+            prompt_tokens, answer_tokens = self.vllm.unfinished_tokens(vllm_id)
             prompt += prompt_tokens
             answer += answer_tokens
             if self._stats is not None:
@@ -303,10 +303,10 @@ class VllmEngine:
             )
 
     async def sleep(self) -> None:
-        await self._vllm.sleep(self._sleep_level)
+        await self.vllm.sleep(self._sleep_level)
 
     async def wake(self) -> None:
-        await self._vllm.wake(self._sleep_level)
+        await self.vllm.wake(self._sleep_level)
 
     def failure(self) -> str | None:
         """Return why the engine is dead, or None."""
@@ -322,9 +322,9 @@ class VllmEngine:
             return 0  # vLLM still counts the requests of a dead core
         return self._handle.unfinished_requests()
 
-    async def _rpc(self, method: str, *args: object) -> Any:
+    async def worker_rpc(self, method: str, *args: object) -> Any:
         """Call a method of the worker extension, and return the first rank's result."""
-        return (await self._vllm.collective_rpc(method, *args))[0]
+        return (await self.vllm.collective_rpc(method, *args))[0]
 
     async def stop(self) -> None:
         """Stop the core process."""

@@ -219,7 +219,7 @@ class SwappingVllmEngine(VllmEngine):
         adopted = self._first if own else next(iter(plain), "")
         self._versions[adopted] = before
         await self._share_weights(adopted)
-        if why := await self._rpc("coe_register_initial", adopted):
+        if why := await self.worker_rpc("coe_register_initial", adopted):
             log.info("in-place swap disabled for %s: %s", adopted, why)
             self._fixed = adopted
         if adopted != self._first:
@@ -231,9 +231,9 @@ class SwappingVllmEngine(VllmEngine):
         else:
             source = self._weights[self._first]
             self._frontends[self._first] = _Frontend(
-                super()._app_for(self._first), source, before, self._vllm.rendering
+                super()._app_for(self._first), source, before, self.vllm.rendering
             )
-            if not await self._canary(self._first):
+            if not await self.check_canary(self._first):
                 raise ExpertFailedError(
                     f"expert {self._first!r} answers differently than when it was first loaded"
                 )
@@ -248,7 +248,7 @@ class SwappingVllmEngine(VllmEngine):
             raise ExpertFailedError(source.fault, retry_after_s=30)
         if source.steering is not None:
             began_s = time.monotonic()
-            size = await self._rpc("coe_steer", expert, asdict(source.steering))
+            size = await self.worker_rpc("coe_steer", expert, asdict(source.steering))
             # A virtual expert runs on the held weights, even if the base's files have changed.
             rules = hashlib.sha256(repr(source.steering).encode()).hexdigest()[:24]
             base = self._versions.get(source.steering.base, "")
@@ -257,11 +257,13 @@ class SwappingVllmEngine(VllmEngine):
             return LoadResult(int(size), time.monotonic() - began_s)
         version = await self._version_of(source)
         await self._share_weights(expert)
-        await self._rpc("coe_load_to_host", expert, source.folder, source.adapter, source.strength)
-        result = await self._rpc("coe_load_result", expert)
+        await self.worker_rpc(
+            "coe_load_to_host", expert, source.folder, source.adapter, source.strength
+        )
+        result = await self.worker_rpc("coe_load_result", expert)
         while result["state"] == "loading":  # the other process offers no event to await
             await asyncio.sleep(_POLL_S)
-            result = await self._rpc("coe_load_result", expert)
+            result = await self.worker_rpc("coe_load_result", expert)
         if result["state"] != "host":
             await self._release_weights(expert)
             reason = result.get("reason", "its weights went away while they were loaded")
@@ -282,17 +284,17 @@ class SwappingVllmEngine(VllmEngine):
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
         moved = resumed = False
         try:
-            await self._call_core(self._vllm.pause())
+            await self._call_core(self.vllm.pause())
             try:
-                result = await self._rpc("coe_swap_in", expert)
+                result = await self.worker_rpc("coe_swap_in", expert)
                 moved = True
                 # No request is running, because the engine is paused.
-                self._vllm.use_rendering(frontend.rendering)
+                self.vllm.use_rendering(frontend.rendering)
                 if self._stats is not None:
                     self._stats.running = expert
             finally:
                 # A paused engine could not answer requests for the old expert either.
-                await self._call_core(self._vllm.resume())
+                await self._call_core(self.vllm.resume())
                 resumed = True
         except Exception as error:
             if moved or not resumed:
@@ -305,11 +307,11 @@ class SwappingVllmEngine(VllmEngine):
         count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
         ok = bool(result["ok"])
         if ok and (count % self._canary_every == 0 or count == 1):
-            ok = await self._canary(expert)
+            ok = await self.check_canary(expert)
         return SwapResult(swap_s, ok, str(result["method"]))
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        await self._rpc("coe_evict", expert, for_next)
+        await self.worker_rpc("coe_evict", expert, for_next)
         await self._release_weights(expert)
 
     async def _version_of(self, source: Weights) -> str:
@@ -333,7 +335,7 @@ class SwappingVllmEngine(VllmEngine):
             path, token = await asyncio.to_thread(
                 self._share.acquire, expert, source.folder, source.adapter, source.strength
             )
-            await self._rpc("coe_share", expert, path, token)
+            await self.worker_rpc("coe_share", expert, path, token)
 
     async def _release_weights(self, expert: str) -> None:
         if self._share is not None:
@@ -352,12 +354,12 @@ class SwappingVllmEngine(VllmEngine):
 
     async def memory(self) -> dict[str, int]:
         """Return the core's `resident_bytes`, and the `host_bytes` of all held experts."""
-        memory: dict[str, int] = await self._rpc("coe_memory")
+        memory: dict[str, int] = await self.worker_rpc("coe_memory")
         return memory
 
-    async def _rpc(self, method: str, *args: object) -> Any:
+    async def worker_rpc(self, method: str, *args: object) -> Any:
         try:
-            answers = await self._call_core(self._vllm.collective_rpc(method, *args))
+            answers = await self._call_core(self.vllm.collective_rpc(method, *args))
             return _merge_rank_results(answers)
         except CoeError:
             raise
@@ -386,12 +388,12 @@ class SwappingVllmEngine(VllmEngine):
 
     # --- the token canary
 
-    async def _canary(self, expert: str) -> bool:
+    async def check_canary(self, expert: str) -> bool:
         """Return whether an expert still answers a fixed prompt as it did at its first load.
 
         The first load of each version of its files records the answer.
         """
-        generates = self._vllm.generates
+        generates = self.vllm.generates
         body: dict[str, object] = {"model": expert}
         if generates:
             body |= {
@@ -438,8 +440,8 @@ class SwappingVllmEngine(VllmEngine):
 
     def _canary_prompt(self) -> list[int]:
         """Return a few tokens that every vocabulary has and that leave room for the answer."""
-        room = self._vllm.max_model_len - _CANARY_TOKENS
-        return [token % self._vllm.vocab_size for token in _CANARY_PROMPT][: max(1, room)]
+        room = self.vllm.max_model_len - _CANARY_TOKENS
+        return [token % self.vllm.vocab_size for token in _CANARY_PROMPT][: max(1, room)]
 
     # --- the OpenAI layers of experts
 
@@ -458,23 +460,23 @@ class SwappingVllmEngine(VllmEngine):
         version = self._versions.get(expert, "")
         if frontend is None or frontend.source != source or frontend.version != version:
             rendering = await self._load_rendering(expert, source.folder)
-            app = await self._vllm.openai_app(expert, rendering)
+            app = await self.vllm.openai_app(expert, rendering)
             self._frontends[expert] = _Frontend(app, source, version, rendering)
 
     async def _load_rendering(self, expert: str, folder: str) -> Rendering:
         """Return the engine's tokenizer if the expert has the same, or else load the expert's."""
         if await asyncio.to_thread(tokenizer_digest, folder) == self._own_digest:
-            await self._rpc("coe_load_tokenizer", expert, "")
-            return self._vllm.rendering
+            await self.worker_rpc("coe_load_tokenizer", expert, "")
+            return self.vllm.rendering
         # The core needs this tokenizer, too, because it compiles grammars.
-        await self._rpc("coe_load_tokenizer", expert, folder)
-        fault = await self._rpc("coe_tokenizer_fault", expert)
+        await self.worker_rpc("coe_load_tokenizer", expert, folder)
+        fault = await self.worker_rpc("coe_tokenizer_fault", expert)
         while fault is None:  # the other process offers no event to await
             await asyncio.sleep(_POLL_S)
-            fault = await self._rpc("coe_tokenizer_fault", expert)
+            fault = await self.worker_rpc("coe_tokenizer_fault", expert)
         if fault:
             raise ExpertFailedError(f"the tokenizer of expert {expert!r} can't be read: {fault}")
-        return await self._vllm.load_rendering(folder)
+        return await self.vllm.load_rendering(folder)
 
 
 def _check_merged(expert: str, source: Weights) -> None:

@@ -183,7 +183,7 @@ class FeedbackService:
         self._active[tenant.name] = time.monotonic()
         # A vote counts also while the store is away; the store gets it later.
         with contextlib.suppress(StoreUnavailableError):
-            await self._renew([tenant.name])
+            await self.refresh([tenant.name])
         return {"id": vote.reply, "recipe": recipe, "category": label, "score": vote.score}
 
     async def _about(self, tenant: Tenant, reply: str) -> str | None:
@@ -200,12 +200,12 @@ class FeedbackService:
             since_s = time.monotonic() - _ACTIVE_S
             self._active = {name: at_s for name, at_s in self._active.items() if at_s >= since_s}
             try:
-                await self._renew(list(self._active))
+                await self.refresh(list(self._active))
             except StoreUnavailableError:
                 log.debug("cannot read votes; keeping the last ones")
             await asyncio.sleep(_RENEW_S)
 
-    async def _renew(self, tenants: Sequence[str]) -> None:
+    async def refresh(self, tenants: Sequence[str]) -> None:
         """Read the votes of these tenants, and shift the quality model by them."""
         numbers = recent(time.time(), self._config.half_life_s)
         wanted = [

@@ -390,6 +390,11 @@ class BaseSlot(ABC, Generic[E]):
         """Return the unit that an expert belongs to."""
 
     @property
+    def engine(self) -> E | None:
+        """The running engine; None while there is none."""
+        return self._engine
+
+    @property
     def capacity(self) -> int:
         """The number of places of the engine."""
         return self._queue.capacity

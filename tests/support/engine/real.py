@@ -90,16 +90,16 @@ class Swapping(SwappingVllmEngine):
         settings.worker_extension_cls = "tests.support.engine.extension.BreakableExtension"
         return settings
 
-    async def _rpc(self, method: str, *args: object) -> Any:
+    async def worker_rpc(self, method: str, *args: object) -> Any:
         if method == self.die_at:
             self.die_at = ""
             kill(self)
-        return await super()._rpc(method, *args)
+        return await super().worker_rpc(method, *args)
 
 
 def core_of(engine: Any) -> int:
     """The process id of an engine's core."""
-    pid: int = engine._vllm.core_pid
+    pid: int = engine.vllm.core_pid
     return pid
 
 

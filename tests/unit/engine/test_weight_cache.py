@@ -29,7 +29,7 @@ class Workers(SwappingVllmEngine):
         """A file that nobody knows of."""
         Path(self.place).write_bytes(b"left")
 
-    async def _rpc(self, method: str, *args: object) -> Any:
+    async def worker_rpc(self, method: str, *args: object) -> Any:
         self.calls.append((method, *args))
         if method == "coe_share":
             self.place = f"{args[1]}-0of1.weights"

@@ -28,8 +28,8 @@ def startup() -> Iterator[StartupServer]:
 
 
 def port_of(startup: StartupServer) -> int:
-    port: int = startup._servers[0].server_address[1]
-    return port
+    assert startup.port is not None
+    return startup.port
 
 
 def ask(

@@ -32,5 +32,5 @@ def test_ready_is_printed_only_when_the_service_can_answer(
     why = {"failed": {"reason": "told to"}}
     details = {name: {"state": state, **why.get(state, {})} for name, state in states.items()}
     monkeypatch.setattr(supervisor, "_ready", lambda _: details)
-    assert supervisor._report_experts(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
+    assert supervisor.report_experts(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
     assert "expert b failed: told to" in capsys.readouterr().err

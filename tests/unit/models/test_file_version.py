@@ -138,12 +138,12 @@ class Speaks(SwappingVllmEngine):
 
 async def test_canary_after_files_were_replaced_is_that_of_the_new_files() -> None:
     canaries: dict[str, Canary] = {}
-    assert await Speaks(canaries, "old", [1, 2, 3])._canary("math")
+    assert await Speaks(canaries, "old", [1, 2, 3]).check_canary("math")
     # The same files that answer otherwise are spoiled, in whatever engine.
-    assert not await Speaks(canaries, "old", [1, 2, 9])._canary("math")
-    assert await Speaks(canaries, "new", [1, 2, 9])._canary("math")
-    assert await Speaks(canaries, "new", [1, 2, 9])._canary("math")
-    assert not await Speaks(canaries, "new", [1, 2, 3])._canary("math")
+    assert not await Speaks(canaries, "old", [1, 2, 9]).check_canary("math")
+    assert await Speaks(canaries, "new", [1, 2, 9]).check_canary("math")
+    assert await Speaks(canaries, "new", [1, 2, 9]).check_canary("math")
+    assert not await Speaks(canaries, "new", [1, 2, 3]).check_canary("math")
 
 
 def test_reload_reports_experts_whose_files_were_replaced(tmp_path: Path) -> None:

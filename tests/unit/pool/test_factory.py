@@ -104,9 +104,9 @@ async def test_reload_changed_expert_raises_retryable_and_removed_raises_not_fou
     long = asyncio.create_task(running.ask("b", 60))
     await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
     reload = asyncio.create_task(running.reload(config("ab", slots, b="n")))
-    await until(lambda: "b" not in running.pool._slot_of, "it goes")
+    await until(lambda: "b" not in running.pool.experts, "it goes")
     assert await running.ask("b") == "engine_restarting"
-    await until(lambda: "c" not in running.pool._slot_of, "it goes")
+    await until(lambda: "c" not in running.pool.experts, "it goes")
     assert await running.ask("c") == "model_not_found"
     assert await long == "ok"
     await reload
@@ -298,7 +298,7 @@ async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Pa
     assembly = PoolFactory(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
 
     def engine_for(unit: str) -> Any:
-        return assembly.engines.shared_engine(unit)._make()  # type: ignore[attr-defined]
+        return assembly.engines.shared_engine(unit).make()  # type: ignore[attr-defined]
 
     # Weights are exchanged by another engine, gates in this one.
     steered, plain = engine_for("a"), engine_for("b")
@@ -354,7 +354,7 @@ async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Pat
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
     assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
-    engine: Any = assembly.engines.shared_engine("a")._make()  # type: ignore[attr-defined]
+    engine: Any = assembly.engines.shared_engine("a").make()  # type: ignore[attr-defined]
     engine._places = 2
     assert engine.swappable_experts == {"a", "a1", "b"}
     # Whose first expert went.
@@ -381,7 +381,7 @@ def adapted(folder: Path, names: str, slots: int | None = None, **paths: str) ->
 
 
 def engine_of(running: Running, expert: str) -> Any:
-    return running.pool._slot_of[expert]._engine
+    return running.pool.slot_of(expert).engine
 
 
 async def test_reload_with_one_more_adapter_keeps_base_and_siblings_running(

@@ -95,7 +95,8 @@ async def test_unseen_counts_a_waiting_call_and_not_one_whose_client_left() -> N
 async def test_unseen_counts_only_calls_after_the_last_acknowledged_one() -> None:
     async with linked(nobody_s_address()) as link:
         seqs = [link.next_seq(name) for name in ("a", "b", "a")]
-        link._on_snapshot(Snapshot("boot", "cpu", seq=1, acks={"gateway": seqs[1], "other": 99}))
+        acks = {"gateway": seqs[1], "other": 99}
+        link.receive_snapshot(Snapshot("boot", "cpu", seq=1, acks=acks))
         assert link.unseen() == {"a": 1}
 
 
@@ -103,12 +104,12 @@ async def test_context_of_an_expert_is_the_largest_of_all_pools() -> None:
     directory = PoolDirectory("gateway", "secret")
     url = nobody_s_address()
     directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
-    one, two = directory._links["one"], directory._links["two"]
+    one, two = directory.followed["one"], directory.followed["two"]
     assert directory.context("a") == 0
-    one._on_snapshot(told(a=100, b=7))
-    two._on_snapshot(told(a=300))
+    one.receive_snapshot(told(a=100, b=7))
+    two.receive_snapshot(told(a=300))
     assert (directory.context("a"), directory.context("b"), directory.context("c")) == (300, 7, 0)
-    two._on_snapshot(told(a=50))
+    two.receive_snapshot(told(a=50))
     assert directory.context("a") == 100
     directory.update([PoolAddress(url, "cpu", "two")])
     assert (directory.context("a"), directory.context("b")) == (50, 0)
@@ -129,15 +130,15 @@ async def test_context_of_many_experts_reads_each_pool_once_per_snapshot() -> No
     directory = PoolDirectory("gateway", "secret")
     url = nobody_s_address()
     directory.update([PoolAddress(url, "cpu", f"b{p}") for p in range(20)])
-    for link in directory._links.values():
+    for link in directory.followed.values():
         states = Counted({name: ExpertState(Residency.HOST, max_model_len=9) for name in names})
-        link._on_snapshot(Snapshot("boot", "cpu", seq=1, experts=states))
+        link.receive_snapshot(Snapshot("boot", "cpu", seq=1, experts=states))
     assert all(directory.context(name) == 9 for _ in range(50) for name in names)
     assert reads == 20
-    link = directory._links["b0"]
+    link = directory.followed["b0"]
     assert link.snapshot is not None
     heartbeat = encode(Snapshot("boot", "cpu", seq=2, experts=link.snapshot.experts), link.snapshot)
-    link._on_snapshot(decode(heartbeat, link.snapshot))
+    link.receive_snapshot(decode(heartbeat, link.snapshot))
     assert directory.context("e0") == 9
     assert reads == 20, "a line that tells of other things than experts changes nothing"
     await directory.close()

@@ -104,7 +104,7 @@ async def test_vote_changes_quality_for_its_tenant_only() -> None:
     for other in (ACME, keyless, Tenant("mallory/x"), Tenant("")):
         assert here.quality(other) == before
     # And at another gateway as well, for the tenant alone.
-    await there.feedback._renew(["mallory", "acme"])
+    await there.feedback.refresh(["mallory", "acme"])
     assert there.quality(mallory) == here.quality(mallory)
     assert there.quality(ACME) == before
 
@@ -146,5 +146,5 @@ async def test_vote_during_a_store_outage_is_taken(
     with monkeypatch.context() as patch:
         patch.setattr(store, "counts", gone)
         assert (await at.feedback.vote(ACME, Vote(ID, 0.0)))["score"] == 0.0
-    await at.feedback._renew(["acme"])
+    await at.feedback.refresh(["acme"])
     assert at.quality(ACME)["math"] < 1.0
