@@ -6,6 +6,8 @@ classes to HTTP statuses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class CoeError(Exception):
     """Base class of all errors of this service.
@@ -56,6 +58,23 @@ class InvalidRequestError(CoeError):
     """The request is invalid (400)."""
 
     code = "invalid_request_error"
+
+
+class InfeasibleBoundsError(InvalidRequestError):
+    """No candidate keeps the request's bounds `min_quality`, `max_cost`, `allow`, `deny` (400).
+
+    Attributes:
+        nearest: The nearest bounds that a candidate keeps, by name, each beside the other bounds of
+            the request. `together` holds bounds that have to change at the same time.
+    """
+
+    code = "infeasible_bounds"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, nearest: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.nearest = nearest or {}
 
 
 class PromptTooLongError(InvalidRequestError):

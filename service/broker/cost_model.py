@@ -153,6 +153,10 @@ class CostModel:
         """The price of one expert."""
         return self.prices[self._expert[expert]]
 
+    def floor(self, prompt_tokens: int, answers: int) -> Floats:
+        """(experts,), the cost of a prompt of this length and one token for each answer."""
+        return self._per_prompt * prompt_tokens + self._per_answer * answers
+
     def expect(
         self,
         category: str,

@@ -31,11 +31,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.broker.bounds import BROKEN_BOUNDS, Exclusion, RequestBounds
 from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 
@@ -46,17 +46,6 @@ _NO_POOLS = np.zeros(0, dtype=np.intp)
 READING_S = 60 / (238 * 1.33)
 # Share of the decode that counts as waiting, as far as it is no slower than reading.
 READ_ALONG = 0.2
-
-
-class Exclusion(IntEnum):
-    """Why a recipe can't be selected."""
-
-    NONE = 0
-    NO_POOL = 1
-    CONTEXT = 2
-    MAX_COST = 3
-    DEADLINE = 4
-    CIRCUIT_OPEN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +77,7 @@ class SelectionRequest:
         time_price: Quality per second of waiting.
         cost_price: Quality per unit of cost, `budget_price` included.
         budget_price: The part of `cost_price` that the budgets' shadow prices make up.
-        max_cost: Upper bound of the total cost of a recipe's calls.
+        bounds: The client's bounds of quality, cost and experts.
         deadline_s: Time left in s, to the first token if `streams`, else to the end.
         context_tokens: Context that prompt and answer need; 0 if it is unknown.
         streams: Whether the answer is streamed.
@@ -105,7 +94,7 @@ class SelectionRequest:
     time_price: float = 0.01
     cost_price: float = 0.0
     budget_price: float = 0.0
-    max_cost: float = _INFINITE
+    bounds: RequestBounds = field(default_factory=RequestBounds)
     deadline_s: float = _INFINITE
     context_tokens: int = 0
     streams: bool = False
@@ -309,7 +298,7 @@ def _select_among(
     exclusion = _exclusions(catalog, pools, request, totals, single)
     utility[exclusion != 0] = -_INFINITE
     ideal = np.where(
-        np.isfinite(totals.ideal_waiting) & (exclusion != Exclusion.MAX_COST),
+        np.isfinite(totals.ideal_waiting) & ~np.isin(exclusion, BROKEN_BOUNDS),
         quality_less_cost - request.time_price * totals.ideal_waiting,
         -_INFINITE,
     )
@@ -387,8 +376,8 @@ def _exclusions(
 ) -> NDArray[np.int8]:
     """(recipes,), an `Exclusion` for each recipe. `single`, (recipes,), marks single experts."""
     rows = request.rows
-    exclusion = np.zeros(len(rows), dtype=np.int8)
-    no_pool = ~np.isfinite(totals.time)
+    exclusion = request.bounds.exclusions(catalog, rows, request.quality, totals.max_cost)
+    no_pool = ~np.isfinite(totals.time) & (exclusion == 0)
     if no_pool.any():
         exclusion[no_pool] = Exclusion.NO_POOL
         if request.context_tokens:
@@ -400,8 +389,6 @@ def _exclusions(
             open_circuits[[catalog.index[expert] for expert in experts]] = True
             affected = (catalog.uses[rows] & open_circuits).any(axis=1)
             exclusion[(exclusion == Exclusion.NO_POOL) & affected] = Exclusion.CIRCUIT_OPEN
-    if math.isfinite(request.max_cost):
-        exclusion[(totals.max_cost > request.max_cost) & (exclusion == 0)] = Exclusion.MAX_COST
     if math.isfinite(request.deadline_s):
         late = (totals.deadline_time > request.deadline_s) & (exclusion == 0)
         if late.any():

@@ -104,6 +104,24 @@ _HEADERS = [
         "schema": {"type": "number", "minimum": 0},
     },
     {
+        "name": "x-coe-min-quality",
+        "in": "header",
+        "description": "The least expected quality of the answer.",
+        "schema": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    {
+        "name": "x-coe-allow",
+        "in": "header",
+        "description": "The only experts that may be called, with commas between them.",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "x-coe-deny",
+        "in": "header",
+        "description": "Experts that may not be called, with commas between them.",
+        "schema": {"type": "string"},
+    },
+    {
         "name": "x-coe-cache",
         "in": "header",
         "description": "Whether an answer that was kept will do, where the tenant has a cache.",
@@ -124,6 +142,26 @@ _HEADERS = [
 ]
 
 
+_NAMES = {
+    "type": ["array", "null"],
+    "items": {"type": "string"},
+    "minItems": 1,
+    "maxItems": 1000,
+}
+_COE = {
+    "type": ["object", "null"],
+    "description": "Bounds of this request. No engine sees them. A header comes before a field.",
+    "additionalProperties": False,
+    "properties": {
+        "min_quality": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "max_cost": {"type": ["number", "null"], "minimum": 0},
+        "deadline_ms": {"type": ["integer", "null"], "minimum": 1, "maximum": 86_400_000},
+        "allow": _NAMES,
+        "deny": _NAMES,
+    },
+}
+
+
 def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
     """Return the whole description in OpenAPI 3.1.
 
@@ -138,7 +176,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         "examples": ["auto", *(config.experts if named else ())],
     }
     for path, (summary, properties, required) in _POSTS.items():
-        fields = {"model": model, **properties}
+        fields = {"model": model, **properties, "coe": _COE}
         if path in _STREAMING:
             fields["stream"] = {"type": ["boolean", "null"]}
         ok: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
@@ -182,6 +220,10 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
                     "type": {"type": "string"},
                     "param": {"type": ["string", "null"]},
                     "code": {"type": ["string", "null"]},
+                    "nearest": {
+                        "type": "object",
+                        "description": "With code infeasible_bounds: bounds that are possible.",
+                    },
                 },
             }
         },

@@ -89,10 +89,13 @@ def codes_of_ours() -> frozenset[str]:
     return frozenset(kind.code for kind in kinds if status_of(kind("")) >= 500)
 
 
-def detail_of(error: CoeError) -> dict[str, str | None]:
+def detail_of(error: CoeError) -> dict[str, Any]:
     """The object inside OpenAI's `{"error": …}`."""
     kind = _TYPE.get(status_of(error), "server_error")
-    return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    detail = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    if isinstance(error, errors.InfeasibleBoundsError):
+        return {**detail, "nearest": error.nearest}
+    return detail
 
 
 class Dialect(StrEnum):

@@ -324,7 +324,12 @@ async def test_max_cost_excludes_expensive_recipes() -> None:
         assert "coe" not in cast.asked[0]
         status, _, answer = await s.ask(body, headers={"x-coe-max-cost": "0.000001"})
         assert status == 400
-        assert "the cheapest costs about" in answer["error"]["message"]
+        assert answer["error"]["code"] == "infeasible_bounds"
+        least = answer["error"]["nearest"]["max_cost"]
+        for factor, expected in ((1, 200), (0.999, 400)):
+            bound = {"x-coe-max-cost": f"{factor * least:.6g}"}
+            status, _, _ = await s.ask(body, headers=bound)
+            assert status == expected, "the least cost is possible, and no lower one"
 
 
 async def test_max_cost_holds_for_any_answering_expert() -> None:
@@ -347,7 +352,14 @@ async def test_max_cost_holds_for_any_answering_expert() -> None:
     ("coe", "words"),
     [
         (7, "`coe` must be an object"),
-        ({"max_price": 1}, "it takes deadline_ms, max_cost"),
+        ({"max_price": 1}, "it takes deadline_ms, max_cost, min_quality, allow, deny"),
+        ({"min_quality": 1.5}, "`coe.min_quality` must be a number from 0 to 1"),
+        ({"min_quality": True}, "`coe.min_quality` must be a number from 0 to 1"),
+        ({"allow": []}, "`coe.allow` must be a list of 1 to 1000 names of experts"),
+        ({"deny": "a"}, "`coe.deny` must be a list of 1 to 1000 names of experts"),
+        ({"allow": ["aa"]}, "coe.allow: there is no expert 'aa';"),
+        ({"deny": ["worthy"]}, "experts: a, b, c, d"),
+        ({"allow": ["a"], "deny": ["a"]}, "coe.allow and coe.deny leave no candidate"),
         ({"max_cost": -1}, "`coe.max_cost` must be a number of at least 0"),
         ({"deadline_ms": 0}, "`coe.deadline_ms` must be an integer"),
     ],
@@ -357,6 +369,71 @@ async def test_invalid_coe_options_are_named(coe: Any, words: str) -> None:
         status, _, answer = await s.ask({**chat(model="auto"), "coe": coe})
         assert status == 400
         assert words in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("coe", "called"),
+    [
+        ({}, {"a", "b"}),
+        # Recipes go with their members, and with the experts that they may escalate to.
+        ({"deny": ["b"]}, {"a"}),
+        ({"deny": ["d"]}, {"a"}),
+        ({"allow": ["a", "c"]}, {"a"}),
+        ({"allow": ["a", "b", "d"]}, {"a", "b"}),
+        ({"allow": ["c"]}, {"c"}),
+        ({"min_quality": 0.9}, {"a", "b"}),
+        ({"min_quality": 0.6, "deny": ["d"]}, {"a"}),
+    ],
+)
+@pytest.mark.parametrize("in_headers", [False, True])
+async def test_request_bounds_hold_and_no_expert_sees_them(
+    coe: dict[str, Any], called: set[str], in_headers: bool
+) -> None:
+    async with stage(a="1", b="1", c="1", d="1") as (s, cast):
+        headers = {
+            f"x-coe-{name.replace('_', '-')}": ", ".join(v) if isinstance(v, list) else str(v)
+            for name, v in coe.items()
+        }
+        given = headers if in_headers else None
+        body = chat(model="auto") if in_headers else {**chat(model="auto"), "coe": coe}
+        status, _, answer = await s.ask(body, headers=given)
+        assert status == 200, answer
+        assert set(cast.models) == called
+        assert not any("coe" in one for one in cast.asked)
+        if not coe:
+            return
+        _, _, answer = await s.ask(body, "/v1/route", headers=given)
+        whys = {one["recipe"]: one["why"] for one in answer["candidates"]}
+        assert "greatest utility" in whys[answer["chosen"]]
+        assert set(whys.values()) & {
+            "it uses an expert that the request's allow or deny excludes",
+            "its expected quality is less than min_quality",
+        } or coe == {"allow": ["a", "b", "d"]}
+
+
+async def test_request_bounds_that_nothing_keeps_state_the_nearest_ones() -> None:
+    async with stage(a="1", b="1") as (s, cast):
+        coe: dict[str, Any] = {"min_quality": 0.9, "max_cost": 0.001}
+        ask = chat(model="auto", max_tokens=10)
+        status, _, answer = await s.ask({**ask, "coe": coe})
+        error = answer["error"]
+        assert (status, error["code"]) == (400, "infeasible_bounds")
+        assert error["nearest"]["min_quality"] == 0.6
+        assert not cast.asked
+        for name, value in error["nearest"].items():
+            status, _, _ = await s.ask({**ask, "coe": {**coe, name: value}})
+            assert status == 200, name
+        # A named expert is held to the bounds as well.
+        named: list[tuple[str, dict[str, Any]]] = [
+            ("a", {"min_quality": 0.7}),
+            ("a", {"deny": ["a"]}),
+            ("two", {"deny": ["c"]}),
+        ]
+        for model, coe in named:
+            status, _, answer = await s.ask({**chat(model=model), "coe": coe})
+            assert (status, answer["error"]["code"]) == (400, "infeasible_bounds"), (model, coe)
+        status, _, _ = await s.ask({**chat(model="a"), "coe": {"min_quality": 0.6}})
+        assert status == 200
 
 
 async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.broker.bounds import RequestBounds
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest, select
@@ -74,7 +75,7 @@ def test_select_single_experts_score_alike_with_and_without_recipes(
             cost=np.array(cost),
             prompt_tokens=30,
             cost_price=0.01,
-            max_cost=most_cost,
+            bounds=RequestBounds(max_cost=most_cost),
             deadline_s=deadline_s,
             context_tokens=context_tokens,
             streams=streams,

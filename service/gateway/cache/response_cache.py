@@ -135,8 +135,14 @@ class ResponseCache:
         kind = min(request.cache, settings.mode, key=_RANK.__getitem__)
         data = {name: value for name, value in request.data.items() if name not in _ASIDE}
         tenant = request.tenant.name
-        # Bounds of cost and time are part of the key, because they influence the choice of expert.
-        bounds = [request.max_cost, request.deadline_ms if request.own_deadline else None]
+        # The request's bounds are part of the key, because they influence the choice of expert.
+        bounds = [
+            request.max_cost,
+            request.deadline_ms if request.own_deadline else None,
+            request.min_quality,
+            None if request.allow is None else sorted(request.allow),
+            sorted(request.deny),
+        ]
         key = self._hash(tenant, request.endpoint, data, bounds)
         question, rest = _question(request, data) if kind == "semantic" else ("", {})
         shelf = self._hash(tenant, request.endpoint, rest, bounds) if question else ""

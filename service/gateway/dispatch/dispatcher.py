@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import numpy as np
 
+from service.broker.bounds import BROKEN_BOUNDS, Exclusion, worst_costs
 from service.broker.cost_model import CostModel
 from service.broker.demand import can_serve, failure_reason
 from service.broker.pool_state import Place, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import Candidate, Exclusion, Selection, select
+from service.broker.selection import Candidate, Selection, select
 from service.engine.base import EngineRequest
 from service.errors import (
     CoeError,
@@ -68,6 +69,7 @@ from service.gateway.routing.explain import explain
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.request_bounds import infeasible_error, within_bounds
 from service.gateway.routing.semantic_router import RoutePlan, selection_request
 from service.http.asgi import body_message, send_response, start_response
 from service.http.endpoints import TABLE
@@ -191,6 +193,15 @@ class RecipeExecutor:
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)
                 ids = (request.request_id, request.client_id)
                 self._feedback.record_answer(request.tenant, ids, plan.category, row)
+
+    def within_bounds(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
+        """Drop the candidates that break the request's own bounds.
+
+        Raises:
+            InfeasibleBoundsError: No candidate keeps them; the error states the nearest bounds.
+        """
+        wanted = selection_request(self._cost_model, request, plan)
+        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost)
 
     def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Drop the recipes that cost more than the tenant's budgets have left.
@@ -441,32 +452,34 @@ class Dispatcher:
             left_s: Seconds left of the deadline.
 
         Raises:
-            InvalidRequestError: Every candidate costs more than `max_cost`.
+            InfeasibleBoundsError: Every candidate breaks the request's bounds.
         """
         views = self.views()
         selection = self.weigh_candidates(request, plan, left_s=left_s, views=views)
         self.budget_prices.observe(request.tenant, selection)
         at = selection.best()
         if at is None:
-            self._refuse_cost(request, selection)
+            self._refuse_broken_bounds(selection)
             return selection
         self._wake_better(plan, selection, at, views)
         if wanted := selection.unmet_experts(at):
             self._demand_reporter.add(wanted, selection.unmet_utility(at))
         return selection
 
-    @staticmethod
-    def _refuse_cost(request: InferenceRequest, selection: Selection) -> None:
-        """Refuse the request if every candidate costs more than `max_cost`.
+    def _refuse_broken_bounds(self, selection: Selection) -> None:
+        """Refuse the request if every candidate breaks its bounds.
+
+        `within_bounds` has dropped such candidates, but what an answer is expected to cost may have
+        changed since.
 
         Raises:
-            InvalidRequestError: Every candidate costs more.
+            InfeasibleBoundsError: Every candidate breaks a bound.
         """
-        if request.max_cost is not None and (selection.cost > request.max_cost).all():
-            raise InvalidRequestError(
-                f"no candidate is expected to cost at most {request.max_cost:g}; "
-                f"the cheapest costs about {selection.cost.min():.3g}",
-                param="coe.max_cost",
+        if len(selection.exclusion) and np.isin(selection.exclusion, BROKEN_BOUNDS).all():
+            request = selection.request
+            worst = worst_costs(self.catalog, request.rows, request.cost)
+            raise infeasible_error(
+                self.catalog, request.bounds, request.rows, request.quality, worst
             )
 
     def _next_candidate(

@@ -47,8 +47,11 @@ class InferenceRequest:
         own_deadline: Whether the client set the deadline.
         tenant: The tenant that sent it.
         trace: Its W3C trace context, as headers.
-        body_bytes: The size of its body.
+        body_bytes: The size of its body, without the gateway's own options.
         max_cost: Upper bound of the total cost of its calls, in units of cost.
+        min_quality: Lower bound of the expected quality, in [0, 1].
+        allow: The only experts that may be called; None without such a bound.
+        deny: Experts that may not be called.
         cache: Which cached answers the client accepts.
         combinable: Whether answers of several experts can be compared.
         clipped: The bound of its answers in tokens, if the gateway lowered it.
@@ -72,6 +75,9 @@ class InferenceRequest:
     trace: Mapping[str, str] = field(default_factory=dict)
     body_bytes: int = 0
     max_cost: float | None = None
+    min_quality: float = 0.0
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] = frozenset()
     cache: CacheMode = "off"
     combinable: bool = False
     clipped: int | None = None
@@ -225,7 +231,8 @@ def parse_request(
     _check_integers(data)
     left_out = leave_out_hosted_tools(endpoint, data)
     media = media_of(data)
-    coe_options = _parse_coe_options(data.pop("coe", None), headers)
+    own = data.pop("coe", None)
+    coe_options = _parse_coe_options(own, headers)
     request_id = secrets.token_hex(12)
     given = headers.get(b"x-request-id", b"")
     return InferenceRequest(
@@ -242,8 +249,12 @@ def parse_request(
         trace=trace_of(headers),
         deadline_ms=coe_options.deadline_ms or default_deadline_ms,
         own_deadline=coe_options.deadline_ms is not None,
-        body_bytes=len(raw),
+        # The gateway's own options are no prompt: another bound must not change what it costs.
+        body_bytes=len(raw) if own is None else max(0, len(raw) - len(orjson.dumps(own))),
         max_cost=coe_options.max_cost,
+        min_quality=coe_options.min_quality,
+        allow=coe_options.allow,
+        deny=coe_options.deny or frozenset(),
         cache=_cache(headers),
         combinable=_combinable(endpoint, data),
         left_out=left_out,
@@ -319,8 +330,13 @@ class _CoeOptions:
     own_key: bool = False
     deadline_ms: int | None = None
     max_cost: float | None = None
+    min_quality: float = 0.0
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] | None = None
 
 
+_COE_OPTIONS = ("deadline_ms", "max_cost", "min_quality", "allow", "deny")
+_MAX_NAMES = 1000
 _MAX_DEADLINE_MS = 86_400_000
 # From the first to the last in pools' queues.
 _PRIORITIES = get_args(Priority)
@@ -335,10 +351,10 @@ def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOption
     if given is not None and not isinstance(given, dict):
         raise InvalidRequestError(f"`coe` must be an object, not {_kind(given)}", param="coe")
     coe_options: dict[str, Any] = dict(given or {})
-    unknown = coe_options.keys() - {"deadline_ms", "max_cost"}
+    unknown = coe_options.keys() - {*_COE_OPTIONS}
     if unknown:
         raise InvalidRequestError(
-            f"`coe` has no {min(unknown)[:64]!r}; it takes deadline_ms, max_cost", param="coe"
+            f"`coe` has no {min(unknown)[:64]!r}; it takes {', '.join(_COE_OPTIONS)}", param="coe"
         )
     deadline_ms = coe_options.get("deadline_ms")
     header = headers.get(b"x-coe-deadline-ms")
@@ -355,7 +371,14 @@ def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOption
             f"{where} must be an integer from 1 to {_MAX_DEADLINE_MS}",
             param=where.split()[-1].strip("`"),
         )
-    return _CoeOptions(given is not None, deadline_ms, _max_cost(coe_options, headers))
+    return _CoeOptions(
+        given is not None,
+        deadline_ms,
+        _number("max_cost", coe_options, headers),
+        _number("min_quality", coe_options, headers, most=1) or 0.0,
+        _names("allow", coe_options, headers),
+        _names("deny", coe_options, headers),
+    )
 
 
 def _lowered(tenant: Tenant, headers: dict[bytes, bytes]) -> Tenant:
@@ -388,20 +411,54 @@ def _cache(headers: dict[bytes, bytes]) -> CacheMode:
     return found
 
 
-def _max_cost(coe_options: dict[str, Any], headers: dict[bytes, bytes]) -> float | None:
-    given = coe_options.get("max_cost")
-    where, param = "`coe.max_cost`", "coe.max_cost"
-    if b"x-coe-max-cost" in headers:
-        where, param = "the header x-coe-max-cost", "x-coe-max-cost"
+def _place(name: str, headers: dict[bytes, bytes]) -> tuple[bytes | None, str, str]:
+    """Return an option's header, its name for errors, and the parameter that errors name."""
+    header = f"x-coe-{name.replace('_', '-')}"
+    given = headers.get(header.encode())
+    if given is None:
+        return None, f"`coe.{name}`", f"coe.{name}"
+    return given, f"the header {header}", header
+
+
+def _number(
+    name: str, coe_options: dict[str, Any], headers: dict[bytes, bytes], *, most: float = 1e15
+) -> float | None:
+    """Parse a number of at least 0; a header comes before the body."""
+    header, where, param = _place(name, headers)
+    given = coe_options.get(name)
+    if header is not None:
         try:
-            given = float(headers[b"x-coe-max-cost"][:32])
+            given = float(header[:32])
         except ValueError:
             given = -1
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < 1e15:
-        raise InvalidRequestError(f"{where} must be a number of at least 0", param=param)
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not number or not 0 <= given <= most:
+        allowed = "of at least 0" if most > 1 else "from 0 to 1"
+        raise InvalidRequestError(f"{where} must be a number {allowed}", param=param)
     return float(given)
+
+
+def _names(
+    name: str, coe_options: dict[str, Any], headers: dict[bytes, bytes]
+) -> frozenset[str] | None:
+    """Parse a list of experts; a header, with commas between them, comes before the body."""
+    header, where, param = _place(name, headers)
+    given = coe_options.get(name)
+    if header is not None:
+        given = [part.strip() for part in header.decode("latin-1").split(",") if part.strip()]
+    if given is None:
+        return None
+    if (
+        not isinstance(given, list)
+        or not 1 <= len(given) <= _MAX_NAMES
+        or not all(isinstance(one, str) and one for one in given)
+    ):
+        raise InvalidRequestError(
+            f"{where} must be a list of 1 to {_MAX_NAMES} names of experts", param=param
+        )
+    return frozenset(given)
 
 
 def _kind(value: object) -> str:

@@ -73,6 +73,7 @@ class InferenceHandler:
                     record.status = 200
                     await session.send_hit([*request_scope.headers, record.route_header])
                     return
+                plan = self._executor.within_bounds(request, plan)
                 plan = self._executor.affordable(request, plan)
                 request, plan = await self._admit(entry, request, plan)
                 # A message of the engine passes the meter, then this send, then the session's.

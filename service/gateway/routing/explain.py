@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from service.broker.selection import Exclusion, Selection
+from service.broker.bounds import Exclusion
+from service.broker.selection import Selection
 from service.gateway.routing.semantic_router import RoutePlan
 
 _WHY = {
@@ -13,6 +14,8 @@ _WHY = {
     Exclusion.CIRCUIT_OPEN: "it has failed several times in a row; its circuit breaker is open",
     Exclusion.CONTEXT: "the prompt and its answer do not fit into its context",
     Exclusion.MAX_COST: "costs more than max_cost",
+    Exclusion.MIN_QUALITY: "its expected quality is less than min_quality",
+    Exclusion.NOT_ALLOWED: "it uses an expert that the request's allow or deny excludes",
     Exclusion.DEADLINE: "would miss the deadline",
 }
 _MAX_CANDIDATES = 256

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from service.config.schema import silent_member
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.routing.quality import Escalations, QualityModel
+from service.gateway.routing.request_bounds import allowed_experts, bounds_of
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 log = logging.getLogger("coe.routing")
@@ -63,6 +63,7 @@ class RoutePlan:
         reason: Why these are the candidates.
         scores: The classifier's scores, where it was used.
         posterior: Probabilities of the categories, (labels,).
+        allowed: (experts,), the experts that the request's own bounds allow; None allows all.
         time_price: The price of time, in quality per second of waiting.
         cost_weight: The quality that is given up to save the whole reference cost.
         reference: (experts,), weights of the experts' costs in the reference cost.
@@ -77,6 +78,7 @@ class RoutePlan:
     reason: str
     scores: CategoryScores | None = None
     posterior: Floats | None = None
+    allowed: NDArray[np.bool_] | None = None
     time_price: float = 0.0
     cost_weight: float = 0.0
     reference: Floats | None = None
@@ -144,8 +146,11 @@ class SemanticRouter:
     def plan(self, request: InferenceRequest) -> RoutePlan:
         """Find the candidates for a request.
 
-        Raises UnknownModelError; InvalidRequestError if no expert is able to answer;
-        ForbiddenError if the tenant may use none of those that are.
+        Candidates that the request's own bounds exclude are among them, so that they can be
+        explained.
+
+        Raises UnknownModelError; InvalidRequestError if no expert is able to answer, or `allow` or
+        `deny` name none; ForbiddenError if the tenant may use none of those that are.
         """
         model = request.model
         if model in self._experts:
@@ -160,8 +165,20 @@ class SemanticRouter:
             return self._plan(
                 request, {category: 1.0}, category, 1.0, "named category", None, price
             )
+        assessment, posterior = self._classify(request)
+        if assessment is None:
+            return self._plan(request, posterior, GENERAL, 0.0, "no classifier", None, price)
+        scores = assessment.scores
+        known = scores.category in self._known
+        reason = "classified" if known else "category without an expert"
+        return self._plan(
+            request, posterior, scores.category, scores.confidence, reason, assessment, price
+        )
+
+    def _classify(self, request: InferenceRequest) -> tuple[Assessment | None, dict[str, float]]:
+        """The classifier's assessment, None without a classifier, and the posterior by category."""
         if self._assess is None:
-            return self._plan(request, {GENERAL: 1.0}, GENERAL, 0.0, "no classifier", None, price)
+            return None, {GENERAL: 1.0}
         assessment = self._assess(request.data)
         scores = assessment.scores
         # Where the classifier abstains, the prompt counts as general.
@@ -171,11 +188,7 @@ class SemanticRouter:
             if sure
             else {scores.category: 1.0}
         )
-        known = scores.category in self._known
-        reason = "classified" if known else "category without an expert"
-        return self._plan(
-            request, posterior, scores.category, scores.confidence, reason, assessment, price
-        )
+        return assessment, posterior
 
     def _one_space(self, tenant: Tenant) -> None:
         """Refuse where the experts that a tenant may ask embed into several spaces.
@@ -217,9 +230,22 @@ class SemanticRouter:
         at = self._catalog.recipe_index[recipe]
         rows = self._catalog.everything[at : at + 1]
         reach = self._quality_model.escalation_prob(at)[None] if recipe.later else _NO_LATER
-        time_price = self._presets.auto.time_price
+        quality = _CERTAIN
+        if request.min_quality > 0:
+            assessment, posterior = self._classify(request)
+            given = self._quality_model.posterior(posterior)
+            tenant = request.tenant.name
+            quality = self._quality_model.quality(given, assessment, tenant)[0][rows]
         return RoutePlan(
-            rows, _CERTAIN, reach, recipe.experts[0], "", 1.0, "named", time_price=time_price
+            rows,
+            quality,
+            reach,
+            recipe.experts[0],
+            "",
+            1.0,
+            "named",
+            allowed=allowed_experts(request, self._catalog.experts),
+            time_price=self._presets.auto.time_price,
         )
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
@@ -263,9 +289,13 @@ class SemanticRouter:
         quality, reach = self._quality_model.quality(given, assessment, request.tenant.name)
         able = self._possible(request)
         keep = able & (quality >= _MIN_QUALITY)
-        if not keep.any():
+        allowed = allowed_experts(request, catalog.experts)
+        possible = able if allowed is None else able & ~(catalog.uses & ~allowed).any(axis=1)
+        if possible.any() and not (keep & possible).any():
             # Any answer is better than none.
-            keep[int(np.flatnonzero(able)[0])] = True
+            keep[int(np.flatnonzero(possible)[0])] = True
+        elif not keep.any():
+            keep = able
         rows = np.flatnonzero(keep)
         first = catalog.recipes[int(rows[quality[rows].argmax()])].experts[0]
         scores = assessment.scores if assessment is not None else None
@@ -279,6 +309,7 @@ class SemanticRouter:
             reason,
             scores,
             given,
+            allowed,
             price.time_price,
             price.cost_weight,
             self._reference(able),
@@ -386,7 +417,7 @@ def selection_request(
         time_price=plan.time_price,
         cost_price=_preset_price(plan, expected.cost) + budget_price,
         budget_price=budget_price,
-        max_cost=request.max_cost if request.max_cost is not None else math.inf,
+        bounds=bounds_of(request, plan, cost_model),
         deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
         # A bound above that is a cap: what does not fit is clipped.
         context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),

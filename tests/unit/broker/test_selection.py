@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.broker.bounds import Exclusion, RequestBounds
 from service.broker.demand import failure_reason, pool_for_demand
 from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import (
     READ_ALONG,
     READING_S,
-    Exclusion,
     PrefixCacheHint,
     Selection,
     SelectionRequest,
@@ -247,7 +247,9 @@ def test_select_excludes_recipes_whose_worst_case_exceeds_max_cost() -> None:
     cost = {"a": 1.0, "b": 1.0, "c": 10.0}
     wanted: dict[str | Recipe, float] = {cascade: 0.9, "a": 0.5}
     for most, first in ((12.0, cascade.name), (11.9, "a"), (0.5, None)):
-        got = decided(view("x", experts=three), quality=wanted, cost=cost, max_cost=most)
+        got = decided(
+            view("x", experts=three), quality=wanted, cost=cost, bounds=RequestBounds(max_cost=most)
+        )
         assert (winner(got) or (None,))[0] == first
     assert set(got.exclusion) == {Exclusion.MAX_COST}
 

@@ -24,6 +24,7 @@ STATUS = {
     "InvalidProfileError": 500,
     "ArtifactError": 500,
     "ModelStoreError": 500,
+    "InfeasibleBoundsError": 400,
     "InvalidRequestError": 400,
     "PromptTooLongError": 400,
     "BodyTooLargeError": 413,
@@ -73,7 +74,8 @@ def test_error_response_has_the_class_s_status_and_openai_s_shape(name: str) -> 
     assert fault.status == status_of(error) == STATUS[name]
     detail = orjson.loads(fault.body)["error"]
     assert detail == detail_of(error)
-    assert detail.keys() == {"message", "type", "param", "code"}
+    more = {"nearest"} if name == "InfeasibleBoundsError" else set()
+    assert detail.keys() == {"message", "type", "param", "code"} | more
     assert detail["message"] == "what happened"
     assert detail["code"]
     headers = dict(fault.headers)

@@ -13,8 +13,9 @@ import numpy as np
 import orjson
 import pytest
 
+from service.broker.bounds import Exclusion
 from service.broker.pool_state import PoolStateTable, PoolView
-from service.broker.selection import Exclusion, select
+from service.broker.selection import select
 from service.capabilities import with_capabilities
 from service.config import Config
 from service.config.experts import MediaConfig

@@ -1,0 +1,147 @@
+"""The bounds of one request: which recipes keep them, and the nearest bounds that one keeps. Pure.
+
+A request may bound the quality from below, the cost from above, and the experts. The bounds are
+hard: a recipe that breaks one can't be selected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.broker.pool_state import Floats
+from service.broker.recipe_catalog import Ints, RecipeCatalog
+
+_DIGITS = 4
+
+
+class Exclusion(IntEnum):
+    """Why a recipe can't be selected."""
+
+    NONE = 0
+    NO_POOL = 1
+    CONTEXT = 2
+    MAX_COST = 3
+    DEADLINE = 4
+    CIRCUIT_OPEN = 5
+    NOT_ALLOWED = 6
+    MIN_QUALITY = 7
+
+
+# A recipe with one of these breaks a bound, whatever the state of the pools.
+BROKEN_BOUNDS = (Exclusion.MAX_COST, Exclusion.NOT_ALLOWED, Exclusion.MIN_QUALITY)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounds:
+    """The bounds of a request.
+
+    Attributes:
+        allowed: (experts,), the experts that a recipe may use; None allows all.
+        min_quality: Least expected quality.
+        max_cost: Most cost if every expert of a recipe is called.
+        floor: (experts,), the most that the prompt and one token of answer can cost; None is 0.
+            The gateway cuts answers to `max_cost`, but it can't cut the prompt.
+    """
+
+    allowed: NDArray[np.bool_] | None = None
+    min_quality: float = 0.0
+    max_cost: float = math.inf
+    floor: Floats | None = None
+
+    def exclusions(
+        self, catalog: RecipeCatalog, rows: Ints, quality: Floats, worst: Floats
+    ) -> NDArray[np.int8]:
+        """Find the recipes that break a bound.
+
+        Args:
+            catalog: The recipes.
+            rows: (recipes,), the recipes, as rows of the catalog.
+            quality: (recipes,), their expected quality.
+            worst: (recipes,), their expected cost if every expert is called.
+
+        Returns:
+            (recipes,), an `Exclusion` for each; 0 for recipes that keep every bound.
+        """
+        found = np.zeros(len(rows), dtype=np.int8)
+        if math.isfinite(self.max_cost):
+            found[self.least_cost(catalog, rows, worst) > self.max_cost] = Exclusion.MAX_COST
+        if self.min_quality > 0:
+            found[quality < self.min_quality] = Exclusion.MIN_QUALITY
+        if self.allowed is not None:
+            found[(catalog.uses[rows] & ~self.allowed).any(axis=1)] = Exclusion.NOT_ALLOWED
+        return found
+
+    def least_cost(self, catalog: RecipeCatalog, rows: Ints, worst: Floats) -> Floats:
+        """(recipes,), the least `max_cost` with which each recipe is possible."""
+        return worst if self.floor is None else np.maximum(worst, catalog.uses[rows] @ self.floor)
+
+
+@dataclass(frozen=True, slots=True)
+class NearestBounds:
+    """What would be possible instead of bounds that no recipe keeps.
+
+    Attributes:
+        min_quality: The greatest `min_quality` that is possible with the other bounds.
+        max_cost: The least `max_cost` that is possible with the other bounds.
+        together: `min_quality` and `max_cost` of the best recipe of the allowed experts, where it
+            does not suffice to change one of them. None if the experts leave no recipe.
+    """
+
+    min_quality: float | None
+    max_cost: float | None
+    together: tuple[float, float] | None
+
+
+def worst_costs(catalog: RecipeCatalog, rows: Ints, cost: Floats) -> Floats:
+    """(recipes,), the cost if every expert of a recipe is called; `cost`: (experts,)."""
+    found: Floats = catalog.uses[rows] @ cost
+    return found
+
+
+def nearest_bounds(
+    bounds: RequestBounds, catalog: RecipeCatalog, rows: Ints, quality: Floats, worst: Floats
+) -> NearestBounds:
+    """Find the nearest bounds that some recipe keeps, where no recipe keeps `bounds`.
+
+    Values are rounded to four digits, to the side on which they are possible. The arguments are
+    those of `RequestBounds.exclusions`.
+    """
+    within = np.ones(len(rows), dtype=bool)
+    if bounds.allowed is not None:
+        within &= ~(catalog.uses[rows] & ~bounds.allowed).any(axis=1)
+    if not within.any():
+        return NearestBounds(None, None, None)
+    least = bounds.least_cost(catalog, rows, worst)
+    cheap = within & (least <= bounds.max_cost)
+    good = within & (quality >= bounds.min_quality)
+    together = None
+    if not cheap.any() and not good.any():
+        best = np.flatnonzero(within & (quality == quality[within].max()))
+        at = best[least[best].argmin()]
+        together = _rounded(float(quality[at]), up=False), _rounded(float(least[at]), up=True)
+    return NearestBounds(
+        _rounded(float(quality[cheap].max()), up=False) if cheap.any() else None,
+        _rounded(float(least[good].min()), up=True) if good.any() else None,
+        together,
+    )
+
+
+def _rounded(value: float, *, up: bool) -> float:
+    """Round to `_DIGITS` significant digits, up or down."""
+    if value <= 0:
+        return 0.0
+    if up:
+        # Where the same cost is added up in another order, it may be a little greater.
+        value *= 1 + 1e-9
+    unit = 10.0 ** (math.floor(math.log10(value)) - _DIGITS + 1)
+    found = float(f"{value:.{_DIGITS}g}")
+    if up and found < value:
+        found += unit
+    elif not up and found > value:
+        found -= unit
+    return float(f"{found:.{_DIGITS}g}")

@@ -1,0 +1,114 @@
+"""A request's own bounds: allowed experts, quality and cost. Errors state the nearest ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.broker.bounds import RequestBounds, nearest_bounds, worst_costs
+from service.broker.cost_model import CostModel
+from service.broker.pool_state import Floats
+from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.errors import InfeasibleBoundsError, InvalidRequestError
+from service.gateway.request.parsing import InferenceRequest
+from service.http.endpoints import TABLE
+
+if TYPE_CHECKING:
+    from service.gateway.routing.semantic_router import RoutePlan
+
+
+def allowed_experts(request: InferenceRequest, experts: Sequence[str]) -> NDArray[np.bool_] | None:
+    """The experts that the request's `allow` and `deny` leave, (experts,); None allows all.
+
+    Raises:
+        InvalidRequestError: A name is none of an expert that the tenant may ask.
+    """
+    if request.allow is None and not request.deny:
+        return None
+    known = [name for name in experts if request.tenant.may_ask(name)]
+    for param, names in (("allow", request.allow or ()), ("deny", request.deny)):
+        for name in sorted(names):
+            if name not in known:
+                close = difflib.get_close_matches(name[:128], known, n=1)
+                hint = f" did you mean {close[0]!r}?" if close else ""
+                raise InvalidRequestError(
+                    f"coe.{param}: there is no expert {name[:128]!r};{hint} "
+                    f"experts: {', '.join(known)}",
+                    param=f"coe.{param}",
+                )
+    return np.array(
+        [
+            (request.allow is None or name in request.allow) and name not in request.deny
+            for name in experts
+        ]
+    )
+
+
+def bounds_of(request: InferenceRequest, plan: RoutePlan, cost_model: CostModel) -> RequestBounds:
+    """The bounds of a request, as the selection sees them."""
+    if request.max_cost is None:
+        return RequestBounds(plan.allowed, request.min_quality)
+    answers = request.answers if TABLE[request.endpoint].generates else 0
+    floor = cost_model.floor(request.most_prompt_tokens, answers)
+    return RequestBounds(plan.allowed, request.min_quality, request.max_cost, floor)
+
+
+def within_bounds(
+    catalog: RecipeCatalog, bounds: RequestBounds, plan: RoutePlan, cost: Floats
+) -> RoutePlan:
+    """Keep the candidates that keep a request's bounds.
+
+    Args:
+        catalog: The recipes.
+        bounds: The bounds.
+        plan: The candidates.
+        cost: (experts,), expected cost of one call.
+
+    Raises:
+        InfeasibleBoundsError: No candidate keeps them.
+    """
+    worst = worst_costs(catalog, plan.rows, cost)
+    keeps = bounds.exclusions(catalog, plan.rows, plan.quality, worst) == 0
+    if not keeps.any():
+        raise infeasible_error(catalog, bounds, plan.rows, plan.quality, worst)
+    kept = plan.only(keeps)
+    first = catalog.recipes[int(kept.rows[kept.quality.argmax()])].experts[0]
+    return kept if first == kept.first else replace(kept, first=first)
+
+
+def infeasible_error(
+    catalog: RecipeCatalog, bounds: RequestBounds, rows: Ints, quality: Floats, worst: Floats
+) -> InfeasibleBoundsError:
+    """The error for bounds that no candidate keeps; see `nearest_bounds` for the arguments."""
+    found = nearest_bounds(bounds, catalog, rows, quality, worst)
+    asked = {"min_quality": bounds.min_quality} if bounds.min_quality > 0 else {}
+    if np.isfinite(bounds.max_cost):
+        asked["max_cost"] = bounds.max_cost
+    told = " and ".join(f"{name} {value:g}" for name, value in asked.items())
+    nearest: dict[str, object] = {}
+    if found.min_quality is not None and "min_quality" in asked:
+        nearest["min_quality"] = found.min_quality
+    if found.max_cost is not None and "max_cost" in asked:
+        nearest["max_cost"] = found.max_cost
+    options = [f"{name} {value:g}" for name, value in nearest.items()]
+    if found.together is not None:
+        both = dict(zip(("min_quality", "max_cost"), found.together, strict=True))
+        nearest["together"] = both
+        options.append(" with ".join(f"{name} {value:g}" for name, value in both.items()))
+    if not options:
+        return InfeasibleBoundsError(
+            "coe.allow and coe.deny leave no candidate that can answer this request",
+            param="coe.allow",
+            nearest={},
+        )
+    among = "" if bounds.allowed is None else " among the experts that allow and deny leave"
+    return InfeasibleBoundsError(
+        f"no candidate{among} keeps {told}; nearest possible: {', or '.join(options)}",
+        param=f"coe.{next(iter(asked))}",
+        nearest=nearest,
+    )
