@@ -30,6 +30,7 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     It fetches nothing; `coe serve` fetches the models that the config names.
     """
     import router_models
+    from service.cli.compose.shipped import shipped_map, write_composed
     from service.cli.machine import inspect_machine
     from service.cli.presets import config_text, describe, propose
     from service.models import model_root
@@ -37,6 +38,16 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     if output.exists() and not force:
         raise CoeError(f"{output} exists; --force overwrites it, -o names another file")
     machine = inspect_machine(model_root())
+    artifacts = Path(router_models.__file__).resolve().parent
+    shipped = shipped_map(artifacts / "artifacts")
+    if shipped is not None and (found := write_composed(shipped, machine, output)) is not None:
+        if as_json:
+            about = {"machine": asdict(machine), "composed": found, "config": str(output)}
+            click.echo(json.dumps(about))
+            return
+        click.echo(f"this machine: {describe(machine)}\nbought: {found}")
+        click.echo(f"wrote {output}: coe serve -c {output}")
+        return
     proposals = propose(machine)
     chosen = proposals[0]
     if not as_json:
@@ -57,7 +68,6 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     if not yes and not as_json:
         number = click.prompt("which", type=click.IntRange(1, len(proposals)), default=1)
         chosen = proposals[number - 1]
-    artifacts = Path(router_models.__file__).resolve().parent
     output.write_text(config_text(chosen, machine, artifacts), encoding="utf-8")
     if as_json:
         found = {"machine": asdict(machine), "proposals": [asdict(p) for p in proposals]}

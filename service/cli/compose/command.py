@@ -195,12 +195,13 @@ def compose(**options: Any) -> None:
     if bool(options["outcomes"]) == bool(options["artifact"]):
         raise click.UsageError("give either --outcomes or --map")
     try:
-        _run(options)
+        run(options)
     except ValueError as error:  # outcomes that can't be used, or bounds that nothing fits
         raise ConfigError(str(error)) from None
 
 
-def _run(options: Mapping[str, Any]) -> None:
+def run(options: Mapping[str, Any]) -> Composition:
+    """Run the command; with the option `quiet` nothing but the config is written."""
     from router_models.composition.report import Report, analyse, readable, to_json
     from router_models.composition.solver import solve
     from service.cli.compose.units import candidates, read_sizes
@@ -226,10 +227,11 @@ def _run(options: Mapping[str, Any]) -> None:
     )
     time_price = config.router.presets.of("").time_price
     problem = _problem(options, estimates, found, sizes, template, required, time_price)
-    for line in found.notes:
+    quiet = options.get("quiet", False)
+    for line in () if quiet else found.notes:
         click.echo(f"coe: note: {line}", err=True)
     missing = sorted(set(config.experts) - set(problem.experts) - problem.required - problem.local)
-    if missing:
+    if missing and not quiet:
         click.echo(f"coe: note: without outcomes, and left out: {', '.join(missing)}", err=True)
     bought = solve(problem, time_limit_s=options["time_limit"])
     data = _composed(base, config, options, problem, bought, found, kind, template)
@@ -241,9 +243,10 @@ def _run(options: Mapping[str, Any]) -> None:
         else Report(bought, (), (), (), {}, (), (), ())
     )
     _write_reports(options, to_json(problem, report), report)
-    if not options["as_json"]:
+    if not options["as_json"] and not quiet:
         click.echo("\n".join(readable(problem, report)))
     _put(out, data, options)
+    return bought
 
 
 def _template(config: Config, kind: str | None, on_gpu: bool) -> tuple[str | None, PoolConfig]:
@@ -473,6 +476,8 @@ def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None
             return
     previous = out.read_bytes() if out.exists() else None
     _replace(out, _text(data, notes).encode())
+    if options.get("quiet"):
+        return
     if not options["live"]:
         click.echo(f"wrote {out}: coe check {out}", err=True)
         return

@@ -1,0 +1,57 @@
+"""The composition that `coe init` writes where a map of public models is shipped.
+
+Such a map is a router artifact `public@VERSION` with a file `experts.yaml` in it: the base config
+of the models that the map knows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.cli.machine import Machine
+from service.errors import ConfigError
+
+EXPERTS = "experts.yaml"
+_NAME = "public@"
+# Other programs need memory, too.
+_MEMORY_SHARE = 0.75
+_TIME_LIMIT_S = 20
+
+
+def shipped_map(artifacts: Path) -> Path | None:
+    """Return the newest shipped artifact with a map of public models; None where there is none."""
+    found = [
+        folder
+        for folder in artifacts.glob(f"{_NAME}*")
+        if folder.name.removeprefix(_NAME).isdigit() and (folder / EXPERTS).is_file()
+    ]
+    return max(found, key=lambda folder: int(folder.name.removeprefix(_NAME)), default=None)
+
+
+def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
+    """Write the best composition of the shipped models for a machine.
+
+    GPUs of another size than the largest one are left out.
+
+    Returns:
+        A line that describes it, or None where none of the models fits.
+    """
+    from service.cli.compose.command import compose, run
+
+    words = ["--map", str(shipped), "--config", str(shipped / EXPERTS), "--out", str(output)]
+    words += ["--analysis-s", "0", "--time-limit", str(_TIME_LIMIT_S)]
+    if machine.gpus:
+        largest = max(gpu.memory_bytes for gpu in machine.gpus)
+        count = sum(gpu.memory_bytes == largest for gpu in machine.gpus)
+        words += ["--accelerators", f"{count}x{largest}"]
+    else:
+        words += ["--memory", str(int(_MEMORY_SHARE * machine.memory_bytes))]
+    options = compose.make_context("compose", words).params
+    try:
+        bought = run({**options, "quiet": True})
+    except (ConfigError, ValueError):
+        return None
+    return (
+        f"{len(bought.experts)} public models, {100 * bought.quality:.0f} % expected quality by "
+        f"{shipped.name}"
+    )
