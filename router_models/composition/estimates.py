@@ -1,7 +1,8 @@
 """What recorded outcomes say of each recipe: quality, cost and reach by category. Pure.
 
-Means are shrunk toward the recipe's overall mean (`expert_map_fit`). A category without outcomes
-has the overall means.
+Means are shrunk toward the recipe's overall mean (`expert_map_fit`), as strongly as the rows
+themselves say: outcomes of which categories decide little would otherwise make the best of many
+recipes look better than it is. A category without outcomes has the overall means.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from service.classifier.expert_map import ExpertMap
 from service.types import Recipe
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.intp]
 
 GENERAL = "general"
+# Pseudo-rows of the overall mean, of which the rows choose one.
+SHRINKAGES = (15.0, 30.0, 60.0, 125.0, 250.0, 500.0, 1000.0)
+_FOLDS = 5
+# With fewer rows there is nothing to choose by.
+_LEAST_ROWS = 50
 # Of recipes with several experts, so many at most are weighed.
 MAX_COMBINED = 300
 
@@ -57,12 +64,11 @@ def estimate(
     Args:
         table: Recorded outcomes. Rows without a category count for the overall means only.
         traffic: Share of each category, of any sum; default: as in the rows.
-        settings: Settings of the fit.
+        settings: Settings of the fit; default: the rows choose how strongly means are shrunk.
 
     Raises:
         OutcomeError: The traffic is empty.
     """
-    settings = settings or Settings()
     named = tuple(sorted({c for c in table.categories if c is not None}))
     categories = tuple(dict.fromkeys([*(traffic or ()), *named])) or (GENERAL,)
     index = {name: c for c, name in enumerate(categories)}
@@ -72,8 +78,11 @@ def estimate(
     results = play(candidates(table), table)
     width = max(len(recipe.experts) for recipe in results.recipes)
     cells = len(categories) + 1
-    quality, counts = shrunk_cells(results.score, label, cells, settings.shrink_rows)
-    cost, _ = shrunk_cells(results.cost, label, cells, settings.shrink_rows)
+    shrink_rows = (
+        choose_shrinkage(results.score, label, cells) if settings is None else settings.shrink_rows
+    )
+    quality, counts = shrunk_cells(results.score, label, cells, shrink_rows)
+    cost, _ = shrunk_cells(results.cost, label, cells, shrink_rows)
     judged = np.flatnonzero(counts.sum(axis=0) > 0)
     reach = np.zeros((cells, len(results.recipes), width))
     for r, recipe in enumerate(results.recipes):
@@ -82,7 +91,7 @@ def estimate(
         if recipe.later:
             asked = results.reach[:, r, : len(recipe.later)].astype(np.float64)
             asked[np.isnan(results.score[:, r])] = np.nan
-            later, _ = shrunk_cells(asked, label, cells, settings.shrink_rows)
+            later, _ = shrunk_cells(asked, label, cells, shrink_rows)
             reach[:, r, together : len(recipe.experts)] = later
     if traffic:
         share = np.array([max(0.0, float(traffic.get(name, 0.0))) for name in categories])
@@ -103,6 +112,35 @@ def estimate(
     )
     promising = set(_promising(found))
     return take(found, [r for r in judged if r in promising])
+
+
+def choose_shrinkage(score: Floats, label: Ints, categories: int) -> float:
+    """Choose the shrinkage that best predicts the differences between recipes on other rows.
+
+    An error that all recipes of a row share changes no choice, and does not count.
+
+    Args:
+        score: (N, R), scores of recipes; NaN where one is missing.
+        label: (N,), the category of each row.
+        categories: The number of categories.
+
+    Returns:
+        One of `SHRINKAGES`.
+    """
+    usual = Settings().shrink_rows
+    if len(score) < _LEAST_ROWS:
+        return usual
+    fold = np.random.default_rng(0).integers(0, _FOLDS, len(score))
+    error = np.zeros(len(SHRINKAGES))
+    for k in range(_FOLDS):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        for i, shrink_rows in enumerate(SHRINKAGES):
+            cells, _ = shrunk_cells(score[inside], label[inside], categories, shrink_rows)
+            miss = score[outside] - cells[label[outside]]
+            known = ~np.isnan(miss)
+            shared = np.where(known, miss, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+            error[i] += float(np.nansum((miss - shared[:, None]) ** 2))
+    return SHRINKAGES[int(error.argmin())]
 
 
 def take(given: Estimates, recipes: Sequence[int]) -> Estimates:

@@ -12,7 +12,9 @@ import pytest
 
 from router_models.composition.estimates import (
     GENERAL,
+    SHRINKAGES,
     Estimates,
+    choose_shrinkage,
     estimate,
     from_map,
     only,
@@ -94,6 +96,20 @@ def test_estimate_reach_of_a_cascade_is_how_often_its_later_expert_was_asked(
     assert found.reach[0, at, :3] == pytest.approx([1.0, 1.0, 0.5])
     assert found.quality[0, at] == pytest.approx(1.0)
     assert found.cost[0, at] == pytest.approx(3.0 + 0.5 * 8.0)
+
+
+@pytest.mark.parametrize(("spread", "strong"), [(0.0, True), (0.35, False)])
+def test_choose_shrinkage_is_strong_where_categories_say_nothing(
+    spread: float, strong: bool
+) -> None:
+    draw = np.random.default_rng(1)
+    label = draw.integers(0, 6, 1200)
+    chance = np.clip(0.5 + spread * draw.choice([-1, 1], (6, 8)), 0, 1)
+    score = (draw.random((1200, 8)) < chance[label]).astype(float)
+    score[draw.random(score.shape) < 0.1] = np.nan
+    chosen = choose_shrinkage(score, label, 6)
+    assert chosen == (SHRINKAGES[-1] if strong else SHRINKAGES[0])
+    assert choose_shrinkage(score[:20], label[:20], 6) == Settings().shrink_rows
 
 
 def test_only_keeps_the_recipes_of_these_experts(tmp_path: Path) -> None:
