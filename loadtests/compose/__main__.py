@@ -23,7 +23,7 @@ from loadtests.compose.brute_force import best_value
 from loadtests.compose.instances import large, small
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.stats import Estimate
-from loadtests.lib.targets import Report, Table, at_most
+from loadtests.lib.targets import Report, Table, at_least, at_most
 from router_models.composition.solver import ROUNDING, CompositionError, solve
 
 _FILES = ("mmlu_pro_dev", "llmrouter")
@@ -109,6 +109,7 @@ def measure_large(report: Report, seeds: int) -> None:
 def measure_recorded(report: Report, data: Path, folds: int) -> None:
     """Compare bought with greedy compositions on held-out rows."""
     facts = []
+    worst = _point(0.0)
     for name in _FILES:
         file = data / f"{name}.jsonl.gz"
         if not file.is_file():
@@ -126,6 +127,8 @@ def measure_recorded(report: Report, data: Path, folds: int) -> None:
                 bought = ways[recorded.BOUGHT]
                 for way, one in ways.items():
                     more, error = recorded.gain(bought.score, one.score)
+                    if more < worst.value:
+                        worst = Estimate(more, more - 1.96 * error, more + 1.96 * error)
                     score = float(np.nanmean(one.score))
                     same = way == recorded.BOUGHT
                     table.rows.append(
@@ -153,6 +156,10 @@ def measure_recorded(report: Report, data: Path, folds: int) -> None:
                     )
             report.tables.append(table)
     report.facts["recorded"] = facts
+    if facts:
+        report.reach.append(
+            at_least("score that bought gains over any greedy one", 0, worst, interval=True)
+        )
 
 
 def _point(value: float) -> Estimate:

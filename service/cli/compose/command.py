@@ -228,7 +228,7 @@ def run(options: Mapping[str, Any]) -> Composition:
     time_price = config.router.presets.of("").time_price
     problem = _problem(options, estimates, found, sizes, template, required, time_price)
     quiet = options.get("quiet", False)
-    for line in () if quiet else found.notes:
+    for line in () if quiet else (*found.notes, *_unknown_categories(config, problem)):
         click.echo(f"coe: note: {line}", err=True)
     missing = sorted(set(config.experts) - set(problem.experts) - problem.required - problem.local)
     if missing and not quiet:
@@ -247,6 +247,20 @@ def run(options: Mapping[str, Any]) -> Composition:
         click.echo("\n".join(readable(problem, report)))
     _put(out, data, options)
     return bought
+
+
+def _unknown_categories(config: Config, problem: Problem) -> list[str]:
+    """Return a note where prompts of some categories would not be recognised."""
+    from service.classifier.artifact import load_artifact
+
+    if config.router.artifact is None:
+        return ["the base config has no router.artifact, so that auto always means the fallback"]
+    artifact = load_artifact(Path(config.router.artifact))
+    known = {str(name) for name in artifact.section("classifier")["categories"]}
+    strange = [name for name in problem.categories if name not in known]
+    if not strange:
+        return []
+    return [f"categories that the base config's classifier does not know: {', '.join(strange)}"]
 
 
 def _template(config: Config, kind: str | None, on_gpu: bool) -> tuple[str | None, PoolConfig]:

@@ -79,6 +79,7 @@ def test_compose_writes_a_config_a_report_and_a_picture(folder: Path) -> None:
     assert done.exit_code == 0, text_of(done)
     assert "without outcomes, and left out: far, unknown" in done.stderr
     assert "estimated from its name" in done.stderr
+    assert "the base config has no router.artifact" in done.stderr
     config = load_config(folder / "coe.yaml")
     assert set(config.experts) == {"general", "code-awq", "math"}
     assert config.category_map() == {"general": "general", "code": "code-awq", "math": "math"}
@@ -118,8 +119,12 @@ def test_compose_on_a_cpu_is_accepted_by_check(folder: Path) -> None:
     root = Path(__file__).parents[4]
     words = ["compose", "--outcomes", str(folder / "rows.jsonl"), "--analysis-s", "0"]
     words += ["--config", str(root / "deploy/config/demo.yaml"), "--memory", "4GiB"]
-    done = CliRunner().invoke(cli, [*words, "--out", str(folder / "coe.yaml")])
+    shares = {"code": 1, "math": 1, "general": 1, "law": 1}
+    (folder / "shares.json").write_text(json.dumps(shares))
+    words += ["--traffic", str(folder / "shares.json"), "--out", str(folder / "coe.yaml")]
+    done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, text_of(done)
+    assert "the base config's classifier does not know: law" in done.stderr
     checked = CliRunner().invoke(cli, ["check", str(folder / "coe.yaml")])
     assert checked.exit_code == 0, text_of(checked)
     config = load_config(folder / "coe.yaml")
