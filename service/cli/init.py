@@ -40,12 +40,12 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     machine = inspect_machine(model_root())
     artifacts = Path(router_models.__file__).resolve().parent
     shipped = shipped_map(artifacts / "artifacts")
-    if shipped is not None and (found := write_composed(shipped, machine, output)) is not None:
+    if shipped is not None and (told := write_composed(shipped, machine, output)) is not None:
         if as_json:
-            about = {"machine": asdict(machine), "composed": found, "config": str(output)}
+            about = {"machine": asdict(machine), "composed": told, "config": str(output)}
             click.echo(json.dumps(about))
             return
-        click.echo(f"this machine: {describe(machine)}\nbought: {found}")
+        click.echo(f"this machine: {describe(machine)}\nbought: {told}")
         click.echo(f"wrote {output}: coe serve -c {output}")
         return
     proposals = propose(machine)
