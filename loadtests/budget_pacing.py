@@ -2,10 +2,11 @@
 
 Run: python -m loadtests.budget_pacing
 
-Requests come at random times to random gateways. Each could be answered for nothing, or better by
-a random amount for one unit of cost. The gateways' own prices decide, and the ledger has the last
-word: it all is what the service runs, but for the requests and the clock. Gateways are as good as
-one if their quality is within 2 % of one's with the same budget and the same requests.
+Requests come at random times to random gateways. Each has a free answer, and a better answer for
+one unit of cost; the gain is random. The gateways' own prices decide, and the ledger enforces the
+budget. Everything except for the requests and the clock is the service's own code. The test passes
+if the quality of several gateways is within 2 % of one gateway's, with the same budget and the same
+requests.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def best(scene: Scene, seed: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Print a table; 1 where some number of gateways loses more than 2 %."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.budget_pacing", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="windows of each scene")
+    parser.add_argument("--seeds", type=int, default=5, help="number of windows of each scene")
     seeds = range(parser.parse_args(argv).seeds)
     failed = False
     for scene in SCENES:

@@ -1,9 +1,9 @@
-"""`python -m loadtests.comparing`: what agreement and the semantic cache take for the same.
+"""`python -m loadtests.comparing`: Measures what agreement and the cache take as equal.
 
-Both have to err towards "different". Told are the pairs that differ in one meaningful token and
-were taken for the same (none may be), and the pairs that mean the same and were missed. `--data`
-names a folder with gsm8k_train.jsonl.gz, clinc150.jsonl.gz and labelled_prompts.jsonl.gz; without
-it, questions and answers are made up.
+Both should prefer "different" in doubt. The report has the pairs that differ in one meaningful
+token and were taken as equal, of which there must be none, and the pairs of equal meaning that were
+missed. `--data` names a folder with gsm8k_train.jsonl.gz, clinc150.jsonl.gz and
+labelled_prompts.jsonl.gz. Without it, questions and answers are generated.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def measure(pairs: int, folder: Path | None) -> Report:
 def main(given: Sequence[str] | None = None) -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("comparing", __doc__)
-    words.add_argument("--pairs", type=int, default=50_000, help="generated pairs of each kind")
+    words.add_argument(
+        "--pairs", type=int, default=50_000, help="number of generated pairs of each kind"
+    )
     words.add_argument("--data", type=Path, help="folder of recorded questions and answers")
     options = words.parse_args(given)
     return tell(lambda _: measure(options.pairs, options.data), as_json=options.json)

@@ -1,10 +1,10 @@
-"""From a clone to the first streamed answer, and again: what a newcomer waits for.
+"""Measures the time from a clone to the first streamed answer, at the first and at later starts.
 
-`python -m loadtests.first_answer` clones this repository at HEAD into a temporary folder, runs
-`make serve` there, and takes the times at which the terminal says something, the console is
-there, and the first token of a streamed answer comes; then it stops the service and does so
-again with what is installed now. Packages come from wherever pip is configured to find them,
-and from its cache. The model is taken from this machine's store (`--fetch`: fetched anew).
+`python -m loadtests.first_answer` clones this repository at HEAD into a temporary folder, and runs
+`make serve` there. It records when the terminal prints its first line, when the console answers,
+and when the first token of a streamed answer arrives. It then stops the service and repeats the
+measurement with the installed packages. Packages come from the index and the cache that pip is
+configured with. The model comes from this machine's store, or is downloaded again with `--fetch`.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def measure(*, fetch: bool) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("first_answer", __doc__)
-    words.add_argument("--fetch", action="store_true", help="fetch the model anew, too")
+    words.add_argument("--fetch", action="store_true", help="also download the model again")
     given = words.parse_args()
     return tell(lambda _: measure(fetch=given.fetch), as_json=given.json)
 

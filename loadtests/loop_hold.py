@@ -1,6 +1,7 @@
-"""`python -m loadtests.loop_hold`: how long the largest allowed requests hold a pool's event loop.
+"""`python -m loadtests.loop_hold`: Measures how long large requests block a pool's event loop.
 
-Measures the processor time of the loop's thread, with a real vLLM engine on it.
+It takes the largest allowed requests, and measures the processor time of the loop's thread with a
+real vLLM engine on it.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("loop_hold", __doc__)
     words.add_argument("--threads", type=int, default=1, help="OMP threads (default 1)")
-    words.add_argument("--only", default="", help="only requests whose name has this in it")
+    words.add_argument("--only", default="", help="run only requests whose name contains this")
     given: argparse.Namespace = words.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", str(given.threads))

@@ -1,8 +1,8 @@
-"""`python -m loadtests.mixed_sim`: the planner on a virtual clock, with many more experts.
+"""`python -m loadtests.mixed_sim`: Simulates the planner on a virtual clock.
 
-150 experts over 8 pools of 10 slots, driven by the pool's own planner, against first
-come first served on the same trace; and the six experts of `loadtests.mixed` in one
-slot. Engines are modelled, see `mixed_slot.py`; what planning costs is real time.
+It runs 150 experts in 8 pools of 10 slots with the pools' own planner, and compares that with first
+come, first served on the same trace. It also runs the six experts of `loadtests.mixed` in one slot.
+Engines are modelled, see `mixed/virtual_slot.py`. The time of planning is real.
 """
 
 from __future__ import annotations
@@ -216,7 +216,9 @@ def run(for_s: float) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("mixed_sim", __doc__)
-    words.add_argument("--for-s", type=float, default=60.0, help="length of the trace (60 s)")
+    words.add_argument(
+        "--for-s", type=float, default=60.0, help="length of the trace in seconds (default 60)"
+    )
     given = words.parse_args()
     return tell(lambda _: run(given.for_s), as_json=given.json)
 

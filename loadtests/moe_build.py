@@ -1,8 +1,8 @@
 """Measures upcycling: bits per byte of the mixture, each dense expert and the base.
 
-`python -m loadtests.moe_build --data DIR [--model FOLDER]` makes the demo's mixture, or takes a
-folder made before, and judges it on rows that neither its gates nor the experts learned from. The
-mixture is read back from its files by transformers' own Mixtral.
+`python -m loadtests.moe_build --data DIR [--model FOLDER]` builds the demo's mixture, or takes a
+folder that was built before. It evaluates the mixture on rows from which neither its gates nor the
+experts learned. transformers' own Mixtral reads the mixture from its files.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> int:
     """0: measured."""
     words = parser("moe_build", __doc__)
     words.add_argument("--data", type=Path, required=True, help="folder with recorded texts")
-    words.add_argument("--model", type=Path, help="a mixture made before")
+    words.add_argument("--model", type=Path, help="folder of a mixture that was built before")
     words.add_argument("--threads", type=int, default=2)
     given = words.parse_args()
     torch.set_num_threads(given.threads)

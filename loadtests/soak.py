@@ -1,8 +1,8 @@
-"""`python -m loadtests.soak`: mixed traffic for a long time, and what grows meanwhile.
+"""`python -m loadtests.soak`: Sends mixed traffic for a long time, and measures what grows.
 
-Named experts and `auto`, whole answers and streams, clients that leave, experts that take
-turns in a slot, a remote one, two gateways and their Redis; memory, descriptors and
-threads of every process are looked at all the while.
+The traffic has named experts and `auto`, whole answers and streams, clients that leave, experts
+that take turns in a slot, a remote expert, and two gateways with their Redis. The test records
+memory, descriptors and threads of every process all the time.
 """
 
 from __future__ import annotations
@@ -155,9 +155,16 @@ def _tell(
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("soak", __doc__)
-    words.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
-    words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
-    words.add_argument("--port", type=int, default=8200, help="first of three free ports (8200)")
+    words.add_argument("--minutes", type=float, default=30.0, help="minutes to run (default 30)")
+    words.add_argument(
+        "--clients", type=int, default=16, help="number of concurrent requests (default 16)"
+    )
+    words.add_argument(
+        "--port",
+        type=int,
+        default=8200,
+        help="first of three consecutive free ports (default 8200)",
+    )
     given = words.parse_args()
     return tell(
         lambda _: asyncio.run(soak(given.port, given.minutes, given.clients)),

@@ -1,9 +1,9 @@
 """Measures the least time to load weights: reading the file and packing each matrix.
 
-`python -m loadtests.swap_pack FOLDER TIMES` prints one JSON list of seconds. A process
-of its own, with the engine's environment: safetensors into memory, what vLLM fuses
-concatenated, each matrix packed by the same oneDNN call with the same number of
-threads. No model is built, nothing is checked, no adapter is merged.
+`python -m loadtests.swap_pack FOLDER TIMES` prints one JSON list of seconds. It runs in a process
+of its own with the engine's environment. It reads safetensors into memory, concatenates the tensors
+that vLLM fuses, and packs each matrix by the same oneDNN call with the same number of threads. It
+builds no model, checks nothing, and merges no adapter.
 """
 
 from __future__ import annotations

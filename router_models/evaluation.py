@@ -1,9 +1,8 @@
 """Evaluates a router on held-out rows: frontier, mix, oracle, and their standard errors.
 
-A router has a price λ: at each it takes, for every prompt, the recipe with the
-greatest expected quality - λ · expected cost. Sweeping λ gives the frontier.
-Between two neighbouring prices a budget is met by using each for a part of the
-traffic, which is what pacing does online.
+At a price λ, the router takes the recipe with the greatest expected quality - λ · expected cost for
+every prompt. A sweep over λ gives the frontier. Between two neighbouring prices, a budget is met by
+using each price for a part of the traffic, as pacing does online.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m loadtests.chaos`: kills and disturbs parts of a service under traffic.
+"""`python -m loadtests.chaos`: Kills and disturbs parts of a service under traffic.
 
 Parts are killed, hung, starved of disk, or answer nonsense. The run reports the end of every
 request.
@@ -317,15 +317,19 @@ async def _measure(given: argparse.Namespace) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("chaos", __doc__)
-    words.add_argument("--rounds", type=int, default=3, help="of every fault (default 3)")
-    words.add_argument("--clients", type=int, default=16, help="requests at once (default 16)")
     words.add_argument(
-        "--settle", type=float, default=3.0, help="s of traffic after each fault (default 3)"
+        "--rounds", type=int, default=3, help="how many times to inject each fault (default 3)"
     )
     words.add_argument(
-        "--no-real", dest="real", action="store_false", help="leave out the real engine"
+        "--clients", type=int, default=16, help="number of concurrent requests (default 16)"
     )
-    words.add_argument("--port", type=int, default=8200, help="first of 12 free ports (8200)")
+    words.add_argument(
+        "--settle", type=float, default=3.0, help="seconds of traffic after each fault (default 3)"
+    )
+    words.add_argument("--no-real", dest="real", action="store_false", help="skip the real engine")
+    words.add_argument(
+        "--port", type=int, default=8200, help="first of 12 consecutive free ports (default 8200)"
+    )
     given = words.parse_args()
     return tell(lambda _: asyncio.run(_measure(given)), as_json=given.json)
 

@@ -1,7 +1,7 @@
 """Traffic for the chaos and soak runs, and a judge of every reply.
 
-The simulated engine's answer is a function of expert, prompt and length, so a reply by
-the wrong model, a mixed-up, a doubled or a missing piece is seen in the text itself.
+The simulated engine's answer is a function of expert, prompt and length. The judge therefore sees
+in the text itself whether another model answered, or a piece was mixed up, doubled or lost.
 """
 
 from __future__ import annotations

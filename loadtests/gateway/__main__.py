@@ -1,8 +1,8 @@
-"""`python -m loadtests.gateway`: what our gateway costs, and what others' cost.
+"""`python -m loadtests.gateway`: Measures the overhead of this gateway and of others.
 
-Without options: ours against vLLM's own API server on a real model. With
-`--engine simulated`: the service around an engine that costs nothing. With
-`--peer litellm`: ours and LiteLLM's proxy in front of the same upstream.
+Without options, it compares this service with vLLM's own API server on a real model. With `--engine
+simulated`, it measures the service around an engine that takes no time. With `--peer litellm`, it
+compares this gateway with LiteLLM's proxy in front of the same upstream.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ def _arguments() -> argparse.Namespace:
     words = parser("gateway", __doc__)
     words.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
     words.add_argument("--peer", choices=("litellm",), help="another gateway to compare with")
-    words.add_argument("--quick", action="store_true", help="fewer pairs, wider intervals")
+    words.add_argument(
+        "--quick", action="store_true", help="run fewer pairs; the intervals are wider"
+    )
     words.add_argument(
         "--threads", type=int, default=2, help="OMP threads of each vLLM engine (default 2)"
     )
     words.add_argument(
-        "--port", type=int, default=8200, help="first of four free ports in a row (default 8200)"
+        "--port", type=int, default=8200, help="first of four consecutive free ports (default 8200)"
     )
     return words.parse_args()
 

@@ -1,4 +1,4 @@
-"""LiteLLM's proxy: its own virtual environment, made on demand, and a process of it."""
+"""LiteLLM's proxy in a virtual environment of its own, which is created on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our service with the simulated engine: what everything around an engine costs."""
+"""This service with the simulated engine, to measure everything except for an engine."""
 
 from __future__ import annotations
 

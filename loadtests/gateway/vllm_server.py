@@ -1,4 +1,4 @@
-"""vLLM's own API server on the model that our service holds, with the same arguments."""
+"""vLLM's own API server with the model and the arguments of this service's engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ours against vLLM's own API server: same model, arguments and prompts, taking turns."""
+"""Compares this service and vLLM's own API server in turn, with the same model and prompts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`python -m loadtests.guard`: what the shipped screens catch of labelled prompts, and their cost.
+"""`python -m loadtests.guard`: Measures what the shipped screens find, and their cost.
 
-Says what is caught, not that it is enough: both sets come from the people who wrote the screen.
+The figures show what the screens find, not that this is enough: the authors of the screens also
+wrote both sets of prompts.
 """
 
 from __future__ import annotations

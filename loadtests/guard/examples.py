@@ -1,8 +1,8 @@
 """Labelled prompts for the guard's screens, written for this project.
 
-ATTACKS try to take an expert's instructions from it or to get round its rules; HARMLESS
-do not, and half of them use the same words. Every second one of each was put aside before
-the screen was written to fit the others: `held_out`.
+ATTACKS try to extract an expert's instructions or to get around its rules. HARMLESS do not, and
+half of them use the same words. Every second prompt of each was held out before the screen was
+written to fit the others, see `held_out`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Our service for a load test: a temporary config, started by `coe serve`, ready, stopped."""
+"""This service for a load test: a temporary config, started by `coe serve`, ready, stopped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The load generator: closed loops over keep-alive connections, as cheap as Python allows.
+"""The load generator: closed loops over keep-alive connections.
 
-It shares the machine with what it measures, so a request costs it no task and no
-future: the callback that sees a reply end writes the next request.
+It shares the machine with the measured service, so it has to be cheap. A request needs no task and
+no future: the callback that reads the end of a reply writes the next request.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The machine a figure was measured on, and how much of it others took meanwhile.
+"""The machine of a measurement, and the share of it that other programs took meanwhile.
 
-Ours is what a load test and whatever it started did, in whatever sessions: services put
-Ray and engines into some of their own. All else is other people's work. That matters beyond
-bookkeeping: Linux shares processors out by session where autogroups are on, and then
-somebody else's niceness does not keep their work out of our way.
+A load test's own processes are those that it started, in any session, because services put Ray and
+engines into sessions of their own. All other processes are foreign. This matters beyond
+bookkeeping: with autogroups, Linux divides processors by session, and then the niceness of foreign
+processes does not keep them from slowing the measurement.
 """
 
 from __future__ import annotations

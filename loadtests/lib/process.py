@@ -1,4 +1,4 @@
-"""Programs that a load test starts: waiting until they answer, and leaving none behind."""
+"""Programs that a load test starts: waits until they answer, and stops all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of several kinds and lengths, no two alike, the same in every run."""
+"""Prompts of several kinds and lengths. All differ, and every run has the same."""
 
 from __future__ import annotations
 

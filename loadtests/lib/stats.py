@@ -1,4 +1,4 @@
-"""Medians and how far they can be trusted: percentile bootstrap with a fixed seed."""
+"""Medians with confidence intervals: percentile bootstrap with a fixed seed."""
 
 from __future__ import annotations
 

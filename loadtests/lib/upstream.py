@@ -1,8 +1,7 @@
-"""A fake OpenAI server that does next to nothing, as a process of its own.
+"""A fake OpenAI server that does almost nothing, in a process of its own.
 
-What proxies are put in front of, and what the load generator's own ceiling is
-measured against. A stream has `max_tokens` chunks, the first at once and the
-others `--step-ms` apart.
+Proxies are measured in front of it, and so is the load generator's own limit. A stream has
+`max_tokens` chunks: the first comes at once, and the others follow at intervals of `--step-ms`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`python -m loadtests.mixed`: six experts with full weights that take turns in one engine.
+"""`python -m loadtests.mixed`: Measures six experts that take turns in one engine.
 
-The experts of deploy/config/swap.yaml, Poisson arrivals, Zipf popularity, the real
-engine. The same requests three times: to one expert alone, which is what the engine
-can do; to all six by our planner; to all six first come, first served. Each begins
-with the base alone in memory.
+The experts are those of deploy/config/swap.yaml, with full weights, in the real engine. Requests
+arrive by a Poisson process, with experts by Zipf popularity. The same requests are sent three
+times: to one expert alone, which shows the engine's limit; to all six with this service's planner;
+and to all six first come, first served. Each run begins with only the base in memory.
 """
 
 from __future__ import annotations
@@ -231,12 +231,12 @@ def _report(
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("mixed", __doc__)
-    words.add_argument("--quick", action="store_true", help="a trace of 15 s instead of 50")
+    words.add_argument("--quick", action="store_true", help="use a trace of 15 s instead of 50 s")
     words.add_argument(
         "--share",
         type=float,
         default=0.55,
-        help="load as a share of what the engine can do with every place taken (default 0.55)",
+        help="load as a share of the engine's throughput at full capacity (default 0.55)",
     )
     given = words.parse_args()
     prepare()

@@ -1,8 +1,8 @@
-"""The baseline: strictly first come, first served across experts; LRU in host memory.
+"""The baseline: strictly first come, first served across experts, with LRU in host memory.
 
-What a swapper does that knows only names: the request at the head of the queue says
-who runs. Those behind it that want the same expert join it, as long as nobody between
-them wants another.
+This is a swapper that knows only names. The request at the head of the queue decides which expert
+runs. Requests behind it for the same expert join it, as long as no request between them is for
+another expert.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A slot on a virtual clock: the planner's own code, and a model of how fast an engine is.
+"""A slot on a virtual clock: the planner's own code, and a model of an engine's speed.
 
-The engine takes a step of `step_s + each_s · n` for n running requests, and gives each
-of them a token; what is new in a batch is read first. A swap takes `swap_s`, bringing
-weights to host memory `fill_s`, beside the running ones.
+The engine takes a step of `step_s + each_s · n` for n running requests, and gives each of them a
+token. It reads the prompts of new requests first. A swap takes `swap_s`. Loading weights to host
+memory takes `fill_s`, beside the running requests.
 """
 
 from __future__ import annotations

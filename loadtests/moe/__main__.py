@@ -1,8 +1,8 @@
-"""`python -m loadtests.moe`: mixtures of experts, seen from inside.
+"""`python -m loadtests.moe`: Measures capturing, steering and building mixtures of experts.
 
-What looking at routers costs (`capture`), what steering them costs and saves (`steer`), and what a
-mixture made of dense experts keeps of each (`build`, where `--data` is given). Each part runs
-alone with `--part`.
+Part `capture` measures the cost of sampling gates. Part `steer` measures the cost and the savings
+of steering. Part `build` measures what a mixture of dense experts retains of each, and needs
+`--data`. `--part` runs one part alone.
 """
 
 from __future__ import annotations
@@ -37,22 +37,34 @@ def main() -> int:
     words = parser("moe", __doc__)
     names = ("capture", "steer", "build")
     words.add_argument(
-        "--part", action="append", choices=names, help="only this one; may be given again"
+        "--part", action="append", choices=names, help="run only this part; may be repeated"
     )
-    words.add_argument("--model", type=Path, help="folder of a mixture of experts, for any part")
+    words.add_argument("--model", type=Path, help="folder of a mixture of experts, for every part")
     words.add_argument("--data", type=Path, help="build: folder with recorded texts")
-    words.add_argument("--pairs", type=int, default=12, help="capture: turns of each kind (12)")
     words.add_argument(
-        "--requests", type=int, default=4, help="capture: in a turn, for each of 8 places (4)"
+        "--pairs", type=int, default=12, help="capture: number of turns of each kind (default 12)"
+    )
+    words.add_argument(
+        "--requests",
+        type=int,
+        default=4,
+        help="capture: number of requests in a turn for each of 8 places (default 4)",
     )
     words.add_argument(
         "--every",
         type=int,
         default=MoeCapture().every,
-        help="capture: one step of how many is looked at (as the config's default)",
+        help="capture: sample one step in this many (default: the config's default)",
     )
-    words.add_argument("--exchanges", type=int, default=200, help="steer: of profiles (200)")
-    words.add_argument("--turns", type=int, default=8, help="steer: of each profile (8)")
+    words.add_argument(
+        "--exchanges",
+        type=int,
+        default=200,
+        help="steer: number of exchanges of profiles (default 200)",
+    )
+    words.add_argument(
+        "--turns", type=int, default=8, help="steer: number of turns of each profile (default 8)"
+    )
     given = words.parse_args()
     wanted = given.part or [name for name in names if name != "build" or given.data is not None]
     if "build" in wanted and given.data is None:

@@ -1,12 +1,12 @@
-"""`python -m loadtests.route`: what choosing costs, and what it is worth.
+"""`python -m loadtests.route`: Measures the cost of routing, and the quality that it gains.
 
-Time to classify, memory of the artifact, time to choose. With `--outcomes` and `--costs` also
-the online choice under a budget against the exact optimum; with `--share` how traffic moves in
-the running service as load grows.
+It measures the time to classify, the memory of the artifact, and the time to select. With
+`--outcomes` and `--costs` it also compares the online choice under a budget with the exact optimum.
+With `--share` it shows how traffic shifts in the running service as load grows.
 
-One core, the artifact that the demo serves unless another is named, prompts of
-the size given made of many different words. Each figure is the median over
-prompts, each timed on its own, as the gateway would run it.
+It uses one core, the demo's artifact unless another is named, and prompts of the given size from
+many different words. Each figure is the median over prompts, each of which is timed alone, as in
+the gateway.
 """
 
 from __future__ import annotations
@@ -111,16 +111,22 @@ def measure(artifact: Path, rounds: int) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("route", __doc__)
-    words.add_argument("--artifact", type=Path, default=DEMO, help="a router artifact's folder")
-    words.add_argument("--rounds", type=int, default=400, help="prompts a size (default 400)")
-    words.add_argument("--outcomes", type=Path, nargs="+", help="recorded outcomes, to replay")
-    words.add_argument("--costs", type=Path, help="JSON: {expert: cost of one call}")
-    words.add_argument("--experts", type=lambda text: text.split(","), help="only these")
+    words.add_argument("--artifact", type=Path, default=DEMO, help="folder of a router artifact")
+    words.add_argument(
+        "--rounds", type=int, default=400, help="number of prompts of each size (default 400)"
+    )
+    words.add_argument(
+        "--outcomes", type=Path, nargs="+", help="file or folder of recorded outcomes to replay"
+    )
+    words.add_argument("--costs", type=Path, help="JSON file: {expert: cost of one call}")
+    words.add_argument("--experts", type=lambda text: text.split(","), help="run only these parts")
     words.add_argument(
         "--budgets", type=lambda text: [float(b) for b in text.split(",")], default=[7.5, 20, 31]
     )
-    words.add_argument("--share", action="store_true", help="share of traffic against load")
-    words.add_argument("--plot", type=Path, help="with --share: draw it into this PNG")
+    words.add_argument(
+        "--share", action="store_true", help="measure each expert's share of traffic by load"
+    )
+    words.add_argument("--plot", type=Path, help="with --share: write the figure to this PNG file")
     words.add_argument("--port", type=int, default=8180)
     given = words.parse_args()
     if given.outcomes and given.costs is None:

@@ -1,8 +1,8 @@
 """Online choices under a budget, replayed over recorded outcomes, against the exact optimum.
 
-What a router that has not seen the rows expects of every recipe is the instance: both
-the online choice, with its shadow price, and the optimum of the whole batch at once
-(HiGHS) know that and nothing else. What was really spent and scored is told beside it.
+The instance is the expectation of a router that has not seen the rows. Both the online choice with
+its shadow price and the optimum of the whole batch (HiGHS) know only this expectation. The report
+also has the recorded scores and costs of both.
 """
 
 from __future__ import annotations

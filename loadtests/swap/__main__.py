@@ -1,8 +1,8 @@
-"""`python -m loadtests.swap`: what making another expert resident costs, by each method.
+"""`python -m loadtests.swap`: Measures the time to make another expert resident, by each method.
 
-The real engine and the demo's family. In place from host memory and from disk, as an
-adapter, and by another engine; beside them, in the same run, copying the same bytes in
-memory, reading and packing the same file, and starting an engine.
+It uses the real engine and the demo's family. The methods are in place from host memory, in place
+from disk, as an adapter, and by another engine. For comparison, the same run copies the same bytes
+in memory, reads and packs the same file, and starts an engine.
 """
 
 from __future__ import annotations
@@ -213,8 +213,12 @@ def report_of(found: Found) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("swap", __doc__)
-    words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
-    words.add_argument("--respawns", type=int, default=3, help="new engines (3)")
+    words.add_argument(
+        "--times", type=int, default=10, help="number of swaps by each method (default 10)"
+    )
+    words.add_argument(
+        "--respawns", type=int, default=3, help="number of engine starts (default 3)"
+    )
     given = words.parse_args()
     prepare()
     return tell(

@@ -1,4 +1,4 @@
-"""The real engine of a config's shared slot, in this process, and asking it."""
+"""The real engine of a config's shared slot, in this process, and requests to it."""
 
 from __future__ import annotations
 

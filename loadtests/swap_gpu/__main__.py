@@ -1,9 +1,9 @@
-"""`python -m loadtests.swap_gpu`: swaps on a GPU against what its bus can do.
+"""`python -m loadtests.swap_gpu`: Compares swaps on a GPU with its bus's bandwidth.
 
-Two random models of 7 B parameters take turns in one real engine: copied from pinned shared
-memory into the live parameters. Beside it, in the same run, plain copies of the same bytes
-from pinned memory, waking a sleeping engine (vLLM's level 1), and starting one. Needs a GPU
-with room for one model, and main memory, `/dev/shm` and disk for two.
+Two random models of 7 B parameters take turns in one real engine. The swap copies their weights
+from pinned shared memory into the live parameters. For comparison, the same run measures plain
+copies of the same bytes from pinned memory, waking a sleeping engine (vLLM's level 1), and starting
+an engine. It needs a GPU with room for one model, and main memory, `/dev/shm` and disk for two.
 """
 
 from __future__ import annotations
@@ -208,10 +208,18 @@ def report_of(found: Found) -> Report:
 def main() -> int:
     """Return 0 after a measurement, or 1 if it was impossible, for example without a GPU."""
     words = parser("swap_gpu", __doc__)
-    words.add_argument("--times", type=int, default=10, help="swaps by each method (10)")
-    words.add_argument("--shape", choices=sorted(SHAPES), default="7b", help="of the models (7b)")
-    words.add_argument("--folder", type=Path, help="where the models are written (a temporary one)")
-    words.add_argument("--eager", action="store_true", help="without compilation and graphs")
+    words.add_argument(
+        "--times", type=int, default=10, help="number of swaps by each method (default 10)"
+    )
+    words.add_argument(
+        "--shape", choices=sorted(SHAPES), default="7b", help="size of the models (default 7b)"
+    )
+    words.add_argument(
+        "--folder", type=Path, help="folder for the models (default: a temporary one)"
+    )
+    words.add_argument(
+        "--eager", action="store_true", help="run without compilation and CUDA graphs"
+    )
     given = words.parse_args()
     prepare()
 

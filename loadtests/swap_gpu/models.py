@@ -1,4 +1,4 @@
-"""Random Llama models of a given shape: what they say is noise, what they weigh is real."""
+"""Random Llama models of a given shape: their answers are noise, and their size is real."""
 
 from __future__ import annotations
 

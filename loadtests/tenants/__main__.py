@@ -1,11 +1,12 @@
-"""`python -m loadtests.tenants`: limits that hold exactly, and tenants that leave each other room.
+"""`python -m loadtests.tenants`: Checks that limits hold and that tenants share capacity.
 
-The whole service around the simulated engine. First two gateways that share a Redis: 64
-clients with one key hammer a budget, then a rate limit, some of them leaving early, then a budget
-with whatever asks for several answers at once, half of them leaving, and a budget with requests to
-every endpoint that makes an answer, half of them leaving; what the answers used is held against the
-limits and against the ledger. Then one gateway and two tenants, one with 50
-times the other's requests in flight: the small one's times beside those that it has alone.
+It uses the whole service around the simulated engine. The first part has two gateways that share a
+Redis. 64 clients with one key use up a budget and then a rate limit, and some of them leave early.
+They then use up a budget with requests for several answers at once, and a budget with requests to
+every endpoint that generates; half of these clients leave early. The used tokens are compared with
+the limits and with the ledger. The second part has one gateway and two tenants, one of which has 50
+times the other's requests in flight. The small tenant's times are compared with those that it has
+alone.
 """
 
 from __future__ import annotations
@@ -282,13 +283,17 @@ async def _later(loop: Any, target: Target, ask: Callable[[], bytes], for_s: flo
 
 def _arguments() -> argparse.Namespace:
     words = parser("tenants", __doc__)
-    words.add_argument("--only", choices=("limits", "fairness"), help="one of the two")
-    words.add_argument("--rounds", type=int, default=3, help="rounds of the limits (default 3)")
     words.add_argument(
-        "--for-s", type=float, default=40.0, help="seconds for each way of the fairness"
+        "--only", choices=("limits", "fairness"), help="run only one of the two parts"
     )
     words.add_argument(
-        "--port", type=int, default=8200, help="first of four free ports in a row (default 8200)"
+        "--rounds", type=int, default=3, help="number of rounds of the limits (default 3)"
+    )
+    words.add_argument(
+        "--for-s", type=float, default=40.0, help="seconds for each scenario of fairness"
+    )
+    words.add_argument(
+        "--port", type=int, default=8200, help="first of four consecutive free ports (default 8200)"
     )
     return words.parse_args()
 

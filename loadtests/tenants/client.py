@@ -1,4 +1,4 @@
-"""Clients with one key that ask until nothing more is granted, some leaving early."""
+"""Clients with one key that send requests until they are refused; some leave early."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Generates prompts for the demo router from templates and fillers.
 
-Recorded prompts are questions of benchmarks; people also say hello, ask for a
-joke and paste code. These templates stand for that, drawn with a seed, so that
-a fit is reproducible; they stand in `prompts.json`. The hand-written
-test set in `tests/unit` shares no template with them on purpose.
+Recorded prompts are questions of benchmarks, but people also say hello, ask for a joke and paste
+code. The templates in `prompts.json` stand for such prompts. They are drawn with a seed, so that a
+fit is reproducible. The hand-written test set in `tests/unit` shares no template with them on
+purpose.
 """
 
 from __future__ import annotations

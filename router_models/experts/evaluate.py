@@ -1,4 +1,4 @@
-"""Owns measuring the demo experts on held-out rows, each against the base.
+"""Measures the demo experts on held-out rows, each against the base.
 
 `python -m router_models.experts.evaluate --data DIR --base PATH [--json]`
 

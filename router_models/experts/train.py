@@ -1,4 +1,4 @@
-"""Owns training one demo expert: a plain LoRA loop in torch.
+"""Trains one demo expert: a plain LoRA loop in torch.
 
 `python -m router_models.experts.train --expert math|intents|code --data DIR
  --base PATH --out DIR [--minutes M] [--steps N]`

@@ -1,8 +1,8 @@
 """Which device holds which routed experts of a layer. Pure.
 
-A step of expert parallelism ends when the busiest device is done, so a layer's cost is the
-load of that device. Devices have room for the same number of experts. Experts may stand on
-several devices; their copies share the load evenly, as vLLM's dispatch does.
+A step of expert parallelism ends when the busiest device is done, so a layer's cost is the load of
+that device. All devices have room for the same number of experts. Several devices may hold the same
+expert; its copies then share its load evenly, as in vLLM's dispatch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From recorded loads to a placement: the file of loads, the plans compared, what vLLM takes.
+"""Plans a placement from recorded loads: the file of loads, the compared plans, vLLM's options.
 
-vLLM 0.32 takes no map of experts to devices. It takes `expert_placement_strategy`, the same for
-every layer, and EPLB, which moves experts by the loads that it sees itself: by the same rule
-as `placement.longest_first`, with a fixed number of redundant experts.
+vLLM 0.32 takes no map of experts to devices. It has `expert_placement_strategy`, which is the same
+for every layer, and EPLB, which moves experts by the loads that it measures itself. EPLB uses the
+rule of `placement.longest_first`, with a fixed number of redundant experts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A steering profile learned from a few dozen prompts of a domain, and what it costs and saves.
+"""Learns a steering profile from a few dozen prompts of a domain, and measures its effect.
 
-A quarter of the domain's texts is held out. Importance is measured on the others, the best
-experts of each layer stay, and the held-out texts, and those of other domains, tell in bits
-per byte what the mask costs. What it saves is counted, not timed: how many experts a batch of
-tokens needs, and what their weights weigh. Tokens per second are for a real engine to tell.
+A quarter of the domain's texts is held out. Importance is measured on the others, and the best
+experts of each layer stay. The held-out texts and those of other domains show the mask's quality
+loss in bits per byte. The savings are counted and not timed: the number of experts that a batch of
+tokens needs, and the size of their weights. Only a real engine can measure tokens per second.
 """
 
 from __future__ import annotations
