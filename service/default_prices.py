@@ -10,7 +10,7 @@ another expert with a `base` costs as much as its base.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +102,43 @@ def with_default_prices(config: Config) -> Config:
         for name, expert in config.experts.items()
     }
     return config.model_copy(update={"experts": experts})
+
+
+def price_warnings(config: Config) -> tuple[str, ...]:
+    """Return a line for each way in which the config's prices do not matter or compare."""
+    prices = {name: one.price for name, one in with_default_prices(config).experts.items()}
+    free = [name for name, price in prices.items() if price is None or price == PriceConfig()]
+    local = [name for name in free if config.experts[name].remote is None]
+    remote = [name for name in free if config.experts[name].remote is not None]
+    if len(free) == len(prices):
+        if len(prices) == 1 and not config.budgets:
+            return ()
+        return (
+            "prices: every expert costs 0, so `auto` never saves and budgets never run out; set "
+            "experts.NAME.price, or fetch the models, or leave prices.per_billion_parameters at "
+            "its default",
+        )
+    lines = []
+    if local and config.prices.per_billion_parameters is None:
+        lines.append(
+            f"prices: {_listed(local)} cost 0 beside experts with a price; set "
+            "prices.per_billion_parameters to what computation costs in their unit"
+        )
+    if remote:
+        lines.append(f"prices: {_listed(remote)} are remote and cost 0; set experts.NAME.price")
+    unknown = active_parameters(config).unknown if config.computation_rate > 0 else ()
+    unpriced = [name for name in unknown if config.experts[name].price is None]
+    if unpriced:
+        lines.append(
+            f"prices: the sizes of {_listed(unpriced)} are unknown, so that they cost as much as "
+            "the dearest local expert; set experts.NAME.price, or fetch the models"
+        )
+    return tuple(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _from_folder(config: Config, expert: str) -> float | None:

@@ -47,9 +47,12 @@ def check(path: Path, as_json: bool) -> None:
     config = load_config(path)
     _check_artifacts(config)
     plans = _plans(config)
+    prices = _prices(config)
     if as_json:
-        click.echo(json.dumps({"config": str(path), "pools": [_plan_json(p) for p in plans]}))
+        found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
+        click.echo(json.dumps(found))
         return
+    _print_prices(prices)
     _print_plans(config, plans)
 
 
@@ -112,6 +115,32 @@ def _plan_json(plan: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**asdict(plan), "total_bytes": plan.total_bytes, "fits": plan.fits}
+
+
+def _prices(config: Config) -> dict[str, Any]:
+    """Return the unit of cost, the price of every expert, and what makes prices useless."""
+    from service.broker.prices import prices_of
+    from service.default_prices import price_warnings, with_default_prices
+
+    prices = prices_of(with_default_prices(config))
+    return {
+        "unit": config.prices.unit,
+        "experts": {
+            name: {"prompt": price.prompt, "completion": price.completion}
+            for name, price in prices.items()
+        },
+        "warnings": list(price_warnings(config)),
+    }
+
+
+def _print_prices(prices: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{price['prompt']:.4g}", f"{price['completion']:.4g}")
+        for name, price in prices["experts"].items()
+    ]
+    table((f"{prices['unit']} per million tokens", "prompt", "answer"), rows)
+    for line in prices["warnings"]:
+        click.echo(f"warning: {line}", err=True)
 
 
 def _print_plans(config: Config, plans: list[Any]) -> None:

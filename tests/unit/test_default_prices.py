@@ -9,7 +9,12 @@ import pytest
 
 from service.broker.prices import Price, prices_of
 from service.config import Config
-from service.default_prices import active_parameters, billions_in_name, with_default_prices
+from service.default_prices import (
+    active_parameters,
+    billions_in_name,
+    price_warnings,
+    with_default_prices,
+)
 from tests.unit.models.test_inspection import CONFIG, Tensors, make_model
 
 
@@ -115,3 +120,47 @@ def test_default_price_beside_a_price_in_money_needs_an_exchange(
     found = prices({"here": {"model": "org/x-8B"}, "there": remote}, **sections)
     assert found["here"] == near(local, local)
     assert found["there"] == (Price(0.5, 1.5) if priced else Price(0, 0))
+
+
+PRICED = {"remote": REMOTE, "price": {"completion": 1}}
+
+
+@pytest.mark.parametrize(
+    ("experts", "sections", "words"),
+    [
+        ({"a": {"model": "org/x-8B"}, "b": {"model": "org/x-1B"}}, {}, []),
+        ({"a": {"model": "./x"}, "b": {"model": "./y"}}, {}, ["every expert costs 0"]),
+        (
+            {"a": {"model": "org/x-8B"}},
+            {
+                "prices": {"per_billion_parameters": 0},
+                "budgets": {"all": {"amount": 1, "period": "day"}},
+            },
+            ["every expert costs 0"],
+        ),
+        # One expert without a budget: there is nothing to save.
+        ({"a": {"model": "./x"}}, {}, []),
+        (
+            {"a": {"model": "org/x-8B"}, "far": PRICED},
+            {},
+            ["a cost 0 beside experts with a price; set prices.per_billion_parameters"],
+        ),
+        (
+            {"a": {"model": "org/x-8B"}, "far": {"remote": REMOTE}},
+            {},
+            ["far are remote and cost 0"],
+        ),
+        (
+            {"a": {"model": "org/x-8B"}, "b": {"model": "./y"}, "far": PRICED},
+            {"prices": {"per_billion_parameters": 0.1}},
+            ["the sizes of b are unknown"],
+        ),
+    ],
+)
+def test_price_warnings_name_what_does_not_matter(
+    experts: dict[str, Any], sections: dict[str, Any], words: list[str]
+) -> None:
+    found = price_warnings(config(experts, **sections))
+    assert len(found) == len(words)
+    for line, word in zip(found, words, strict=True):
+        assert word in line
