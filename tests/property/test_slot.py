@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -19,31 +18,11 @@ from service.errors import CoeError
 from service.pool.slots.dedicated import DedicatedSlot
 from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
+from tests.support.slot_events import Arrive, Kill, Leave, Turn
 
 EXPERTS = ("base", "tuned")
 CAPACITY = 2
 MAX_WAITING = 3
-
-
-@dataclass(frozen=True)
-class Arrive:
-    expert: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Leave:
-    which: int
-
-
-@dataclass(frozen=True)
-class Kill:
-    pass
-
-
-@dataclass(frozen=True)
-class Turn:
-    times: int
 
 
 events = st.lists(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from service.errors import ConflictError
 from service.rpc.snapshot import Queue
 from tests.support.clock import FastTime
+from tests.support.slot_events import Arrive, Kill, Leave, Turn
 from tests.support.swap_stage import (
     EXPERTS,
     FILL_S,
@@ -38,22 +39,6 @@ RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
-class Arrive:
-    expert: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Leave:
-    which: int
-
-
-@dataclass(frozen=True)
-class Kill:
-    pass
-
-
-@dataclass(frozen=True)
 class Arm:
     call: str
     fault: str
@@ -63,11 +48,6 @@ class Arm:
 class Operate:
     act: str
     expert: str
-
-
-@dataclass(frozen=True)
-class Turn:
-    times: int
 
 
 def a_story(seed: int, rough: float, length: int = 120) -> list[Any]:

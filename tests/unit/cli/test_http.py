@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from service.cli.http import admin, admin_headers, ask, is_loopback
 from service.errors import CoeError
+from tests.support.http_server import QuietHandler, serve
 
 
 @contextmanager
@@ -20,8 +19,8 @@ def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
     """A server that answers everything alike, and what it was asked."""
     requests: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802  # the name that the server calls
             requests.append(self.headers)
             self.send_response(status)
             for name, value in headers.items():
@@ -31,17 +30,8 @@ def server(status: int, **headers: str) -> Iterator[tuple[str, list[Any]]]:
 
         do_POST = do_GET  # noqa: N815
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{made.server_address[1]}", requests
-        finally:
-            made.shutdown()
-            thread.join()
+    with serve(Handler) as url:
+        yield url, requests
 
 
 @pytest.fixture

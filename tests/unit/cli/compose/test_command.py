@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from service.cli import cli
 from service.config import load_config
+from tests.support.http_server import QuietHandler, serve
 
 CATEGORIES = ("general", "code", "math")
 BASE: dict[str, Any] = {
@@ -187,8 +186,8 @@ def service(metrics: str, reload_status: int) -> Iterator[tuple[str, list[str]]]
     asked: list[str] = []
     experts = {"pools": {"big": {"math": {"swap_s": 3.0}, "code": {}}}}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802  # the name that the server calls
             assert self.headers["authorization"] == "Bearer the-key"
             asked.append(f"{self.command} {self.path}")
             status, body = 200, json.dumps(experts)
@@ -203,17 +202,8 @@ def service(metrics: str, reload_status: int) -> Iterator[tuple[str, list[str]]]
 
         do_POST = do_GET  # noqa: N815
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{made.server_address[1]}", asked
-        finally:
-            made.shutdown()
-            thread.join()
+    with serve(Handler) as url:
+        yield url, asked
 
 
 METRICS = (
