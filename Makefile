@@ -46,13 +46,13 @@ dist: setup ## Build the wheel and the source archive into dist
 
 lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r deploy/locks/tools/uv.txt
-	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra dev --universal \
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra encoder --extra dev --universal \
 		--python-version 3.11 --generate-hashes --no-annotate --no-header --quiet \
 		--output-file deploy/locks/cpu.txt
-	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra encoder --python-version 3.11 \
 		--python-platform linux --constraint deploy/locks/cpu.txt --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-cpu.txt
-	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --python-version 3.11 \
+	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --extra encoder --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --no-config --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-gpu.txt
 

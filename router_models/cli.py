@@ -155,5 +155,51 @@ def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json:
         click.echo("\n".join(work.readable(result)))
 
 
+@group.command(name="fit-categories")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Labelled prompts: JSON lines with prompt, category and perhaps language, or a folder "
+    "of such files. May be given several times.",
+)
+@click.option(
+    "--test",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Prompts to judge on, in the same format. Prompts that stand in both are an error.",
+)
+@click.option("--encoder", help="A sentence encoder: a folder or a stored model's name.")
+@click.option("--no-static", is_flag=True, help="Leave the static table out.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
+def fit_categories(**options: Any) -> None:
+    """Fit a classifier of categories to labelled prompts and write it as an artifact."""
+    from router_models import category_fit_run as work
+
+    _guarded(lambda: work.run(**options, say=_note))
+
+
+@group.command(name="try")
+@click.argument("path", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--encoder", help="This encoder instead of the config's.")
+@click.option(
+    "--test",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Judge on these labelled prompts instead: JSON lines with prompt and category.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def try_categories(path: Path, encoder: str | None, test: tuple[Path, ...], as_json: bool) -> None:
+    """Show how well the categories of the config FILE are told apart, from examples held out."""
+    from router_models import category_trial as work
+
+    result = _guarded(lambda: work.run(path, encoder=encoder, test=test))
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+    else:
+        click.echo("\n".join(work.readable(result)))
+
+
 if __name__ == "__main__":
     group()

@@ -22,7 +22,9 @@ class CategoryScores:
     the most probable one, or `general` where the classifier is unsure or the
     prompt is far from anything seen in training. `confidence` is the
     probability of the most probable label. `novelty` in [0, 1] says how far
-    the prompt is from anything seen (1: nothing in it was).
+    the prompt is from anything seen (1: nothing in it was). `stage` is the stage
+    that decided: `ngrams`, `static` (n-grams and the static table), `encoder`, or
+    `general` where all of them were unsure.
     """
 
     labels: tuple[str, ...]
@@ -30,6 +32,7 @@ class CategoryScores:
     category: str
     confidence: float
     novelty: float
+    stage: str = "ngrams"
 
 
 class Residency(StrEnum):

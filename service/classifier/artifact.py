@@ -27,7 +27,9 @@ from safetensors.numpy import save as dump_tensors
 
 from service.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 2 adds heads on the static table and on an encoder. Version 1 is read, too."""
+_READABLE = (1, 2)
 KIND = "coe-router"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -104,10 +106,10 @@ def load_artifact(path: Path | str) -> Artifact:
         raise ArtifactError(f"{where}: not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ArtifactError(f'{where}: not a router artifact ("kind" must be {KIND!r})')
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    if manifest.get("schema_version") not in _READABLE:
         raise ArtifactError(
             f"{where}: schema version {manifest.get('schema_version')!r}, "
-            f"this version reads {SCHEMA_VERSION}"
+            f"this version reads {' and '.join(map(str, _READABLE))}"
         )
     weights = manifest.get("weights")
     if not isinstance(manifest.get("name"), str) or not isinstance(weights, dict):

@@ -1,8 +1,9 @@
 """Classifies prompts: posterior over categories, confidence and novelty.
 
-The model is a multinomial logistic regression over hashed n-grams (`features`). A temperature from
-held-out rows calibrates it. It needs no accelerator and takes well under a millisecond, so it runs
-on the event loop.
+The first stage is a multinomial logistic regression over hashed n-grams (`features`), which a
+temperature from held-out rows calibrates, and then a head on the static table. It needs no
+accelerator and takes well under a millisecond, so it runs on the event loop. Where the caller has
+an encoder's vector of the text, a second head adds to that.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier.artifact import Artifact, load_artifact
 from service.classifier.features import Features, FeatureSpec, Featurizer
+from service.classifier.heads import Head, Vector, log_softmax, read_head
+from service.classifier.static_table import StaticTable
 from service.errors import ArtifactError
 from service.types import CategoryScores
 
@@ -39,6 +43,57 @@ class Assessment:
     factors: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a classifier makes of one text.
+
+    Attributes:
+        posterior: (labels,), probabilities.
+        factors: (factors,), see `Assessment`.
+        novelty: In [0, 1].
+        stage: `ngrams`, `static` or `encoder`: the last stage that was asked.
+    """
+
+    posterior: Floats
+    factors: Floats
+    novelty: float
+    stage: str
+
+
+class TextClassifier(Protocol):
+    """A classifier of texts, by whatever means."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The categories."""
+
+    @property
+    def max_novelty(self) -> float:
+        """Texts with more novelty count as `general`."""
+
+    def read(self, text: str, vector: Vector | None = None) -> Reading:
+        """Classify a text; `vector` is the encoder's, (dims,), where there is one."""
+
+    def decide(self, posterior: Floats, novelty: float, stage: str) -> CategoryScores:
+        """Choose the category."""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticStage:
+    """The static table with the head on it."""
+
+    table: StaticTable
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderStage:
+    """The head on an encoder, and the encoder's vector of `PROBE_TEXT`, (dims,)."""
+
+    head: Head
+    probe: NDArray[np.float32]
+
+
 class Classifier:
     """Computes `CategoryScores` from text. It is immutable, so threads may share it."""
 
@@ -56,13 +111,18 @@ class Classifier:
         max_novelty: float,
         factor_weight: NDArray[np.floating] | None = None,
         factor_bias: NDArray[np.floating] | None = None,
+        static: StaticStage | None = None,
+        encoder: EncoderStage | None = None,
     ) -> None:
         """Create a classifier from fitted arrays.
 
         The shapes are: `idf` (buckets,), `weight` (buckets, labels), `bias` (labels,),
         `factor_weight` (buckets, factors) and `factor_bias` (factors,). `known` is the bitmap of
-        seen marks, (2**known_bits / 8,), as `numpy.packbits` packs it.
+        seen marks, (2**known_bits / 8,), as `numpy.packbits` packs it. `static` and `encoder` are
+        the heads on the static table and on an encoder.
         """
+        self.static = static
+        self.encoder = encoder
         self.labels = labels
         self.spec = spec
         self.min_confidence = min_confidence
@@ -83,17 +143,21 @@ class Classifier:
         self._known = np.unpackbits(known).view(np.bool_)
 
     @classmethod
-    def load(cls, path: Path | str) -> Classifier:
-        """Load the classifier of the artifact folder at `path`.
+    def load(cls, path: Path | str, table: StaticTable | None = None) -> Classifier:
+        """Load the classifier of the artifact folder at `path`, see `from_artifact`.
 
         Raises:
             ArtifactError: The artifact can't be used.
         """
-        return cls.from_artifact(load_artifact(path))
+        return cls.from_artifact(load_artifact(path), table)
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact) -> Classifier:
+    def from_artifact(cls, artifact: Artifact, table: StaticTable | None = None) -> Classifier:
         """Create the classifier of an artifact.
+
+        Args:
+            artifact: The artifact.
+            table: The static table. Without one, the artifact's head on it is left out.
 
         Raises:
             ArtifactError: The artifact can't be used.
@@ -115,6 +179,14 @@ class Classifier:
         known = artifact.tensor("classifier.known", ((1 << spec.known_bits) // 8,))
         if known.dtype != np.uint8:
             raise ArtifactError(f"{artifact.path}: classifier.known must be uint8")
+        static: StaticStage | None = None
+        if table is not None and "static" in section:
+            if section["static"].get("table_sha256") != table.digest:
+                raise ArtifactError(
+                    f"{artifact.path}: fitted with another static table than the one that is "
+                    "loaded; fit it again, or set router.static to false"
+                )
+            static = StaticStage(table, read_head(artifact, "static", len(labels), table.dims))
         factors = section.get("factors", 0)
         if not isinstance(factors, int) or not 0 <= factors <= 256:
             raise ArtifactError(f"{artifact.path}: manifest, classifier: factors must be 0..256")
@@ -123,6 +195,8 @@ class Classifier:
             if factors
             else None,
             factor_bias=artifact.tensor("classifier.factor_bias", (factors,)) if factors else None,
+            static=static,
+            encoder=_encoder_stage(artifact, len(labels)),
             spec=spec,
             labels=labels,
             idf=artifact.tensor("classifier.idf", (spec.buckets,)),
@@ -136,9 +210,12 @@ class Classifier:
 
     @property
     def memory_bytes(self) -> int:
-        """Size of the arrays in bytes."""
+        """Size of the arrays in bytes, the static table included."""
         arrays = (self._square, self._weight, self._bias, self._known)
-        return sum(array.nbytes for array in arrays)
+        total = sum(array.nbytes for array in arrays)
+        if self.static is not None:
+            total += self.static.table.memory_bytes + self.static.head.memory_bytes
+        return total + (self.encoder.head.memory_bytes if self.encoder is not None else 0)
 
     def features(self, text: str) -> Features:
         """Compute the features of a text. The time has a bound for texts of any length."""
@@ -150,12 +227,43 @@ class Classifier:
 
     def assess(self, text: str) -> Assessment:
         """Compute posterior and factors of a text. The text may be any `str`."""
+        found = self.read(text)
+        scores = self.decide(found.posterior, found.novelty, found.stage)
+        return Assessment(scores, found.factors)
+
+    def read(self, text: str, vector: Vector | None = None) -> Reading:
+        """Classify a text by every stage that there is.
+
+        A text is new only if it is so for all of them.
+
+        Args:
+            text: The text.
+            vector: The encoder's vector of it, (dims,), where the caller has one.
+        """
         features = self._featurizer(text)
-        posterior, factors = self.infer(features)
-        return Assessment(self.decide(posterior, self.novelty(features)), factors)
+        log_posterior, factors = self._logits(features)
+        novelty, stage = self.novelty(features), "ngrams"
+        if self.static is not None:
+            meaning = self.static.table.embed(text)
+            if meaning.any():
+                log_posterior = self.static.head.log_posterior(meaning, log_posterior)
+            novelty = min(novelty, self.static.head.novelty(meaning, self.max_novelty))
+            stage = "static"
+        if self.encoder is not None and vector is not None:
+            log_posterior = self.encoder.head.log_posterior(vector, log_posterior)
+            novelty = min(novelty, self.encoder.head.novelty(vector, self.max_novelty))
+            stage = "encoder"
+        odds = np.exp(log_posterior)
+        return Reading(odds / odds.sum(), factors, novelty, stage)
 
     def infer(self, features: Features) -> tuple[Floats, Floats]:
-        """Compute calibrated probabilities, (labels,), with sum 1, and factors, (factors,)."""
+        """Compute probabilities by n-grams alone, (labels,), and factors, (factors,)."""
+        log_posterior, factors = self._logits(features)
+        odds = np.exp(log_posterior)
+        return odds / odds.sum(), factors
+
+    def _logits(self, features: Features) -> tuple[Floats, Floats]:
+        """Log probabilities by n-grams alone, (labels,), and factors, (factors,)."""
         outputs = self._bias.copy()
         values = np.log(features.counts.astype(np.float32)) + np.float32(1)
         edges = (0, features.chars, len(values))
@@ -166,9 +274,8 @@ class Classifier:
             length = float(np.sqrt((value * value) @ self._square[buckets]))
             if length > 0:
                 outputs += (value @ self._weight.take(buckets, axis=0)) / length
-        logits, factors = outputs[: len(self.labels)], outputs[len(self.labels) :]
-        odds = np.exp(logits - logits.max())
-        return odds / odds.sum(), factors
+        labels = len(self.labels)
+        return log_softmax(outputs[:labels]), outputs[labels:]
 
     def novelty(self, features: Features) -> float:
         """Share of character 4-grams and words that training has not seen; 1 for an empty text."""
@@ -176,20 +283,45 @@ class Classifier:
             return 1.0
         return 1.0 - float(np.count_nonzero(self._known[features.marks])) / len(features.marks)
 
-    def decide(self, posterior: Floats, novelty: float) -> CategoryScores:
+    def decide(self, posterior: Floats, novelty: float, stage: str = "ngrams") -> CategoryScores:
         """Choose the category: the most probable label, or `general` if that is too uncertain.
 
         Args:
             posterior: (labels,), probabilities.
             novelty: Novelty in [0, 1]. A text with much novelty is `general`, too.
+            stage: The last stage that was asked.
         """
-        best = int(posterior.argmax())
-        confidence = float(posterior[best])
-        sure = confidence >= self.min_confidence and novelty <= self.max_novelty
-        return CategoryScores(
-            labels=self.labels,
-            probabilities=tuple(posterior.tolist()),
-            category=self.labels[best] if sure else GENERAL,
-            confidence=confidence,
-            novelty=novelty,
-        )
+        return choose(self.labels, posterior, novelty, stage, self.min_confidence, self.max_novelty)
+
+
+def choose(
+    labels: tuple[str, ...],
+    posterior: Floats,
+    novelty: float,
+    stage: str,
+    min_confidence: float,
+    max_novelty: float,
+) -> CategoryScores:
+    """Choose the most probable label, or `general` where that is too uncertain or too new."""
+    best = int(posterior.argmax())
+    confidence = float(posterior[best])
+    sure = confidence >= min_confidence and novelty <= max_novelty
+    return CategoryScores(
+        labels=labels,
+        probabilities=tuple(posterior.tolist()),
+        category=labels[best] if sure else GENERAL,
+        confidence=confidence,
+        novelty=novelty,
+        stage=stage if sure else GENERAL,
+    )
+
+
+def _encoder_stage(artifact: Artifact, labels: int) -> EncoderStage | None:
+    section = artifact.section("classifier")
+    if "encoder" not in section:
+        return None
+    dims = section["encoder"].get("dims")
+    if not isinstance(dims, int) or not 1 <= dims <= 8192:
+        raise ArtifactError(f"{artifact.path}: manifest, encoder: dims must be 1..8192")
+    probe = artifact.tensor("encoder.probe", (dims,)).astype(np.float32)
+    return EncoderStage(read_head(artifact, "encoder", labels, dims), probe)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.classifier.classifier import GENERAL, Assessment, Classifier
+from service.classifier.classifier import GENERAL, Assessment, TextClassifier
+from service.classifier.heads import Vector
 from service.types import CategoryScores
 
 MAX_TURNS = 6
@@ -35,6 +36,8 @@ _POINTING = re.compile(
     re.IGNORECASE,
 )
 _NEGLIGIBLE = 0.02
+# The later stage of two names the whole.
+_STAGES = ("encoder", "static", "ngrams")
 _MAX_COUNTED_WORDS = 200
 _MAX_PARTS = 10_000
 
@@ -78,12 +81,16 @@ def content_words(text: str) -> int:
     return min(count, _MAX_COUNTED_WORDS)
 
 
-def classify_turns(classifier: Classifier, turns: Sequence[str]) -> CategoryScores:
+def classify_turns(classifier: TextClassifier, turns: Sequence[str]) -> CategoryScores:
     """Compute the category scores of a conversation, see `assess_turns`."""
     return assess_turns(classifier, turns).scores
 
 
-def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
+def assess_turns(
+    classifier: TextClassifier,
+    turns: Sequence[str],
+    vectors: Mapping[str, Vector] | None = None,
+) -> Assessment:
     """Compute posterior and factors of a conversation's last user turn in its context.
 
     A turn with too much novelty counts as `general`, if the classifier has this label.
@@ -91,23 +98,24 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
     Args:
         classifier: The classifier.
         turns: The user's texts, oldest first. Without turns, the empty text is assessed.
+        vectors: The encoder's vectors of some of the turns.
     """
-    last = turns[-MAX_TURNS:]
-    if len(last) <= 1:
-        return classifier.assess(last[0] if last else "")
+    last = turns[-MAX_TURNS:] or [""]
+    known = vectors or {}
     labels = len(classifier.labels)
     combined = np.zeros(0)
     novelty, left = 0.0, 1.0
+    stages: set[str] = set()
     # The loop goes back from the last turn, until the weight left for earlier turns is negligible.
     for age, text in enumerate(reversed(last)):
         oldest = age == len(last) - 1
-        words = content_words(text)
+        words = 0 if oldest else content_words(text)
         if words == 0 and not oldest:
             continue
-        features = classifier.features(text if age == 0 else _edges(text))
-        strange = classifier.novelty(features)
-        posterior, factors = classifier.infer(features)
-        if strange > classifier.max_novelty and GENERAL in classifier.labels:
+        found = classifier.read(text if age == 0 else _edges(text), known.get(text))
+        posterior = found.posterior
+        alone = len(last) == 1
+        if not alone and found.novelty > classifier.max_novelty and GENERAL in classifier.labels:
             posterior = np.zeros(labels)
             posterior[classifier.labels.index(GENERAL)] = 1.0
         if oldest:
@@ -116,21 +124,34 @@ def assess_turns(classifier: Classifier, turns: Sequence[str]) -> Assessment:
             half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
             # A turn that fits any category ("what about the second one?") gets less weight.
             share = left * words / (words + half) * _certainty(posterior) ** 0.5
-        turn = share * np.concatenate((posterior, factors))
+        turn = share * np.concatenate((posterior, found.factors))
         combined = combined + turn if len(combined) else turn
-        novelty += share * strange
+        novelty += share * found.novelty
         left -= share
+        stages.add(found.stage)
         if left < _NEGLIGIBLE:
             break
     total = 1.0 - left if left > 0 else 1.0
     combined /= total
     posterior = combined[:labels] / combined[:labels].sum()
-    return Assessment(classifier.decide(posterior, min(novelty / total, 1.0)), combined[labels:])
+    stage = next(name for name in _STAGES if name in stages)
+    scores = classifier.decide(posterior, min(novelty / total, 1.0), stage)
+    return Assessment(scores, combined[labels:])
 
 
-def assess_body(classifier: Classifier, body: Mapping[str, Any]) -> Assessment:
+def deciding_turn(turns: Sequence[str]) -> str:
+    """The user's text whose meaning matters most: the last one with content, else the last one."""
+    last = turns[-MAX_TURNS:]
+    return next((text for text in reversed(last) if content_words(text)), last[-1] if last else "")
+
+
+def assess_body(
+    classifier: TextClassifier,
+    body: Mapping[str, Any],
+    vectors: Mapping[str, Vector] | None = None,
+) -> Assessment:
     """Compute posterior and factors of a request body, see `assess_turns`."""
-    return assess_turns(classifier, user_turns(body))
+    return assess_turns(classifier, user_turns(body), vectors)
 
 
 def user_turns(body: Mapping[str, Any]) -> list[str]:

@@ -27,24 +27,32 @@ def models() -> None:
 )
 @click.option("--pool", "kind", help="With --config: only models for pools of this kind.")
 @click.option("--pin", is_flag=True, help="With --config: write the fetched commits into it.")
+@click.option("--encoder", is_flag=True, help="NAME is a sentence encoder of the hub, as ONNX.")
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Folder of the model store.")
 def pull(
     name: str | None,
     config_path: Path | None,
     kind: str | None,
     pin: bool,
+    encoder: bool,
     models_dir: Path | None,
 ) -> None:
     """Fetch NAME: a name of the built-in catalogue, a folder (./NAME) or ORG/REPO[@COMMIT]."""
     from service.models import locate, pinned_source
     from service.models import pull as fetch
+    from service.models.encoders import is_encoder, pull_encoder
 
+    if encoder and name is None:
+        raise click.UsageError("--encoder needs NAME")
     if (name is None) == (config_path is None):
         raise click.UsageError("give NAME or --config")
     if pin and config_path is None:
         raise click.UsageError("--pin needs --config: it writes into that file")
     if name is not None:
-        click.echo(fetch(name, dest_root=models_dir))
+        if encoder or is_encoder(name):
+            click.echo(pull_encoder(name, root=models_dir))
+        else:
+            click.echo(fetch(name, dest_root=models_dir))
         return
     assert config_path is not None
     pinned = {}
@@ -53,6 +61,8 @@ def pull(
         click.echo(folder)
         if (found := pinned_source(source, folder)) is not None:
             pinned[source] = found
+    if kind is None and (needed := _needed_encoder(config_path, models_dir)) is not None:
+        click.echo(pull_encoder(needed[0], root=needed[1]))
     if pin:
         _pin(config_path, pinned)
 
@@ -91,12 +101,23 @@ def _needed(
     return [(source, root) for source in dict.fromkeys(sources.values())]
 
 
+def _needed_encoder(config_path: Path, models_dir: Path | None) -> tuple[str, Path | None] | None:
+    from service.config import load_config
+
+    config = load_config(config_path)
+    if config.router.encoder is None:
+        return None
+    root = models_dir or (Path(config.models_dir) if config.models_dir else None)
+    return config.router.encoder.model, root
+
+
 @models.command(name="list")
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Folder of the model store.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_(models_dir: Path | None, as_json: bool) -> None:
     """List the models on this machine and those of the built-in catalogue."""
     from service.models import CATALOGUE, list_models
+    from service.models.builtin_models import ENCODERS
 
     stored = list_models(models_dir)
     names = {model.name for model in stored}
@@ -113,7 +134,7 @@ def list_(models_dir: Path | None, as_json: bool) -> None:
     ]
     rows += [
         {"name": name, "state": "not here", "licence": entry.licence, "source": "catalogue"}
-        for name, entry in CATALOGUE.items()
+        for name, entry in {**CATALOGUE, **ENCODERS}.items()
         if name not in names
     ]
     if as_json:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.cli.http import ask
 from service.cli.output import table
 from service.cli.serve import CONFIG
+
+if TYPE_CHECKING:
+    from service.gateway.request.parsing import InferenceRequest
+    from service.gateway.routing.semantic_router import RoutePlan, RoutingSetup
+
+_ENCODER_START_S = 30.0
 
 
 @click.command()
@@ -38,7 +45,8 @@ def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -
         return
     click.echo(f"chosen    {decision['chosen']}  ({decision['reason']})")
     click.echo(
-        f"category  {decision['category'] or '-'}  (confidence {decision['confidence']:.2f})"
+        f"category  {decision['category'] or '-'}  (confidence {decision['confidence']:.2f}"
+        + (f", by {decision['stage']})" if decision.get("stage") else ")")
     )
     if decision["posterior"]:
         ranked = sorted(decision["posterior"].items(), key=lambda pair: -pair[1])
@@ -60,6 +68,18 @@ def _remote_decision(url: str, body: dict[str, Any]) -> Any:
     return ask(url, "POST", "/v1/route", {"content-type": "application/json"}, json.dumps(body))
 
 
+async def _plan(routing: RoutingSetup, request: InferenceRequest) -> RoutePlan:
+    """Plan a request by every stage, with a running encoder if the config has one."""
+    from service.encoder.shared_encoders import SharedEncoders
+
+    await routing.stages.start(SharedEncoders())
+    try:
+        await routing.stages.wait_prepared(_ENCODER_START_S)
+        return await routing.router.plan_by_all_stages(request)
+    finally:
+        await routing.stages.stop()
+
+
 def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     """Return the decision as if every expert were resident and idle."""
     from service.broker.pool_state import PoolStateTable, idle_view
@@ -74,7 +94,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     raw = json.dumps(body).encode()
     request = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
     routing = RoutingSetup(config)
-    plan = routing.router.plan(request)
+    plan = asyncio.run(_plan(routing, request))
     pool_matrix = PoolStateTable(routing.catalog.index).to_matrix(
         [idle_view(routing.catalog.experts)]
     )

@@ -65,6 +65,7 @@ def _with_models(config: Config) -> Config:
 
     root = Path(config.models_dir) if config.models_dir else None
     _check_artifacts(config)
+    _fetch_encoder(config, root)
     try:
         for name, source in config.model_sources().items():
             if locate(source, root=root) is None:
@@ -76,6 +77,21 @@ def _with_models(config: Config) -> Config:
         click.echo(f"coe: warning: {error.message}", err=True)
         click.echo("coe: warning: starting without a memory plan", err=True)
     return config
+
+
+def _fetch_encoder(config: Config, root: Path | None) -> None:
+    """Fetch the router's encoder. Without it the router goes on with its first stage."""
+    from service.models.encoders import locate_encoder, pull_encoder
+
+    if config.router.encoder is None:
+        return
+    source = config.router.encoder.model
+    try:
+        if locate_encoder(source, root=root) is None:
+            click.echo(f"router: fetching the encoder {source}", err=True)
+            pull_encoder(source, root=root)
+    except ModelStoreError as error:
+        click.echo(f"coe: warning: the router does without its encoder: {error.message}", err=True)
 
 
 def _check_artifacts(config: Config) -> None:

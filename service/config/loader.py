@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from service.config.base import is_path, shown
 from service.config.moe_kernels import ExpertKernels, MoeKernelOptions
 from service.config.schema import SECTIONS, Config
-from service.config.yaml_loader import ConfigLoader, written_at
+from service.config.yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError
 
 _Tuned = TypeVar("_Tuned", ExpertKernels, MoeKernelOptions)
@@ -101,7 +101,7 @@ def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterat
         raise RecursionError
     if isinstance(value, dict):
         for key, item in value.items():
-            if key != "description":  # free text
+            if key not in ("description", "examples"):  # free text
                 yield from _variables(item, (*place, str(key)), left)
     elif isinstance(value, list):
         for number, item in enumerate(value):
@@ -121,6 +121,12 @@ def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterat
 
 def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[str]:
     for fault in error.errors(include_url=False):
+        if fault["type"] == "categories":
+            for place, said in fault["ctx"]["faults"]:
+                at = None if text is None else line_of(text, place)
+                where = source if at is None else f"{source}:{at}"
+                yield f"{where}: {'.'.join(map(str, place))}: {said}"
+            continue
         path = ".".join(str(part) for part in fault["loc"] if part != "[key]")
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
@@ -199,13 +205,19 @@ def _anchored(config: Config, folder: Path) -> Config:
         for kind, pool in config.pools.items()
     }
     artifact = config.router.artifact
+    encoder = config.router.encoder
+    if encoder is not None and is_path(encoder.model):
+        encoder = encoder.model_copy(update={"model": at(encoder.model)})
     keys_file = config.store.keys_file
     return config.model_copy(
         update={
             "experts": experts,
             "pools": pools,
             "router": config.router.model_copy(
-                update={"artifact": at(artifact) if artifact is not None else None}
+                update={
+                    "artifact": at(artifact) if artifact is not None else None,
+                    "encoder": encoder,
+                }
             ),
             "store": config.store.model_copy(
                 update={"keys_file": at(keys_file) if keys_file is not None else None}

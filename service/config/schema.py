@@ -7,10 +7,12 @@ from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
+from service.config.categories import CategoryConfig, Fault, example_faults
 from service.config.defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
@@ -26,7 +28,7 @@ from service.config.presets import (
 )
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
-from service.config.server import RouterConfig, ServerConfig
+from service.config.server import EncoderConfig, RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
     BudgetConfig,
@@ -52,6 +54,11 @@ class Config(Section):
     recipes: dict[Name, RecipeConfig] = Field(
         default_factory=dict, description="Recipes of several experts, by name."
     )
+    categories: dict[Name, CategoryConfig] = Field(
+        default_factory=dict,
+        description="Categories of prompts by description and examples, by name. They need no fit, "
+        "and stand beside those of the router's artifact.",
+    )
     pools: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")], PoolConfig] = Field(
         default_factory=dict, description="The pools, by kind."
     )
@@ -75,6 +82,7 @@ class Config(Section):
         _check_names(self)
         _check_kernels(self)
         _check_tenants(self)
+        _check_categories(self)
         return self
 
     @property
@@ -192,7 +200,11 @@ class Config(Section):
 
     def category_map(self) -> dict[str, str]:
         """Return category → expert. The first expert that names a category gets it."""
-        mapping: dict[str, str] = {}
+        mapping = {
+            name: category.expert
+            for name, category in self.categories.items()
+            if category.expert is not None
+        }
         for name, expert in self.experts.items():
             for category in expert.categories:
                 mapping.setdefault(category, name)
@@ -267,6 +279,30 @@ def _fill_variants(config: Config) -> None:
             raise ValueError(
                 f"experts.{name}.defaults.response_format: the expert lacks the capability json"
             )
+
+
+def _check_categories(config: Config) -> None:
+    """Check examples, and that every category has one expert."""
+    faults: list[Fault] = [
+        (("categories", *place), text) for place, text in example_faults(config.categories)
+    ]
+    if config.categories and not config.router.static and config.router.encoder is None:
+        faults.append((("router", "static"), "categories with examples need it, or an encoder"))
+    names = set(config.experts)
+    for name, category in config.categories.items():
+        if category.expert is None:
+            if not any(name in expert.categories for expert in config.experts.values()):
+                faults.append(
+                    (
+                        ("categories", name),
+                        "no expert has this category; name one as `expert`, or name the category "
+                        "in an expert's `categories`",
+                    )
+                )
+        elif category.expert not in names:
+            faults.append((("categories", name, "expert"), _unknown(category.expert, names)))
+    if faults:
+        raise PydanticCustomError("categories", "{faults}", {"faults": faults})
 
 
 def _check_names(config: Config) -> None:
@@ -389,6 +425,8 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("router", "presets", "fast"): FastPresetConfig,
     ("router", "presets", "auto"): AutoPresetConfig,
     ("router", "presets", "best"): BestPresetConfig,
+    ("router", "encoder"): EncoderConfig,
+    ("categories", "*"): CategoryConfig,
     ("telemetry",): TelemetryConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,

@@ -99,8 +99,42 @@ class ServerConfig(Section):
         return self
 
 
+class EncoderConfig(Section):
+    """The sentence encoder that is asked where the first stage is unsure."""
+
+    model: str = Field(
+        "all-minilm-l6-v2",
+        description="A sentence encoder as ONNX: `all-minilm-l6-v2` of the built-in catalogue, a "
+        "folder, or a model that `coe models pull` has fetched from the hub.",
+    )
+    when_below: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Ask it where the confidence of the first stage is below this, and where the "
+        "prompt is new to it. 1 asks for every prompt.",
+    )
+    threads: int = Field(1, ge=1, le=64, description="Threads of one batch.")
+    max_tokens: int = Field(
+        128, ge=8, le=512, description="Tokens of a prompt that it reads, half from either end."
+    )
+    cache_entries: int = Field(
+        10_000,
+        ge=0,
+        le=1_000_000,
+        description="Vectors of recent prompts that each gateway keeps, of 1.5 KB each. They are "
+        "kept for each tenant apart.",
+    )
+    timeout_ms: float = Field(
+        50,
+        gt=0,
+        le=1000,
+        description="The longest that a request waits for it. Then the first stage decides.",
+    )
+
+
 class RouterConfig(Section):
-    """The classifier of prompts, and the expert for prompts without a category."""
+    """The stages of the classifier of prompts, and the expert for prompts without a category."""
 
     artifact: str | None = Field(
         None,
@@ -113,3 +147,11 @@ class RouterConfig(Section):
         "names. Default: the first expert that names category `general`, else the first expert.",
     )
     presets: PresetsConfig = Field(default_factory=lambda: PresetsConfig())
+    static: bool = Field(
+        True,
+        description="Use the static semantic table with n-grams in the first stage, where the "
+        "artifact was fitted with it, and for `categories`.",
+    )
+    encoder: EncoderConfig | None = Field(
+        None, description="The second stage, a sentence encoder. Default: there is none."
+    )

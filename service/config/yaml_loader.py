@@ -82,6 +82,19 @@ def written_at(text: str, place: Sequence[int | str]) -> str | None:
 
     Errors need it: `3.10` arrives as 3.1, which the user would not recognise.
     """
+    node = _node_at(text, place)
+    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":str"):
+        return None
+    return str(node.value)
+
+
+def line_of(text: str, place: Sequence[int | str]) -> int | None:
+    """Return the line, from 1, on which a value begins; None if it can't be found."""
+    node = _node_at(text, place)
+    return None if node is None else int(node.start_mark.line) + 1
+
+
+def _node_at(text: str, place: Sequence[int | str]) -> yaml.Node | None:
     try:
         node = yaml.compose(text, ConfigLoader)
     except yaml.YAMLError:
@@ -93,6 +106,4 @@ def written_at(text: str, place: Sequence[int | str]) -> str | None:
             node = node.value[part] if part < len(node.value) else None
         else:
             return None
-    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":str"):
-        return None
-    return str(node.value)
+    return node

@@ -9,6 +9,7 @@ from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
 from service.config import Config
 from service.default_prices import with_default_prices
+from service.encoder.shared_encoders import SharedEncoders
 from service.gateway.admission import Admission
 from service.gateway.app import build_app
 from service.gateway.auth import Authenticator
@@ -58,6 +59,7 @@ class GatewayResources:
         behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.
         reload: Reads the config's file again and applies it; None if another process does this.
         screens: Screens that replace the guard's built-in screens, by name.
+        encoders: The router's encoders.
     """
 
     state: GatewayState
@@ -74,6 +76,7 @@ class GatewayResources:
     behind_serve: bool
     reload: Reload | None
     screens: Mapping[str, Screen] | None
+    encoders: SharedEncoders
 
 
 class ConfiguredGateway:
@@ -121,7 +124,8 @@ class ConfiguredGateway:
             state.retries,
             self._registry,
         )
-        routing = RoutingSetup(config, state.lengths, state.escalations)
+        routing = RoutingSetup(config, state.lengths, state.escalations, state.metrics.meter)
+        self._stages = routing.stages
         self.cost_model = routing.cost_model
         self.dispatcher = Dispatcher(
             routing.catalog,
@@ -226,11 +230,13 @@ class ConfiguredGateway:
         """
         await self.authenticator.start()
         await self.feedback.start()
+        await self._stages.start(self._resources.encoders)
 
     async def stop(self) -> None:
         """Stop the background tasks."""
         await self.events.close()
         await self.dispatcher.close()
+        await self._stages.stop()
         await self.feedback.stop()
         await self._admission.stop()
         await self.authenticator.stop()

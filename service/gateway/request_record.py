@@ -319,6 +319,8 @@ class RequestScope:
         if plan.category:
             self.headers.append((b"x-coe-category", plan.category.encode()))
             self.headers.append((b"x-coe-confidence", f"{plan.confidence:.3f}".encode()))
+        if plan.stage:
+            self.headers.append((b"x-coe-router-stage", plan.stage.encode()))
         return plan
 
     async def __aexit__(

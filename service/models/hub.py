@@ -39,9 +39,20 @@ UNWANTED = ("*/*",)
 
 
 def fetch_snapshot(
-    repository: str, revision: str | None, folder: Path, progress: Progress
+    repository: str,
+    revision: str | None,
+    folder: Path,
+    progress: Progress,
+    files: tuple[str, ...] | None = None,
 ) -> tuple[str, str | None]:
     """Fetch a model into `folder`, and check every file against the commit's checksum.
+
+    Args:
+        repository: Its name on the hub.
+        revision: A branch, a tag or a commit; None: the main branch.
+        folder: Where its files go.
+        progress: Receives the progress.
+        files: Patterns of the files of a sentence encoder; None: those of a safetensors model.
 
     Returns:
         The model's commit, and the licence of its model card.
@@ -69,13 +80,15 @@ def fetch_snapshot(
         file.rfilename: file
         for file in filter_repo_objects(
             info.siblings or [],
-            allow_patterns=list(WANTED),
-            ignore_patterns=list(UNWANTED),
+            allow_patterns=list(files or WANTED),
+            ignore_patterns=[] if files else list(UNWANTED),
             key=lambda file: file.rfilename,
         )
     }
     wanted = {name: file for name, file in wanted.items() if not is_second_copy(name, wanted)}
-    if not any(name.endswith(".safetensors") for name in wanted):
+    if files and not any(name.endswith(".onnx") for name in wanted):
+        raise ModelStoreError(f"{repository}: no ONNX model in it, which an encoder needs")
+    if not files and not any(name.endswith(".safetensors") for name in wanted):
         raise ModelStoreError(
             f"{repository}: no safetensors in it; other weight formats can run code and are not "
             "loaded"

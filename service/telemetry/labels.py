@@ -20,6 +20,7 @@ LABELS = {
     "result": "of a cache lookup: hit or miss; of a retry: made or refused",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
+    "stage": "ngrams, static, encoder or general: the stage of the router's classifier",
     "state": "disk, host, device, loading, draining, failed",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",

@@ -84,6 +84,26 @@ ROUTE = histogram(
     "selection.",
     FAST,
 )
+ROUTER_STAGES = counter(
+    "coe_router_stage_total",
+    Side.GATEWAY,
+    ("stage",),
+    "Prompts by the stage of the classifier that decided; general where every stage was unsure.",
+)
+ROUTER_ENCODER_REQUESTS = counter(
+    "coe_router_encoder_total",
+    Side.GATEWAY,
+    ("reason",),
+    "Prompts for which the router asked its encoder: ok where it had a vector in time, else why "
+    "the first stage decided (missing, mismatch, starting, failed, busy, slow, paused).",
+)
+ROUTER_ENCODER = histogram(
+    "coe_router_encoder_seconds",
+    Side.GATEWAY,
+    (),
+    "Time that a request waited for the encoder's vector of its prompt, cached ones included.",
+    FAST,
+)
 GATEWAY_OVERHEAD = histogram(
     "coe_gateway_overhead_seconds",
     Side.GATEWAY,
@@ -354,6 +374,9 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
     ),
     "Where the time goes": (
         ROUTE,
+        ROUTER_STAGES,
+        ROUTER_ENCODER_REQUESTS,
+        ROUTER_ENCODER,
         GATEWAY_OVERHEAD,
         QUEUE,
         SWAP_WAIT,

@@ -64,7 +64,7 @@ class InferenceHandler:
                     record.path, headers, entry.tenant, receive
                 )
                 request = request_scope.add_request(validated)
-                plan = self._router.plan(request)
+                plan = await self._router.plan_by_all_stages(request)
                 request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
                 session = await self._cache.begin(request, send)
                 request_scope.headers += session.headers

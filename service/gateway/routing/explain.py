@@ -41,6 +41,7 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
         "confidence": round(plan.confidence, 4),
         "novelty": round(scores.novelty, 4) if scores else None,
         "posterior": {label: round(p, 4) for label, p in posterior.items()},
+        "stage": plan.stage or None,
         "reason": plan.reason,
         "time_price": round(plan.time_price, 9),
         "cost_price": _significant(selection.request.cost_price),

@@ -7,6 +7,7 @@ an expert map. A tenant's feedback (`/v1/feedback`) shifts it for that tenant.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from service.broker.cost_model import Places
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import RecipeCatalog
 from service.classifier.classifier import Assessment
-from service.classifier.expert_map import ExpertMap
+from service.classifier.expert_map import Estimate, ExpertMap
 from service.config import Config
 from service.types import MAX_LATER, Recipe
 
@@ -155,13 +156,31 @@ class QualityModel:
         quality = posterior @ self._table
         reach = self._reach
         if self._map is not None and assessment is not None:
-            found = self._map.estimate(assessment)
-            quality[self._map_columns] = found.quality
+            found, share = self._estimate(self._map, assessment)
+            quality[self._map_columns] = share * found.quality
+            if share < 1:
+                own = posterior.copy()
+                own[: len(self._map.categories)] = 0.0
+                quality[self._map_columns] += own @ self._table[:, self._map_columns]
             reach = reach.copy()
             reach[self._map_columns] = found.reach
         if (shift := self.shifts.get(tenant)) is not None:
             quality += posterior @ shift
         return np.clip(quality, 0.0, 1.0), np.clip(reach + self._escalation_bias, 0.0, 1.0)
+
+    @staticmethod
+    def _estimate(expert_map: ExpertMap, assessment: Assessment) -> tuple[Estimate, float]:
+        """The map's estimate over its own categories, and their share of the posterior.
+
+        The config's categories with examples come after the map's.
+        """
+        scores, size = assessment.scores, len(expert_map.categories)
+        if len(scores.probabilities) == size:
+            return expert_map.estimate(assessment), 1.0
+        share = min(1.0, sum(scores.probabilities[:size]))
+        known = tuple(p / max(share, 1e-9) for p in scores.probabilities[:size])
+        scores = replace(scores, labels=expert_map.categories, probabilities=known)
+        return expert_map.estimate(replace(assessment, scores=scores)), share
 
     def escalation_prob(self, recipe: int) -> Floats:
         """The probability that each later expert of a recipe is used, (MAX_LATER,)."""

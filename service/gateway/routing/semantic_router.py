@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.reference import best_shares
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.classifier.artifact import load_artifact
-from service.classifier.classifier import Assessment, Classifier
-from service.classifier.conversation import assess_body
+from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.presets import PresetConfig
 from service.config.schema import silent_member
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
+from service.gateway.routing.prompt_stages import PromptStages
 from service.gateway.routing.quality import Escalations, QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
+from service.telemetry.registry import MetricsRegistry
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 log = logging.getLogger("coe.routing")
@@ -47,6 +47,7 @@ _CERTAIN = np.ones(1)
 _NO_LATER = np.zeros((1, MAX_LATER))
 
 Assess = Callable[[Mapping[str, Any]], Assessment]
+Refine = Callable[[Mapping[str, Any], Assessment, str], Awaitable[Assessment]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class RoutePlan:
         time_price: The price of time, in quality per second of waiting.
         cost_weight: The quality that is given up to save the whole reference cost.
         reference: (experts,), weights of the experts' costs in the reference cost.
+        stage: The classifier's stage that decided, see `CategoryScores`; empty where none did.
     """
 
     rows: Ints
@@ -82,6 +84,7 @@ class RoutePlan:
     time_price: float = 0.0
     cost_weight: float = 0.0
     reference: Floats | None = None
+    stage: str = ""
 
     def only(self, keep: NDArray[np.bool_]) -> RoutePlan:
         """Keep some of the rows."""
@@ -106,8 +109,10 @@ class SemanticRouter:
         config: The config.
         catalog: The recipes.
         quality_model: Expects the quality of each recipe.
-        assess: Classifies a prompt; None without an artifact, where `auto` takes the fallback.
+        assess: Classifies a prompt by the first stage; None where there is nothing to classify by,
+            and `auto` takes the fallback.
         per_token: (experts,), the price of each expert's tokens.
+        refine: Classifies it by the encoder as well, where the first stage is unsure.
     """
 
     def __init__(
@@ -117,7 +122,9 @@ class SemanticRouter:
         quality_model: QualityModel,
         assess: Assess | None,
         per_token: Floats,
+        refine: Refine | None = None,
     ) -> None:
+        self._refine = refine
         self._presets = config.router.presets
         self._per_token = per_token
         self._references: dict[bytes, Floats] = {}
@@ -143,8 +150,25 @@ class SemanticRouter:
             kind: (catalog.uses & ~able).any(axis=1) for kind, able in self._able.items()
         }
 
-    def plan(self, request: InferenceRequest) -> RoutePlan:
+    async def plan_by_all_stages(self, request: InferenceRequest) -> RoutePlan:
+        """Find the candidates for a request; the encoder is asked where the first stage is unsure.
+
+        Raises what `plan` raises.
+        """
+        if self._assess is None or self._refine is None or not self._is_open(request.model):
+            return self.plan(request)
+        first = self._assess(request.data)
+        return self.plan(request, await self._refine(request.data, first, request.tenant.name))
+
+    def _is_open(self, model: str) -> bool:
+        """Whether the prompt decides: the client names neither an expert nor a category."""
+        head = model.partition(":")[0]
+        return head == AUTO and "/" not in model and model not in self._named
+
+    def plan(self, request: InferenceRequest, assessment: Assessment | None = None) -> RoutePlan:
         """Find the candidates for a request.
+
+        `assessment` is the classifier's; without one, the first stage classifies the prompt.
 
         Candidates that the request's own bounds exclude are among them, so that they can be
         explained.
@@ -165,7 +189,7 @@ class SemanticRouter:
             return self._plan(
                 request, {category: 1.0}, category, 1.0, "named category", None, price
             )
-        assessment, posterior = self._classify(request)
+        assessment, posterior = self._classify(request, assessment)
         if assessment is None:
             return self._plan(request, posterior, GENERAL, 0.0, "no classifier", None, price)
         scores = assessment.scores
@@ -175,11 +199,13 @@ class SemanticRouter:
             request, posterior, scores.category, scores.confidence, reason, assessment, price
         )
 
-    def _classify(self, request: InferenceRequest) -> tuple[Assessment | None, dict[str, float]]:
+    def _classify(
+        self, request: InferenceRequest, given: Assessment | None = None
+    ) -> tuple[Assessment | None, dict[str, float]]:
         """The classifier's assessment, None without a classifier, and the posterior by category."""
         if self._assess is None:
             return None, {GENERAL: 1.0}
-        assessment = self._assess(request.data)
+        assessment = given or self._assess(request.data)
         scores = assessment.scores
         # Where the classifier abstains, the prompt counts as general.
         sure = scores.category == scores.labels[_best(scores)]
@@ -313,6 +339,7 @@ class SemanticRouter:
             price.time_price,
             price.cost_weight,
             self._reference(able),
+            scores.stage if scores is not None else "",
         )
 
     def _reference(self, able: NDArray[np.bool_]) -> Floats:
@@ -434,6 +461,10 @@ class RoutingSetup:
         config: The config.
         lengths: What is known of the lengths of answers; None of a new gateway.
         escalations: What is known of the escalations of cascades; None of a new gateway.
+        meter: Counts what each stage of the classifier decided.
+
+    Attributes:
+        stages: The stages of the classifier. They are started and stopped with the gateway.
 
     Raises:
         ArtifactError: The router's artifact can't be used.
@@ -444,17 +475,14 @@ class RoutingSetup:
         config: Config,
         lengths: Lengths | None = None,
         escalations: Escalations | None = None,
+        meter: MetricsRegistry | None = None,
     ) -> None:
         found: ExpertMap | None = None
-        labels: tuple[str, ...] = ()
-        assess: Assess | None = None
-        if config.router.artifact is not None:
-            artifact = load_artifact(Path(config.router.artifact))
-            classifier = Classifier.from_artifact(artifact)
-            assess = partial(assess_body, classifier)
-            labels = classifier.labels
-            if "map" in artifact.manifest:
-                found = _known_part(ExpertMap.from_artifact(artifact), config)
+        path = config.router.artifact
+        artifact = load_artifact(Path(path)) if path is not None else None
+        self.stages = PromptStages(config, artifact, meter)
+        if artifact is not None and "map" in artifact.manifest:
+            found = _known_part(ExpertMap.from_artifact(artifact), config)
         for recipe in found.recipes if found else ():
             if (silent := silent_member(config, recipe)) is not None:
                 raise ArtifactError(
@@ -466,14 +494,20 @@ class RoutingSetup:
         self.catalog = RecipeCatalog(
             tuple(config.experts), [*recipes, *(found.recipes if found else ())]
         )
-        self.quality_model = QualityModel(config, self.catalog, labels, escalations)
+        self.quality_model = QualityModel(config, self.catalog, self.stages.labels, escalations)
         if found is not None:
             self.quality_model.use_map(found, self.catalog)
         self.cost_model = CostModel(
             self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
         )
+        assess = self.stages.assess if self.stages.classifies else None
         self.router = SemanticRouter(
-            config, self.catalog, self.quality_model, assess, self.cost_model.per_token
+            config,
+            self.catalog,
+            self.quality_model,
+            assess,
+            self.cost_model.per_token,
+            self.stages.refine,
         )
 
 

@@ -1,0 +1,1 @@
+"""Sentence encoders: ONNX models that turn texts into vectors, in a process of their own."""

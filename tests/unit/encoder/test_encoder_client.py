@@ -1,0 +1,174 @@
+"""The gateway's side of the encoder, with real worker processes of a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.encoder import encoder_client
+from service.encoder.encoder_client import (
+    EncoderClient,
+    EncoderSettings,
+    EncoderUnavailableError,
+)
+from service.encoder.onnx_encoder import OnnxEncoder
+from service.encoder.shared_encoders import SharedEncoders
+from tests.support.tiny_encoder import make_encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+async def client(folder: Path) -> AsyncIterator[EncoderClient]:
+    client = EncoderClient(EncoderSettings(folder, cache_entries=3, timeout_s=5.0))
+    client.start()
+    assert await client.wait_ready(30)
+    yield client
+    await client.close()
+
+
+def worker_pid() -> int:
+    """The only child of this process that runs the worker."""
+    mine = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    for pid in Path(mine).read_text().split():
+        if b"encoder_worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return int(pid)
+    raise AssertionError("no worker runs")
+
+
+async def test_embed_many_at_once_equals_the_encoder(client: EncoderClient, folder: Path) -> None:
+    texts = [f"court {'lasagna ' * i}\ud800" for i in range(20)]
+    found = await asyncio.gather(*(client.embed(text) for text in texts))
+    np.testing.assert_allclose(np.stack(found), OnnxEncoder(folder).encode(texts), atol=1e-5)
+    assert (await client.embed_all(texts)).shape == (20, client.dims)
+
+
+async def test_embed_known_text_needs_no_worker_and_is_kept_for_each_tenant(
+    client: EncoderClient,
+) -> None:
+    first = await client.embed("court", "a")
+    await client.close()
+    client.dims = 0
+    np.testing.assert_array_equal(await client.embed("court", "a"), first)
+    with pytest.raises(EncoderUnavailableError):
+        await client.embed("court", "b")
+
+
+async def test_cache_keeps_the_newest_entries_only(client: EncoderClient) -> None:
+    for text in ("court", "judge", "court", "oven", "bug"):
+        await client.embed(text)
+    assert len(client._cache) == 3
+    await client.close()
+    client.dims = 0
+    await client.embed("court")
+    with pytest.raises(EncoderUnavailableError):
+        await client.embed("judge")
+
+
+async def test_embed_of_a_stopped_worker_waits_no_longer_than_the_limit_and_then_pauses(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = EncoderClient(EncoderSettings(folder, timeout_s=0.05))
+    client.start()
+    assert await client.wait_ready(30)
+    os.kill(worker_pid(), signal.SIGSTOP)
+    try:
+        reasons = []
+        for i in range(6):
+            began_s = time.monotonic()
+            with pytest.raises(EncoderUnavailableError) as caught:
+                await client.embed(f"court {i}")
+            assert time.monotonic() - began_s < 1
+            reasons.append(caught.value.reason)
+        assert reasons == ["slow"] * 5 + ["paused"]
+        assert caplog.text.count("too slow") == 1
+    finally:
+        await client.close()
+
+
+async def test_embed_beyond_the_queue_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder_client, "_MAX_WAITING", 4)
+    client = EncoderClient(EncoderSettings(folder, timeout_s=0.5))
+    client.start()
+    assert await client.wait_ready(30)
+    os.kill(worker_pid(), signal.SIGSTOP)
+    try:
+        found = await asyncio.gather(
+            *(client.embed(f"court {i}") for i in range(30)), return_exceptions=True
+        )
+        reasons = [e.reason for e in found if isinstance(e, EncoderUnavailableError)]
+        assert len(reasons) == 30
+        assert set(reasons) == {"slow", "busy"}
+    finally:
+        await client.close()
+
+
+async def test_worker_that_dies_is_started_again(client: EncoderClient) -> None:
+    await client.embed("court")
+    os.kill(worker_pid(), signal.SIGKILL)
+    outcomes: list[str] = []
+    for i in range(1000):
+        try:
+            await client.embed(f"judge {i}")
+            outcomes.append("ok")
+        except EncoderUnavailableError as error:
+            outcomes.append(error.reason)
+        if "failed" in outcomes and outcomes[-1] == "ok":
+            break
+        await asyncio.sleep(0.02)
+    assert outcomes[-1] == "ok"
+    assert "failed" in outcomes
+    assert client.problem is None
+
+
+async def test_unusable_folder_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = asyncio.sleep
+    naps: list[float] = []
+
+    async def nap(seconds: float, *rest: Any) -> None:
+        naps.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(encoder_client.asyncio, "sleep", nap)
+    client = EncoderClient(EncoderSettings(tmp_path))
+    with caplog.at_level(logging.ERROR):
+        client.start()
+        async with asyncio.timeout(60):
+            while len(naps) < 2:
+                await real(0.02)
+        with pytest.raises(EncoderUnavailableError, match="failed"):
+            await client.embed("court")
+        await client.close()
+    assert caplog.text.count("no ONNX model") == 1
+    assert naps[:2] == [1.0, 2.0]
+
+
+async def test_shared_encoders_run_one_worker_until_the_last_release(folder: Path) -> None:
+    encoders = SharedEncoders()
+    settings = EncoderSettings(folder)
+    first, second = encoders.acquire(settings), encoders.acquire(EncoderSettings(folder))
+    other = encoders.acquire(EncoderSettings(folder, threads=2))
+    assert first is second
+    assert other is not first
+    await encoders.release(first)
+    assert await second.wait_ready(30)
+    await encoders.release(second)
+    await encoders.release(other)
+    assert encoders.acquire(settings) is not first
+    await encoders.release(encoders._clients[settings])
