@@ -124,7 +124,7 @@ class ConfiguredGateway:
             state.retries,
             self._registry,
         )
-        routing = RoutingSetup(config, state.lengths, state.escalations, state.metrics.meter)
+        routing = RoutingSetup(config, state.lengths, state.escalations, self._registry)
         self._stages = routing.stages
         self.cost_model = routing.cost_model
         self.dispatcher = Dispatcher(
