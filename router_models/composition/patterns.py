@@ -12,6 +12,9 @@ from collections.abc import Sequence
 Pattern = tuple[int, ...]
 
 MAX_PATTERNS = 4000
+# Both searches are recursive, by sizes and by items.
+_MOST_SIZES = 400
+_MOST_ITEMS = 400
 
 
 def maximal_patterns(
@@ -29,6 +32,8 @@ def maximal_patterns(
     """
     counts = Counter(size for size in sizes if size <= room)
     distinct = sorted(counts, reverse=True)
+    if len(distinct) > _MOST_SIZES:
+        return None
     smallest = distinct[-1] if distinct else 0
     found: list[Pattern] = []
     steps = 0
@@ -108,4 +113,23 @@ def pack(
             left[b] += sizes[item]
         return False
 
+    # Best fit alone, for which no search is needed.
+    for k, item in enumerate(order):
+        free = [
+            b
+            for b in range(bins)
+            if left[b] >= sizes[item]
+            and (names is None or all(names[i] != names[item] for i in held[b]))
+        ]
+        if not free:
+            break
+        tightest = min(free, key=lambda b: (left[b], b))
+        left[tightest] -= sizes[item]
+        held[tightest].append(item)
+        if k == len(order) - 1:
+            return held
+    if len(order) > _MOST_ITEMS:
+        return None
+    left = [room] * bins
+    held = [[] for _ in range(bins)]
     return held if place(0) else None

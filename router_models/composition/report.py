@@ -109,6 +109,9 @@ def analyse(problem: Problem, found: Composition, *, time_limit_s: float = 60.0)
     unbought = tuple(e for e in problem.experts if e not in needed)
     never = () if free is None else _never(free, unbought)
     prices = tuple(_prices(problem, found, best))
+    memory = tuple(_memory_points(problem, found, best))
+    budget = tuple(_budget_points(problem, free, best))
+    # Last, because it takes a search for each expert.
     worth = {
         expert: _loss(problem, found, expert, best)
         for expert in found.experts
@@ -116,8 +119,8 @@ def analyse(problem: Problem, found: Composition, *, time_limit_s: float = 60.0)
     }
     return Report(
         composition=found,
-        memory=tuple(_memory_points(problem, found, best)),
-        budget=tuple(_budget_points(problem, free, best)),
+        memory=memory,
+        budget=budget,
         prices=prices,
         worth=worth,
         idle=tuple(e for e in bought if e not in needed),
@@ -254,7 +257,7 @@ def readable(problem: Problem, report: Report) -> list[str]:
         lines.append(
             f"  {category}: {100 * problem.share[c]:.1f} %, {recipe.name}, {100 * quality:.1f} %"
         )
-    lines += _price_lines(report)
+    lines += _price_lines(problem, report)
     for title, points in (
         ("memory in GiB, quality, cost", report.memory),
         ("budget, quality, cost", report.budget),
@@ -268,7 +271,7 @@ def readable(problem: Problem, report: Report) -> list[str]:
     return lines
 
 
-def _price_lines(report: Report) -> list[str]:
+def _price_lines(problem: Problem, report: Report) -> list[str]:
     lines = ["", "the next step would buy (finite differences of the whole program)"]
     for price in report.prices:
         note = f", {100 * price.open:.2f} of it open" if price.open > _SHOWN else ""
@@ -281,7 +284,10 @@ def _price_lines(report: Report) -> list[str]:
         lines.append(
             f"  {expert}: " + ("nothing would fit" if math.isinf(loss) else f"{100 * loss:.2f}")
         )
+    used = {e for recipe in report.composition.recipes.values() for e in recipe.experts}
+    rest = sorted(used - set(report.worth) - problem.required)
     for title, names in (
+        ("not weighed in the time given", rest),
         ("held, and best in no category", report.idle),
         ("worth nothing within these bounds", report.unbought),
         ("worth nothing with any memory and budget", report.worthless),

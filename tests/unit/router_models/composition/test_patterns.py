@@ -34,6 +34,14 @@ def test_maximal_patterns_are_the_subsets_that_no_other_contains(
     assert len(found) == len(set(found))
 
 
+def test_many_items_are_packed_without_a_deep_search() -> None:
+    assert maximal_patterns(list(range(1, 2000)), 4000) is None
+    found = pack([3, 2] * 2000, 2000, 5)
+    assert found is not None
+    assert all(len(items) == 2 for items in found)
+    assert pack([3] * 2001, 2000, 5) is None
+
+
 def test_maximal_patterns_beyond_the_limit_are_none() -> None:
     assert maximal_patterns(list(range(1, 40)), 60, most=50) is None
     assert maximal_patterns([5, 5, 7], 12, most=50) == [(7, 5), (5, 5)]

@@ -74,6 +74,7 @@ def test_analyse_time_that_is_up_leaves_parts_out() -> None:
     report = analyse(PROBLEM, FOUND, time_limit_s=0.0)
     assert time.monotonic() - began < 5
     assert report.worth == {}
+    assert "not weighed in the time given: " in "\n".join(readable(PROBLEM, report))
     assert [p.bound for p in report.memory] == [pytest.approx(44.0)]
 
 
