@@ -421,6 +421,8 @@ def _composed(
 ) -> dict[str, Any]:
     from service.cli.compose.composed_config import compose_config, rebased
 
+    out: Path = options["out"]
+    running = _data(out).get("pools") if options["live"] and out.exists() else None
     data = compose_config(
         _data(base),
         problem,
@@ -429,8 +431,9 @@ def _composed(
         fallback=config.fallback,
         template=kind,
         kv_cache_bytes=template.vllm.kv_cache_bytes or _DEFAULT_KV_BYTES,
+        running=running,
     )
-    return rebased(data, base.parent, options["out"].parent)
+    return rebased(data, base.parent, out.parent)
 
 
 def _data(path: Path) -> dict[str, Any]:

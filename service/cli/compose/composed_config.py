@@ -7,9 +7,10 @@ starts from: the planner keeps and moves weights by demand, and feedback shifts 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def compose_config(
     fallback: str,
     template: str | None,
     kv_cache_bytes: int | None,
+    running: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a config's data.
 
@@ -44,6 +46,8 @@ def compose_config(
         fallback: The expert for prompts without a category.
         template: The pool of the base config from which the pools are made; None: none has one.
         kv_cache_bytes: KV cache of each engine; None: as in the template.
+        running: The pools of the config that a service runs from. Pools of the same form keep their
+            names, and as many of their experts as can be, so that a reload can take the change.
 
     Raises:
         ConfigError: A tenant or key of the base config may use no expert that is bought.
@@ -69,7 +73,7 @@ def compose_config(
     pool = (base.get("pools") or {}).get(template) or {}
     data["pools"] = {
         name: _pool(pool, held, chosen, forms, kept, kv_cache_bytes)
-        for name, held in _named(template, found.holdings)
+        for name, held in _named(template, found.holdings, running or {})
     }
     if not data["pools"]:
         del data["pools"]
@@ -179,15 +183,38 @@ def _free_name(recipe: Recipe, taken: set[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _named(template: str | None, holdings: Iterable[Holding]) -> Iterable[tuple[str, Holding]]:
-    """Name pools: like the template where there is one pool, else with numbers."""
-    every = list(holdings)
-    for i, held in enumerate(every, start=1):
+def _named(
+    template: str | None, holdings: Sequence[Holding], running: Mapping[str, Any]
+) -> Iterable[tuple[str, Holding]]:
+    """Name pools: as running ones, or like the template where there is one, else with numbers."""
+    names = _matched(holdings, running)
+    taken = {*names.values(), *running}
+    numbers = itertools.count(1)
+    for i, held in enumerate(holdings):
         stem = template or held.kind.name
-        if len(every) == 1:
+        if i in names:
+            yield names[i], held
+        elif len(holdings) == 1 and stem not in taken:
             yield stem, held
         else:
-            yield f"{stem[: _MOST_NAME - 1 - len(str(i))]}-{i}", held
+            made = (f"{stem[: _MOST_NAME - 1 - len(str(n))]}-{n}" for n in numbers)
+            yield next(name for name in made if name not in taken), held
+
+
+def _matched(holdings: Sequence[Holding], running: Mapping[str, Any]) -> dict[int, str]:
+    """Give holdings the names of running pools of the same form, most common experts first."""
+    common = []
+    for i, held in enumerate(holdings):
+        experts = {expert for unit in held.units for expert in unit.experts}
+        for name, pool in running.items():
+            same = (pool.get("slots") or 0) == held.slots
+            if same and pool.get("min_replicas", 1) == held.replicas:
+                common.append((-len(experts & set(pool.get("experts") or ())), i, name))
+    names: dict[int, str] = {}
+    for _, i, name in sorted(common):
+        if i not in names and name not in names.values():
+            names[i] = name
+    return names
 
 
 def _pool(

@@ -185,6 +185,45 @@ def test_compose_config_first_units_of_slots_are_those_at_home() -> None:
                 assert set(first) == {unit.experts[0] for unit in held.residents}
 
 
+def test_compose_config_of_the_same_composition_keeps_every_running_pool() -> None:
+    several = 0
+    for seed in range(12):
+        case = Case(seed, on_gpu=True)
+        try:
+            found = solve(case.problem)
+        except CompositionError:
+            continue
+        data, _ = case.write(found)
+        # The service runs the same pools under other names, in another order.
+        running = {f"p{i}": pool for i, pool in enumerate(reversed(data["pools"].values()))}
+        again = compose_config(
+            case.base,
+            case.problem,
+            found,
+            forms=case.found.forms,
+            fallback=case.fallback,
+            template="main",
+            kv_cache_bytes=KV,
+            running=running,
+        )
+        assert again["pools"] == running
+        # A pool of another form is no candidate for its name.
+        other = {name: {**pool, "slots": 7} for name, pool in running.items()}
+        fresh = compose_config(
+            case.base,
+            case.problem,
+            found,
+            forms=case.found.forms,
+            fallback=case.fallback,
+            template="main",
+            kv_cache_bytes=KV,
+            running=other,
+        )
+        assert not set(fresh["pools"]) & set(other)
+        several += len(running) > 1
+    assert several
+
+
 def test_compose_config_tenant_without_a_bought_expert_is_an_error() -> None:
     case = Case(0, on_gpu=True)
     case.base["tenants"]["t"]["experts"] = ["e2"]
