@@ -219,3 +219,52 @@ def test_parse_request_priority_header_only_lowers_the_class(
 def test_parse_request_unknown_priority_names_the_allowed_ones() -> None:
     with pytest.raises(InvalidRequestError, match="takes high, normal, low"):
         asked({"messages": HELLO}, headers={b"x-coe-priority": b"urgent"})
+
+
+BOUNDS = {"min_quality": 0.5, "max_cost": 2, "allow": ["a", "b"], "deny": ["b"]}
+BOUND_HEADERS = {
+    b"x-coe-min-quality": b"0.75",
+    b"x-coe-max-cost": b"3",
+    b"x-coe-allow": b"c , d,",
+    b"x-coe-deny": b"d",
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_parse_request_bounds_of_every_endpoint_come_from_body_and_headers(path: str) -> None:
+    body = {"messages": HELLO, "prompt": "hi", "input": "hi", "query": "q", "documents": ["d"]}
+    body |= {"text_1": "x", "text_2": "y", "model": "a"}
+    plain = asked(body, path)
+    assert (plain.min_quality, plain.max_cost, plain.allow, plain.deny) == (0, None, None, set())
+    got = asked({**body, "coe": BOUNDS}, path)
+    assert (got.min_quality, got.max_cost) == (0.5, 2)
+    assert (got.allow, got.deny) == ({"a", "b"}, {"b"})
+    assert b"coe" not in got.body_for("a"), "no engine sees it"
+    over = asked({**body, "coe": BOUNDS}, path, BOUND_HEADERS)
+    assert (over.min_quality, over.max_cost) == (0.75, 3)
+    assert (over.allow, over.deny) == ({"c", "d"}, {"d"})
+    # Other bounds do not change what the prompt is expected to cost.
+    longer = asked({**body, "coe": {**BOUNDS, "max_cost": 2.123456, "deny": ["b"] * 99}}, path)
+    assert longer.most_prompt_tokens == got.most_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "words"),
+    [
+        (
+            b"x-coe-min-quality",
+            b"1.01",
+            "x-coe-min-quality must be a number from 0 to 1",
+        ),
+        (b"x-coe-min-quality", b"nan", "x-coe-min-quality must be a number from 0 to 1"),
+        (b"x-coe-max-cost", b"-1", "the header x-coe-max-cost must be a number of at least 0"),
+        (b"x-coe-allow", b" , ", "the header x-coe-allow must be a list of 1 to 1000 names"),
+        (b"x-coe-deny", b"a," * 1001, "the header x-coe-deny must be a list of 1 to 1000 names"),
+    ],
+)
+def test_parse_request_invalid_bounds_in_headers_are_named(
+    header: bytes, value: bytes, words: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        asked({"messages": HELLO}, headers={header: value})
+    assert caught.value.param == header.decode()

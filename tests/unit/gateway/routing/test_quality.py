@@ -65,3 +65,21 @@ def test_quality_learns_a_cascade_s_escalation_rate_with_and_without_a_map(by_ma
         worth.observe_escalations(AT, worth.quality(math, assessment)[1][AT], 1)
     assert expected() <= 1.0
     assert worth.escalation_prob(AT)[0] <= 1.0
+
+
+@pytest.mark.parametrize("by_map", [False, True])
+def test_quality_by_category_and_expected_calls_prefer_the_map(by_map: bool) -> None:
+    worth = QualityModel(CONFIG, BOOK, ("math",))
+    if by_map:
+        worth.use_map(fitted(0.1), BOOK)
+    table = worth.by_category()
+    # The map knows one category; the config adds `general`.
+    assert table.shape == (1 if by_map else 2, 3)
+    assert table[0, AT] == (1.0 if by_map else 0.0)
+    assert table[0, 0] == 1.0, "the config's, which the map does not know"
+    calls = worth.expected_calls(BOOK)
+    assert calls.tolist() == [[1, 0], [0, 1], [1, pytest.approx(0.1 if by_map else 0.5)]]
+    # What is read must not be what is kept.
+    before = worth.quality(worth.posterior({"math": 1.0}), None)[0].tolist()
+    calls[:] = 7.0
+    assert worth.quality(worth.posterior({"math": 1.0}), None)[0].tolist() == before
