@@ -2,7 +2,8 @@
 
 It measures the time to classify, the memory of the artifact, and the time to select. With
 `--outcomes` and `--costs` it also compares the online choice under a budget with the exact optimum.
-With `--share` it shows how traffic shifts in the running service as load grows.
+With `--share` it shows how traffic shifts in the running service as load grows. With `--stages`
+and `--test` it measures accuracy, time, memory and throughput of the stages of the classifier.
 
 It uses one core, the demo's artifact unless another is named, and prompts of the given size from
 many different words. Each figure is the median over prompts, each of which is timed alone, as in
@@ -23,11 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, TargetCheck, at_most
-from loadtests.route import replay, selection_latency, share
+from loadtests.route import replay, selection_latency, share, stages
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.conversation import assess_turns
 from service.classifier.expert_map import ExpertMap
+from service.classifier.static_table import built_in_table
 
 DEMO = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
 SIZES = (32, 512, 2_000, 8_000, 32_000)
@@ -58,7 +60,8 @@ def measure(artifact: Path, rounds: int) -> Report:
     report = Report("route")
     start = time.perf_counter()
     loaded = load_artifact(artifact)
-    classifier = Classifier.from_artifact(loaded)
+    static = built_in_table() if "static" in loaded.section("classifier") else None
+    classifier = Classifier.from_artifact(loaded, static)
     found = ExpertMap.from_artifact(loaded) if "map" in loaded.manifest else None
     load_s = time.perf_counter() - start
     table = Table("Classification, one core", ("characters", "median ms", "95 % interval"))
@@ -126,17 +129,32 @@ def main() -> int:
     words.add_argument(
         "--share", action="store_true", help="measure each expert's share of traffic by load"
     )
+    words.add_argument("--stages", action="store_true", help="what each stage costs and is worth")
+    words.add_argument("--encoder", default="all-minilm-l6-v2", help="with --stages: the encoder")
+    words.add_argument("--test", type=Path, nargs="+", help="with --stages: labelled prompts")
+    words.add_argument("--seconds", type=float, default=5.0, help="with --stages: each round")
     words.add_argument("--plot", type=Path, help="with --share: write the figure to this PNG file")
     words.add_argument("--port", type=int, default=8180)
     given = words.parse_args()
     if given.outcomes and given.costs is None:
         words.error("--outcomes needs --costs")
+    if given.stages and not given.test:
+        words.error("--stages needs --test")
     return tell(lambda _: _measured(given), as_json=given.json)
 
 
 def _measured(given: argparse.Namespace) -> Report:
     report = Report("route")
-    if given.share:
+    if given.stages:
+        stages.measure(
+            report,
+            given.artifact,
+            given.encoder,
+            given.test,
+            max(given.rounds, 10),
+            given.seconds,
+        )
+    elif given.share:
         share.measure(report, given.port, given.plot)
     elif given.outcomes:
         replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
