@@ -202,8 +202,11 @@ async def test_worked_example_has_the_right_numbers(tmp_path: Path) -> None:
         route = json.loads(await run(s, tmp_path, found[1] + " --json"))
     assert round(route["posterior"]["math"], 3) == 1.0
     for candidate in route["candidates"]:
-        time_s = candidate["wait_s"] + candidate["answer_s"]
-        row = f"| {candidate['expert']} | {candidate['quality']:.2f} | {time_s:.2f} s | 0 |"
+        weighed = route["cost_price"] * candidate["cost"]
+        row = (
+            f"| {candidate['expert']} | {candidate['quality']:.2f} | {weighed:.3f} "
+            f"| {candidate['waiting_s']:.2f} s |"
+        )
         assert row in ROUTING
         assert f"{candidate['utility']:.3f}" in ROUTING
 
