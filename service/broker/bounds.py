@@ -25,15 +25,15 @@ class Exclusion(IntEnum):
     NONE = 0
     NO_POOL = 1
     CONTEXT = 2
-    MAX_COST = 3
-    DEADLINE = 4
-    CIRCUIT_OPEN = 5
+    DEADLINE = 3
+    CIRCUIT_OPEN = 4
+    # From here on it breaks a bound of the request, whatever the state of the pools.
+    MAX_COST = 5
     NOT_ALLOWED = 6
     MIN_QUALITY = 7
 
 
-# A recipe with one of these breaks a bound, whatever the state of the pools.
-BROKEN_BOUNDS = (Exclusion.MAX_COST, Exclusion.NOT_ALLOWED, Exclusion.MIN_QUALITY)
+FIRST_BROKEN_BOUND = Exclusion.MAX_COST
 
 
 @dataclass(frozen=True, slots=True)

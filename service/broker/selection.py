@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.bounds import BROKEN_BOUNDS, Exclusion, RequestBounds
+from service.broker.bounds import FIRST_BROKEN_BOUND, Exclusion, RequestBounds
 from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 
@@ -46,6 +46,7 @@ _NO_POOLS = np.zeros(0, dtype=np.intp)
 READING_S = 60 / (238 * 1.33)
 # Share of the decode that counts as waiting, as far as it is no slower than reading.
 READ_ALONG = 0.2
+_READ_UNNOTICED_S = (1 - READ_ALONG) * READING_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +299,7 @@ def _select_among(
     exclusion = _exclusions(catalog, pools, request, totals, single)
     utility[exclusion != 0] = -_INFINITE
     ideal = np.where(
-        np.isfinite(totals.ideal_waiting) & ~np.isin(exclusion, BROKEN_BOUNDS),
+        np.isfinite(totals.ideal_waiting) & (exclusion < FIRST_BROKEN_BOUND),
         quality_less_cost - request.time_price * totals.ideal_waiting,
         -_INFINITE,
     )
@@ -353,7 +354,7 @@ def _expert_times(
         return np.where(exists, figure[pool, columns], _INFINITE)
 
     # The decode less its part that is read along.
-    decode -= (1 - READ_ALONG) * np.minimum(decode, READING_S * request.tokens)
+    decode -= np.minimum((1 - READ_ALONG) * decode, _READ_UNNOTICED_S * request.tokens)
     decode += prefill
     best_wait = in_best_pool(wait)
     return _ExpertTimes(

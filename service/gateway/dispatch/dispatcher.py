@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import numpy as np
 
-from service.broker.bounds import BROKEN_BOUNDS, Exclusion, worst_costs
+from service.broker.bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.cost_model import CostModel
 from service.broker.demand import can_serve, failure_reason
 from service.broker.pool_state import Place, PoolStateTable, PoolView
@@ -475,7 +475,7 @@ class Dispatcher:
         Raises:
             InfeasibleBoundsError: Every candidate breaks a bound.
         """
-        if len(selection.exclusion) and np.isin(selection.exclusion, BROKEN_BOUNDS).all():
+        if len(selection.exclusion) and (selection.exclusion >= FIRST_BROKEN_BOUND).all():
             request = selection.request
             worst = worst_costs(self.catalog, request.rows, request.cost)
             raise infeasible_error(
