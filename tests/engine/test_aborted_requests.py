@@ -14,7 +14,7 @@ import pytest_asyncio
 from service.engine.base import EngineRequest, Message
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
+from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, metric_values
 from tests.support.waiting import until
 
 pytestmark = ON_ONE_ENGINE
@@ -50,7 +50,7 @@ async def test_aborted_request_reports_the_tokens_counted_by_the_engine(
     path, body, sequences = BODIES[what]
 
     async def count() -> float:
-        return (await told(metrics)).get(("vllm:generation_tokens_total", "base"), 0.0)
+        return (await metric_values(metrics)).get(("vllm:generation_tokens_total", "base"), 0.0)
 
     before = await count()
     given: list[tuple[int, int]] = []

@@ -186,7 +186,7 @@ async def test_two_names_answer_from_one_load_with_equal_tokens_and_their_own_na
         await pool.stop(1)
 
 
-def _without_ids(told: object) -> object:
-    if isinstance(told, dict):
-        return {name: _without_ids(one) for name, one in told.items() if name != "id"}
-    return [_without_ids(one) for one in told] if isinstance(told, list) else told
+def _without_ids(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _without_ids(one) for name, one in value.items() if name != "id"}
+    return [_without_ids(one) for one in value] if isinstance(value, list) else value

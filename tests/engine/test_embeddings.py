@@ -75,8 +75,8 @@ async def embed(
     return data
 
 
-def vectors(told: dict[str, Any]) -> NDArray[np.float64]:
-    return np.array([item["embedding"] for item in told["data"]])
+def vectors(answer: dict[str, Any]) -> NDArray[np.float64]:
+    return np.array([item["embedding"] for item in answer["data"]])
 
 
 def by_transformers(folder: Path) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from service.moe.profiles import steering_of
 from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
 from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
 from tests.support.engine.observer import Watch
-from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, told
+from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, metric_values
 from tests.support.engine.steering_reference import Reference
 
 pytestmark = ON_ONE_ENGINE
@@ -131,9 +131,9 @@ async def test_capture_counts_equal_the_reference_per_expert(slot: Slot) -> None
             assert sum(load[1]) < 2 * sum(map(len, slot.texts[expert]))
         kept = [
             stretch
-            for told in slot.watch.told
-            if told.expert == expert
-            for stretch in told.stretches
+            for sample in slot.watch.told
+            if sample.expert == expert
+            for stretch in sample.stretches
         ]
         assert len(kept) == _CAPTURE.stretches
         # Of the 36 tokens all, of the 70 the first 40.
@@ -147,7 +147,7 @@ async def test_capture_reaches_the_pool_s_statistics(slot: Slot) -> None:
     sums = await slot.watch.routing_stats("two")
     assert sums["tokens"] == sum(map(len, slot.texts["two"]))
     assert (sums["layers"], sums["experts"], sums["top_k"]) == ([0, 1], EXPERTS, 2)
-    metrics = await told(slot.watch)
+    metrics = await metric_values(slot.watch)
     assert metrics["coe_moe_tokens_total", "two"] == sums["tokens"]
     assert 1 <= metrics["coe_moe_imbalance_ratio", "two"] <= EXPERTS
     assert 0 < metrics["coe_moe_segment_routing_ratio", "one"] <= 1

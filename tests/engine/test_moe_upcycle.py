@@ -67,11 +67,11 @@ async def _said(engine: Any, expert: str) -> tuple[list[int], list[float]]:
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
-def _hold(said: tuple[list[int], list[float]], folder: Path) -> None:
+def _hold(answer: tuple[list[int], list[float]], folder: Path) -> None:
     """The same tokens are the most probable ones in transformers, and as probable."""
     from transformers import AutoModelForCausalLM
 
-    tokens, logs = said
+    tokens, logs = answer
     assert len(tokens) == len(logs) == _TOKENS
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True

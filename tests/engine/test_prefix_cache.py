@@ -13,7 +13,7 @@ import pytest_asyncio
 from service.engine.base import EngineRequest, Message
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, told
+from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, metric_values
 from tests.support.waiting import until
 
 pytestmark = ON_ONE_ENGINE
@@ -64,7 +64,7 @@ class Asked:
         return await self._count("vllm:prefix_cache_hits_total") - before
 
     async def _count(self, name: str) -> float:
-        return (await told(self.metrics)).get((name, "base"), 0.0)
+        return (await metric_values(self.metrics)).get((name, "base"), 0.0)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

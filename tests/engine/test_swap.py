@@ -40,7 +40,7 @@ from tests.support.engine.real import (
     core_of,
     demo,
     kill,
-    told,
+    metric_values,
 )
 from tests.support.engine.spoiled_weights import OF_ADAPTERS, WHY, spoiled_weights
 from tests.support.waiting import until
@@ -105,12 +105,12 @@ async def test_swap_metrics_are_those_of_the_running_expert(stage: Stage) -> Non
     engine = stage.engine
     for name in DEMO:
         await stage.run(name)
-        before = await told(engine.metrics)
+        before = await metric_values(engine.metrics)
         await ask(engine, name, tokens=5)
         # vLLM tells of a request after its answer has gone out.
         counted = partial(_counted, engine, name, before, 15)
         await until(counted, "three answers were counted")
-        after = await told(engine.metrics)
+        after = await metric_values(engine.metrics)
         grown = {key[1] for key, value in after.items() if value > before.get(key, 0.0)}
         assert grown == {name}
         assert after["vllm:generation_tokens_total", name] > 0
@@ -125,7 +125,7 @@ async def _counted(
     engine: Swapping, name: str, before: dict[tuple[str, str], float], tokens: int
 ) -> bool:
     key = "coe_tokens_total", name
-    return (await told(engine.metrics))[key] - before[key] == tokens
+    return (await metric_values(engine.metrics))[key] - before[key] == tokens
 
 
 @pytest.mark.parametrize("name", WHY)
@@ -360,14 +360,14 @@ async def test_swapped_in_expert_equals_an_engine_started_with_it(
     folder = tmp_path / "merged"
     await asyncio.to_thread(_merge, folder, "intents")
     metrics = stage.engine.metrics
-    before = await told(metrics)
+    before = await metric_values(metrics)
     model = VllmModel("fresh", str(folder), {})
     engine = VllmEngine(model, OPTIONS, on_cpu=True, observer=metrics)
     try:
         await engine.start()
         assert await ask(engine, "fresh") == stage.said["intents"]
         # A second engine in the process has metrics of its own, and takes nobody's away.
-        after = await told(metrics)
+        after = await metric_values(metrics)
         assert before == {key: value for key, value in after.items() if key[1] != "fresh"}
         assert after["vllm:generation_tokens_total", "fresh"] == 36
         assert after["coe_tokens_total", "fresh"] == 36

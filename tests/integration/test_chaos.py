@@ -32,10 +32,10 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
     return data
 
 
-def missed(told: dict[str, Any]) -> list[str]:
+def missed(report: dict[str, Any]) -> list[str]:
     return [
         f"{item['name']}: {item['value']}"
-        for item in told["reach"]
+        for item in report["reach"]
         if not item["ok"] and not item["name"].startswith(_TIMED)
     ]
 

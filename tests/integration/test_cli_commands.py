@@ -66,17 +66,19 @@ async def test_commands_print_errors_on_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("reply", "words"),
     [
         (b"+OK another protocol\r\n", "cannot call"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello", "not JSON"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello", "broke off"),
     ],
 )
-async def test_commands_against_another_service_fail_with_one_line(said: bytes, words: str) -> None:
+async def test_commands_against_another_service_fail_with_one_line(
+    reply: bytes, words: str
+) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(said)
+        writer.write(reply)
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)

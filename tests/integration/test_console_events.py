@@ -32,9 +32,9 @@ async def events(reply: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, Any]
             yield name, json.loads(line[6:])
 
 
-async def first(told: AsyncIterator[tuple[str, Any]], name: str) -> Any:
+async def first(received: AsyncIterator[tuple[str, Any]], name: str) -> Any:
     """The next event of that name."""
-    async for got, data in told:
+    async for got, data in received:
         if got == name:
             return data
     raise AssertionError(f"the stream ended without {name}")

@@ -212,7 +212,7 @@ async def test_reload_of_an_invalid_config_is_a_409(kind: type[CoeError]) -> Non
 async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def plan(asked: object) -> None:
+    def plan(request: object) -> None:
         raise RuntimeError("hello there")
 
     async with run_gateway(ONE) as s:

@@ -51,7 +51,7 @@ async def two_pools() -> AsyncIterator[RunningGateway]:
         yield s
 
 
-async def told(s: RunningGateway, expert: str, key: str = ADMIN_KEY) -> tuple[int, Any]:
+async def fetch_statistics(s: RunningGateway, expert: str, key: str = ADMIN_KEY) -> tuple[int, Any]:
     headers = {"authorization": f"Bearer {key}"}
     async with s.client.get(f"{s.url}/admin/experts/{expert}/moe", headers=headers) as reply:
         return reply.status, await reply.json()
@@ -59,8 +59,8 @@ async def told(s: RunningGateway, expert: str, key: str = ADMIN_KEY) -> tuple[in
 
 async def test_moe_statistics_of_pools_are_added_up() -> None:
     async with two_pools() as s:
-        status, body = await told(s, "moe")
-        denied, _ = await told(s, "moe", key="no")
+        status, body = await fetch_statistics(s, "moe")
+        denied, _ = await fetch_statistics(s, "moe", key="no")
     assert (status, denied) == (200, 401)
     assert body["shape"] == {"layers": 2, "experts": 4, "top_k": 1}
     assert (body["expert"], body["pools"], body["tokens"], body["every"]) == ("moe", 2, 100, 2)
@@ -82,7 +82,7 @@ async def test_moe_statistics_errors_name_the_reason() -> None:
     }
     async with two_pools() as s:
         for expert, (status, words) in cases.items():
-            found, body = await told(s, expert)
+            found, body = await fetch_statistics(s, expert)
             assert found == status
             assert words in body["error"]["message"]
 

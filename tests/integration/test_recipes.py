@@ -121,15 +121,15 @@ async def stage(
         await until(lambda: len(cast.left) == len(cast.silent & set(cast.models)), "all let go")
 
 
-def said(told: dict[str, Any]) -> str:
-    return str(told["choices"][0]["message"]["content"])
+def answer_text(reply: dict[str, Any]) -> str:
+    return str(reply["choices"][0]["message"]["content"])
 
 
 async def test_cascade_members_that_agree_end_it() -> None:
     async with stage(a="The answer is 42.", b="#### 42") as (s, cast):
         status, headers, answer = await s.ask(chat(model="two"))
         assert status == 200
-        assert said(answer) == "The answer is 42."
+        assert answer_text(answer) == "The answer is 42."
         assert cast.models == ["a", "b"]
         assert headers["x-coe-recipe"] == "cascade([a, b] -> c)"
         assert headers["x-coe-expert"] == answer["model"] == "a"
@@ -148,7 +148,7 @@ async def test_cascade_members_that_differ_escalate_to_the_last() -> None:
             _, headers, answer = await s.ask(chat(model="two"))
             assert cast.models == ["a", "b", "c"]
             assert answer["model"] == headers["x-coe-expert"] == "c"
-            assert said(answer) == line
+            assert answer_text(answer) == line
 
 
 LINES = ("42", "43", "I can't answer that.", "Here is the proof, step by step. " * 9, "")
@@ -169,7 +169,7 @@ async def test_recipe_whole_and_streamed_answers_are_equal(recipe: str) -> None:
                 assert reply.headers["x-coe-expert"] == headers["x-coe-expert"]
                 chunks = [json.loads(event) for event in events(await reply.read())[:-1]]
             parts = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]]
-            assert "".join(parts) == said(answer)
+            assert "".join(parts) == answer_text(answer)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -194,11 +194,11 @@ async def test_cascade_refusals_and_truncated_answers_escalate() -> None:
     for line in ("I cannot answer that question.", "I'm sorry, I can't help with that."):
         async with stage(a=line, b=line, c="42") as (s, _):
             _, headers, answer = await s.ask(chat(model="two"))
-            assert (said(answer), headers["x-coe-expert"]) == ("42", "c")
+            assert (answer_text(answer), headers["x-coe-expert"]) == ("42", "c")
     async with stage(a="4", b="4", c="42") as (s, cast):
         cast.finish = {"a": "length"}
         _, headers, answer = await s.ask(chat(model="two"))
-        assert (said(answer), headers["x-coe-expert"]) == ("42", "c")
+        assert (answer_text(answer), headers["x-coe-expert"]) == ("42", "c")
 
 
 async def test_cascade_confident_remote_member_is_accepted(
@@ -227,10 +227,14 @@ async def test_cascade_confident_remote_member_is_accepted(
 async def test_chain_stops_at_the_first_agreement() -> None:
     async with stage(a="41", b="42", c="42", d="0") as (s, cast):
         _, headers, answer = await s.ask(chat(model="chain"))
-        assert (said(answer), headers["x-coe-expert"], cast.models) == ("42", "c", ["a", "b", "c"])
+        assert (answer_text(answer), headers["x-coe-expert"], cast.models) == (
+            "42",
+            "c",
+            ["a", "b", "c"],
+        )
     async with stage(a="41", b="42", c="43", d="44") as (s, cast):
         _, headers, answer = await s.ask(chat(model="chain"))
-        assert (said(answer), cast.models) == ("44", ["a", "b", "c", "d"])
+        assert (answer_text(answer), cast.models) == ("44", ["a", "b", "c", "d"])
         assert answer["usage"]["coe"]["cost"] == pytest.approx((2 * 15 + 200 * 15) / 1e6)
 
 
@@ -244,11 +248,11 @@ async def test_cascade_single_member_without_a_final_answer_escalates() -> None:
 async def test_vote_takes_the_majority_without_waiting_for_the_rest() -> None:
     async with stage(a="7", b="8", c="8") as (s, _):
         _, headers, answer = await s.ask(chat(model="most"))
-        assert (said(answer), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
+        assert (answer_text(answer), headers["x-coe-recipe"]) == ("8", "vote([a, b, c])")
     async with stage(a="8", b="8") as (s, cast):
         cast.silent.add("c")
         _, _, answer = await s.ask(chat(model="most"))
-        assert said(answer) == "8"
+        assert answer_text(answer) == "8"
         calls = answer["usage"]["coe"]["calls"]
         assert [call.get("estimated", False) for call in calls] == [False, False, True]
 
@@ -258,10 +262,10 @@ async def test_recipe_with_one_failed_member_still_answers(model: str) -> None:
     async with stage(a="1", b="1", c="1", d="1") as (s, cast):
         cast.broken.add("a")
         status, _, answer = await s.ask(chat(model=model))
-        assert (status, said(answer)) == (200, "1")
+        assert (status, answer_text(answer)) == (200, "1")
         cast.broken |= {"c", "d"}
         status, _, answer = await s.ask(chat(model=model))
-        assert (status, said(answer)) == (200, "1"), "what there is, is better than nothing"
+        assert (status, answer_text(answer)) == (200, "1"), "what there is, is better than nothing"
 
 
 async def test_recipe_without_any_answer_returns_the_last_error() -> None:
@@ -482,7 +486,7 @@ async def test_conversation_stays_with_its_expert_unless_another_is_better() -> 
         text = "words " * 2000
         first = [{"role": "user", "content": text}]
         _, _, answer = await s.ask({"model": "auto", "messages": first})
-        follow = [*first, {"role": "assistant", "content": said(answer)}]
+        follow = [*first, {"role": "assistant", "content": answer_text(answer)}]
         dispatcher = s.gateway.current.dispatcher
         body = {"model": "auto", "messages": [*follow, {"role": "user", "content": "go on"}]}
         data = json.dumps(body).encode()

@@ -125,10 +125,10 @@ _PURL = re.compile(
 )
 
 
-def components(told: dict[str, Any]) -> list[dict[str, Any]]:
+def components(sbom: dict[str, Any]) -> list[dict[str, Any]]:
     """Every component of a document, the nested ones after the one that carries them."""
-    found = [told["metadata"]["component"]]
-    for component in told["components"]:
+    found = [sbom["metadata"]["component"]]
+    for component in sbom["components"]:
         found += [component, *component.get("components", ())]
     return found
 
@@ -154,8 +154,8 @@ def test_sbom_is_valid_cyclonedx(image: str) -> None:
             assert entry.keys() == {"name", "value"}
     references = [dependency["bom-ref"] for dependency in every]
     assert len(set(references)) == len(references)
-    references = [dependency["ref"] for dependency in data["dependencies"]]
-    assert len(set(references)) == len(references)
+    listed = [dependency["ref"] for dependency in data["dependencies"]]
+    assert len(set(listed)) == len(listed)
     for dependency in data["dependencies"]:
         assert dependency.keys() == {"ref", "dependsOn"}
         assert {dependency["ref"], *dependency["dependsOn"]} <= set(references)

@@ -50,7 +50,7 @@ def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("mode=swarm", "mode"),
         ("modes=plain", "modes"),
@@ -81,10 +81,10 @@ def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
         ("tmpSize=4", "tmpSize"),
     ],
 )
-def test_chart_invalid_values_are_refused(version: str, setting: str, said: str) -> None:
+def test_chart_invalid_values_are_refused(version: str, setting: str, message: str) -> None:
     ran = chart.helm(version, "template", "rel", "helm", "--set", setting)
     assert ran.returncode != 0
-    assert said in ran.stderr, ran.stderr
+    assert message in ran.stderr, ran.stderr
 
 
 def test_chart_values_are_all_in_the_schema_and_described() -> None:

@@ -42,10 +42,10 @@ snapshots = st.builds(
 
 
 @given(st.lists(snapshots, min_size=1, max_size=5))
-def test_snapshot_stream_round_trips(told: list[Snapshot]) -> None:
+def test_snapshot_stream_round_trips(states: list[Snapshot]) -> None:
     sent: Snapshot | None = None
     heard: Snapshot | None = None
-    for snapshot in told:
+    for snapshot in states:
         line = encode(snapshot, sent)
         assert line.count(b"\n") == 1
         assert line.endswith(b"\n")

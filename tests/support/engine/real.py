@@ -144,7 +144,7 @@ async def greedy(
     return choice
 
 
-async def told(metrics: PoolMetrics) -> dict[tuple[str, str], float]:
+async def metric_values(metrics: PoolMetrics) -> dict[tuple[str, str], float]:
     """Every sample by its name and expert; of answers where tokens have kinds."""
     text = await metrics.text({})
     return {

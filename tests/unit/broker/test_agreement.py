@@ -28,12 +28,12 @@ def test_agree_confusable_answers_in_any_form_is_false(group: tuple[str, ...], s
     assert len(known) == len(set(known))
 
 
-@pytest.mark.parametrize("said", REFUSALS)
-def test_final_answer_of_a_refusal_is_none(said: str) -> None:
-    assert final_answer(said) is None
-    assert final_answer(said, as_json=True) is None
-    assert not agree(said, said)
-    assert majority([final_answer(said), final_answer(said), final_answer("5")]) == 2
+@pytest.mark.parametrize("text", REFUSALS)
+def test_final_answer_of_a_refusal_is_none(text: str) -> None:
+    assert final_answer(text) is None
+    assert final_answer(text, as_json=True) is None
+    assert not agree(text, text)
+    assert majority([final_answer(text), final_answer(text), final_answer("5")]) == 2
 
 
 @pytest.mark.parametrize("style", STATED)
@@ -77,7 +77,7 @@ def test_final_answer_spellings_that_would_be_confused_stay_different(one: str, 
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "Could you please clarify the question?",
         "What do you mean?",
@@ -88,8 +88,8 @@ def test_final_answer_spellings_that_would_be_confused_stay_different(one: str, 
         "Sure, go ahead.",
     ],
 )
-def test_final_answer_of_a_question_back_or_a_referral_is_none(said: str) -> None:
-    assert final_answer(said) is None
+def test_final_answer_of_a_question_back_or_a_referral_is_none(text: str) -> None:
+    assert final_answer(text) is None
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ def test_init_writes_once_and_asks_unless_yes(tmp_path: Path) -> None:
     load_config(path)
 
 
-def _machine(told: dict[str, object]) -> dict[str, object]:
-    gpus = told["gpus"]
+def _machine(fields: dict[str, object]) -> dict[str, object]:
+    gpus = fields["gpus"]
     assert isinstance(gpus, list)
-    return {**told, "gpus": tuple(Gpu(**one) for one in gpus)}
+    return {**fields, "gpus": tuple(Gpu(**one) for one in gpus)}
 
 
 def test_init_unwritable_file_fails_with_one_line(

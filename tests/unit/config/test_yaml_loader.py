@@ -162,7 +162,7 @@ def test_load_ignores_byte_order_mark_and_line_endings(tmp_path: Path, mark: str
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "a mapping with the key `experts`"),
         ("- a\n- b\n", "a mapping with the key `experts`"),
@@ -173,9 +173,9 @@ def test_load_ignores_byte_order_mark_and_line_endings(tmp_path: Path, mark: str
         ("a: " + "[" * 5000, "nested too deeply"),
     ],
 )
-def test_parse_invalid_config_raises_one_line(text: str, told: str) -> None:
+def test_parse_invalid_config_raises_one_line(text: str, expected: str) -> None:
     message = refusal(text)
-    assert told in message
+    assert expected in message
     assert len(message.splitlines()) == 1
 
 

@@ -8,7 +8,7 @@ from service.gateway.redaction import without_folders
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "expected"),
     [
         ("/srv/models/m/config.json: not JSON", "config.json: not JSON"),
         ("no file '/srv/models/m/model.safetensors'", "no file 'model.safetensors'"),
@@ -22,5 +22,5 @@ from service.gateway.redaction import without_folders
         ("", ""),
     ],
 )
-def test_redact_reason_removes_paths_and_keeps_words(reason: str, told: str) -> None:
-    assert without_folders(reason) == told
+def test_redact_reason_removes_paths_and_keeps_words(reason: str, expected: str) -> None:
+    assert without_folders(reason) == expected

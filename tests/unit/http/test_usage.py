@@ -10,10 +10,10 @@ import pytest
 from service.http.usage import reply_usage, token_counts
 
 
-@pytest.mark.parametrize("told", [-5, True, 2**31 + 1, 10**18, 1.5, "7", None, [], {}])
-def test_token_counts_takes_no_count_that_cannot_be_one(told: Any) -> None:
-    assert token_counts({"prompt_tokens": told, "completion_tokens": 3}) == (None, 3)
-    body = orjson.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": told}})
+@pytest.mark.parametrize("count", [-5, True, 2**31 + 1, 10**18, 1.5, "7", None, [], {}])
+def test_token_counts_takes_no_count_that_cannot_be_one(count: Any) -> None:
+    assert token_counts({"prompt_tokens": count, "completion_tokens": 3}) == (None, 3)
+    body = orjson.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}})
     usage = reply_usage(body)
     assert usage is not None
     assert (usage.prompt_tokens, usage.answer_tokens) == (3, None)

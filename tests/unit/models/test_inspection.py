@@ -159,7 +159,7 @@ def test_inspect_adapter_whose_rank_disagrees_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         (lambda p: p.write_bytes(b"abc"), "cut short: not even"),
         (lambda p: p.write_bytes(p.read_bytes()[:20]), "cut short within"),
@@ -170,9 +170,9 @@ def test_inspect_adapter_whose_rank_disagrees_raises(tmp_path: Path) -> None:
         (lambda p: p.unlink(), "no safetensors weights"),
     ],
 )
-def test_inspect_damaged_weights_raise_one_line(tmp_path: Path, damage: Any, said: str) -> None:
+def test_inspect_damaged_weights_raise_one_line(tmp_path: Path, damage: Any, expected: str) -> None:
     damage(make_model(tmp_path) / "model.safetensors")
-    with pytest.raises(ModelStoreError, match=said) as caught:
+    with pytest.raises(ModelStoreError, match=expected) as caught:
         inspect_model(tmp_path)
     assert "\n" not in caught.value.message
 

@@ -104,7 +104,7 @@ def check(folder: Path, experts: dict[str, Any], *options: str) -> Result:
     return CliRunner().invoke(cli, ["check", str(path), *options])
 
 
-def said(result: Result) -> str:
+def output_of(result: Result) -> str:
     """All that a command said, its error too."""
     message = getattr(result.exception, "message", "")
     return f"{result.output}\n{message}"
@@ -202,9 +202,9 @@ def test_check_sliding_window_layers_reserve_the_window_only(
     from service.cli import cli
 
     result = CliRunner().invoke(cli, ["check", str(path)])
-    assert (result.exit_code == 0) == fits, said(result)
+    assert (result.exit_code == 0) == fits, output_of(result)
     if not fits:
-        assert "give it at least 16384 bytes, or set vllm.max_model_len to at most 31" in said(
+        assert "give it at least 16384 bytes, or set vllm.max_model_len to at most 31" in output_of(
             result
         )
 
@@ -336,7 +336,7 @@ def test_check_unsupported_adapter_raises_with_the_reason(
     assert result.exit_code == 1
     assert isinstance(result.exception, ModelStoreError)
     text = "is not a matrix" if named.startswith("no tensor") else named
-    assert text in said(result)
+    assert text in output_of(result)
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -373,7 +373,9 @@ def test_check_adapter_with_patterns_is_served_unmerged_only(
     assert beside.exit_code == 0
     assert f"b: {key} of its adapter is followed, with ranks of up to {max(ranks)}" in beside.output
     merged = check(tmp_path, {"a": {"model": str(base)}, "b": {**tuned, "form": "merged"}})
-    assert f"experts.b.adapter: {key} of its adapter_config.json can't be merged" in said(merged)
+    assert f"experts.b.adapter: {key} of its adapter_config.json can't be merged" in output_of(
+        merged
+    )
 
 
 def test_check_adapter_with_an_unknown_key_warns(tmp_path: Path) -> None:
@@ -383,8 +385,9 @@ def test_check_adapter_with_an_unknown_key_warns(tmp_path: Path) -> None:
         tmp_path, {"a": {"model": str(base)}, "b": {"base": "a", "adapter": str(adapter)}}
     )
     assert result.exit_code == 0
-    assert "experts.b.adapter: use_newest_lora of its adapter_config.json is not known" in said(
-        result
+    assert (
+        "experts.b.adapter: use_newest_lora of its adapter_config.json is not known"
+        in output_of(result)
     )
 
 
@@ -392,7 +395,7 @@ def test_check_adapter_whose_largest_rank_exceeds_the_limit_raises(tmp_path: Pat
     base = make_llama(tmp_path / "base")
     adapter = make_lora(tmp_path / "lora", config={"rank_pattern": {"layers.1": 32}}, ranks=(4, 32))
     experts = {"a": {"model": str(base)}, "b": {"base": "a", "adapter": str(adapter)}}
-    assert "its rank is 32, and vllm.max_lora_rank is 16" in said(check(tmp_path, experts))
+    assert "its rank is 32, and vllm.max_lora_rank is 16" in output_of(check(tmp_path, experts))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -412,8 +415,8 @@ def test_check_adapter_of_another_base_raises(
     tuned = {"base": "a", "adapter": str(adapter), "form": form}
     result = check(tmp_path, {"a": {"model": str(base)}, "b": tuned})
     assert result.exit_code == 1  # a ConfigError; the command's exit status is 2
-    assert "experts.b.adapter: it is of another base than 'a'" in said(result)
-    assert why in said(result)
+    assert "experts.b.adapter: it is of another base than 'a'" in output_of(result)
+    assert why in output_of(result)
 
 
 def test_check_adapter_of_a_multimodal_model_matches_by_layer(tmp_path: Path) -> None:
@@ -454,8 +457,8 @@ def test_check_adapter_that_names_another_base_warns(
     from service.cli import cli
 
     result = CliRunner().invoke(cli, ["check", str(path)])
-    assert result.exit_code == 0, said(result)
-    assert ("it was trained on acme/other" in said(result)) == warned
+    assert result.exit_code == 0, output_of(result)
+    assert ("it was trained on acme/other" in output_of(result)) == warned
 
 
 # --- tokenizers and chat templates
@@ -464,7 +467,7 @@ def test_check_adapter_that_names_another_base_warns(
 def test_check_folder_without_a_tokenizer_raises(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", tokenizer=False)
     result = check(tmp_path, {"a": {"model": str(folder)}})
-    assert "experts.a.model: no tokenizer in its folder" in said(result)
+    assert "experts.a.model: no tokenizer in its folder" in output_of(result)
 
 
 @pytest.mark.parametrize(
@@ -492,16 +495,16 @@ def test_check_chat_template_is_found_in_any_of_its_places(
     folder = make_llama(tmp_path / "m", template=False)
     (folder / name).write_text(content)
     result = check(tmp_path, {"a": {"model": str(folder)}})
-    assert (result.exit_code, "warning" in said(result)) == (0, False)
+    assert (result.exit_code, "warning" in output_of(result)) == (0, False)
 
 
 def test_check_chat_expert_without_a_template_warns(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "m", template=False)
     chats = check(tmp_path, {"a": {"model": str(folder)}})
     assert chats.exit_code == 0
-    assert "warning: experts.a.model: no chat template" in said(chats)
+    assert "warning: experts.a.model: no chat template" in output_of(chats)
     silent = check(tmp_path, {"a": {"model": str(folder), "capabilities": ["completions"]}})
-    assert (silent.exit_code, "template" in said(silent)) == (0, False)
+    assert (silent.exit_code, "template" in output_of(silent)) == (0, False)
 
 
 # --- the hub client's cache
@@ -522,7 +525,7 @@ def test_locate_hub_cache_root_is_its_snapshot(tmp_path: Path) -> None:
     folder = hub_cache(tmp_path, "aaa", "bbb", main="bbb")
     assert locate(str(folder), root=tmp_path / "store") == folder / "snapshots" / "bbb"
     result = check(tmp_path, {"a": {"model": str(folder)}})
-    assert result.exit_code == 0, said(result)
+    assert result.exit_code == 0, output_of(result)
 
 
 def test_hub_snapshot_without_a_ref_is_the_only_one_or_none(tmp_path: Path) -> None:
@@ -537,4 +540,4 @@ def test_hub_snapshot_without_a_ref_is_the_only_one_or_none(tmp_path: Path) -> N
 def test_check_root_of_the_whole_hub_cache_raises_with_what_to_name(tmp_path: Path) -> None:
     hub_cache(tmp_path / "hub", "aaa")
     result = check(tmp_path, {"a": {"model": str(tmp_path / "hub")}})
-    assert "name one model's folder in it, models--ORG--NAME" in said(result)
+    assert "name one model's folder in it, models--ORG--NAME" in output_of(result)

@@ -20,7 +20,7 @@ from tests.support.serving import serving
 from tests.support.waiting import until
 
 
-def told(**experts: int) -> Snapshot:
+def snapshot_of(**experts: int) -> Snapshot:
     """A pool with these experts, and each one's context."""
     states = {
         name: ExpertState(Residency.DEVICE, max_model_len=length)
@@ -106,10 +106,10 @@ async def test_context_of_an_expert_is_the_largest_of_all_pools() -> None:
     directory.update([PoolAddress(url, "cpu", boot) for boot in ("one", "two")])
     one, two = directory.followed["one"], directory.followed["two"]
     assert directory.context("a") == 0
-    one.receive_snapshot(told(a=100, b=7))
-    two.receive_snapshot(told(a=300))
+    one.receive_snapshot(snapshot_of(a=100, b=7))
+    two.receive_snapshot(snapshot_of(a=300))
     assert (directory.context("a"), directory.context("b"), directory.context("c")) == (300, 7, 0)
-    two.receive_snapshot(told(a=50))
+    two.receive_snapshot(snapshot_of(a=50))
     assert directory.context("a") == 100
     directory.update([PoolAddress(url, "cpu", "two")])
     assert (directory.context("a"), directory.context("b")) == (50, 0)

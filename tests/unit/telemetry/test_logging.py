@@ -118,7 +118,7 @@ class _Full:
         self.write("")
 
 
-class _Told:
+class _LoggerStream:
     """Standard error as Ray Serve has it: a logger."""
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -139,7 +139,7 @@ def test_set_up_logs_on_a_full_disk_logging_raises_nothing(monkeypatch: pytest.M
     logger.propagate = False
     handler = logging.StreamHandler(_Full())
     logger.addHandler(handler)
-    monkeypatch.setattr(sys, "stderr", _Told(logger))
+    monkeypatch.setattr(sys, "stderr", _LoggerStream(logger))
     try:
         with pytest.raises(RecursionError):
             logger.error("nobody reads this")

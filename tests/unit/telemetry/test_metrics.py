@@ -158,7 +158,7 @@ async def test_request_finished_error_of_the_predicted_wait_has_a_direction(
         assert found == (None if error_s is None else pytest.approx(error_s))
 
 
-class Told:
+class FakePool:
     """A pool's state."""
 
     def snapshot(self) -> Snapshot:
@@ -181,7 +181,7 @@ class Told:
 
 async def test_pool_metrics_report_queues_residency_and_requests() -> None:
     metrics = PoolMetrics()
-    metrics.follow(Told())
+    metrics.follow(FakePool())
     metrics.ended(CALL, Times(1, 1.5, 2, 3, 0.5, 0.25), "")
     metrics.on_finished(EngineTimings("a", 0.125, 0.5, 2.0, 10, 5))
     for _ in range(2):
@@ -209,7 +209,7 @@ async def test_pool_metrics_report_queues_residency_and_requests() -> None:
 
 
 async def test_pool_metrics_of_a_removed_expert_disappear() -> None:
-    class Emptied(Told):
+    class Emptied(FakePool):
         """The same pool, once its config has changed."""
 
         gone = False

@@ -116,13 +116,13 @@ def config(defaults: dict[str, Any]) -> Config:
     return Config.model_validate({"experts": experts, "pools": {"p": {"engine": "simulated"}}})
 
 
-def asked(path: str, model: str = "v", **data: Any) -> InferenceRequest:
+def request_for(path: str, model: str = "v", **data: Any) -> InferenceRequest:
     raw = orjson.dumps({"model": model, **PROMPTS[path], **data})
     return parse_request(path, raw, {}, 1000)
 
 
 def applied(path: str, defaults: dict[str, Any], **data: Any) -> dict[str, Any]:
-    request = RequestDefaults(config(defaults)).apply(asked(path, **data), "v")
+    request = RequestDefaults(config(defaults)).apply(request_for(path, **data), "v")
     return {name: value for name, value in request.data.items() if name != "model"}
 
 
@@ -231,28 +231,28 @@ def test_apply_keeps_min_tokens_within_the_bound_of_an_answer(
 
 
 def test_at_most_lowers_min_tokens_with_the_bound() -> None:
-    request = RequestDefaults(config(EVERY)).apply(asked(CHAT), "v").at_most(2)
+    request = RequestDefaults(config(EVERY)).apply(request_for(CHAT), "v").at_most(2)
     assert (request.data["max_tokens"], request.data["min_tokens"]) == (2, 2)
 
 
 def test_apply_default_length_yields_to_the_client_and_not_to_the_gateway() -> None:
     defaults = RequestDefaults(config({"max_tokens": 50}))
-    auto = asked(CHAT, "auto")
+    auto = request_for(CHAT, "auto")
     # A budget bounds the answer before an expert is chosen.
     assert defaults.apply(auto.at_most(300), "v").most_tokens == 50
     assert defaults.apply(auto.at_most(20), "v").most_tokens == 20
-    given = asked(CHAT, "auto", max_tokens=400)
+    given = request_for(CHAT, "auto", max_tokens=400)
     assert defaults.apply(given.at_most(300), "v").most_tokens == 300
     # The context bounds a default, and refuses what the client itself asked for.
-    small = within_context(defaults.apply(asked(CHAT), "v"), "v", 32)
+    small = within_context(defaults.apply(request_for(CHAT), "v"), "v", 32)
     assert small.most_tokens == 32
-    named = defaults.apply(asked(CHAT, max_tokens=400), "v")
+    named = defaults.apply(request_for(CHAT, max_tokens=400), "v")
     assert within_context(named, "v", 32).most_tokens == 400
 
 
 def test_apply_counts_the_system_prompt_in_the_estimate() -> None:
     defaults = RequestDefaults(config({"system": "x" * 4000}))
-    before = asked(CHAT)
+    before = request_for(CHAT)
     after = defaults.apply(before, "v")
     assert after.most_prompt_tokens == before.most_prompt_tokens + 4000
     assert after.prompt_tokens >= before.prompt_tokens + 1000
@@ -264,7 +264,7 @@ def test_apply_counts_the_system_prompt_in_the_estimate() -> None:
 
 
 def test_apply_without_defaults_keeps_the_body_as_it_came() -> None:
-    request = asked(CHAT)
+    request = request_for(CHAT)
     assert RequestDefaults(config({"temperature": 1})).apply(request, "base") is request
     assert RequestDefaults(config({})).apply(request, "v") is request
     assert request.raw
@@ -282,7 +282,7 @@ def test_apply_twice_is_apply_once_and_never_changes_what_was_set(
     names = st.sets(st.sampled_from(sorted(FORMS[path])))
     data = {name: FORMS[path][name] for name in given_by_client.draw(names)}
     table = RequestDefaults(config(defaults))
-    request = asked(path, **data)
+    request = request_for(path, **data)
     once = table.apply(request, "v")
     twice = table.apply(once, "v")
     assert (twice.data, twice.body_bytes, twice.bounded) == (

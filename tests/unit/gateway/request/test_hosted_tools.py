@@ -19,7 +19,7 @@ CLAUDE = {"name": "Read", "input_schema": {"type": "object"}}
 CLAUDE_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
 
 
-def asked(path: str, tools: Any, **more: Any) -> InferenceRequest:
+def request_for(path: str, tools: Any, **more: Any) -> InferenceRequest:
     prompt = {"messages": [{"role": "user", "content": "x"}], "input": "x", "max_tokens": 5}
     return parse_request(path, orjson.dumps({**prompt, "tools": tools, **more}), {}, 1000)
 
@@ -60,7 +60,7 @@ def asked(path: str, tools: Any, **more: Any) -> InferenceRequest:
 def test_hosted_tools_are_removed_and_named(
     path: str, tools: Any, kept: Any, left_out: tuple[str, ...], choice: Any
 ) -> None:
-    found = asked(path, tools, tool_choice=choice)
+    found = request_for(path, tools, tool_choice=choice)
     assert found.left_out == left_out
     assert found.data.get("tools") == kept
     assert orjson.loads(found.body_for("e")).get("tools") == kept
@@ -86,7 +86,7 @@ def test_hosted_tool_required_by_tool_choice_raises_with_its_name(
     path: str, tools: Any, choice: Any
 ) -> None:
     with pytest.raises(DisallowedFieldError, match="web_search") as caught:
-        asked(path, tools, tool_choice=choice)
+        request_for(path, tools, tool_choice=choice)
     assert caught.value.param == "tool_choice"
 
 
@@ -105,7 +105,7 @@ def test_hosted_tool_required_by_tool_choice_raises_with_its_name(
     ],
 )
 def test_other_tools_are_left_unchanged(path: str, tools: Any) -> None:
-    found = asked(path, tools)
+    found = request_for(path, tools)
     assert (found.left_out, found.data["tools"]) == ((), tools)
     assert found.raw
 
@@ -113,16 +113,16 @@ def test_other_tools_are_left_unchanged(path: str, tools: Any) -> None:
 def test_function_named_like_a_hosted_tool_is_kept() -> None:
     own = {**FUNCTION, "name": "web_search"}
     choice = {"type": "function", "name": "web_search"}
-    found = asked("/v1/responses", [SEARCH, own], tool_choice=choice)
+    found = request_for("/v1/responses", [SEARCH, own], tool_choice=choice)
     assert (found.data["tools"], found.data["tool_choice"]) == ([own], choice)
     with pytest.raises(DisallowedFieldError):
-        asked("/v1/responses", [SEARCH, own], tool_choice=SEARCH)
+        request_for("/v1/responses", [SEARCH, own], tool_choice=SEARCH)
 
 
 @pytest.mark.parametrize("odd", [{}, [], 3, {"type": {}, "name": []}, {"type": "allowed_tools"}])
 def test_malformed_tool_choice_is_left_to_the_engine(odd: Any) -> None:
     nameless = [{**SEARCH, "name": []}, {**FUNCTION, "name": {}}]
-    assert asked("/v1/responses", nameless, tool_choice=odd).data["tool_choice"] == odd
+    assert request_for("/v1/responses", nameless, tool_choice=odd).data["tool_choice"] == odd
 
 
 async def test_removed_tools_are_in_a_header_and_namespaces_are_searched() -> None:

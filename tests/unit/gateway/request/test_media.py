@@ -72,7 +72,7 @@ RECORDING = {"type": "input_audio", "input_audio": {"data": coded(b"RIFF" * 99),
 FILM = {"type": "video_url", "video_url": {"url": "https://films/x.mp4"}}
 
 
-def asked(*parts: dict[str, Any], model: str = "auto", **more: Any) -> InferenceRequest:
+def request_for(*parts: dict[str, Any], model: str = "auto", **more: Any) -> InferenceRequest:
     content = [{"type": "text", "text": "what is this?"}, *parts]
     data = {"model": model, "messages": [{"role": "user", "content": content}], **more}
     return parse_request("/v1/chat/completions", orjson.dumps(data), {}, 120_000)
@@ -151,11 +151,11 @@ def test_media_parts_are_found_in_every_api(endpoint_data: dict[str, Any], media
 
 
 def test_media_parts_require_capabilities() -> None:
-    assert asked().needs == {"chat"}
-    assert asked(picture()).needs == {"chat", "vision"}
-    assert asked(FILM).needs == {"chat", "vision"}
-    assert asked(RECORDING).needs == {"chat", "audio"}
-    assert asked(RECORDING, picture()).needs == {"chat", "audio", "vision"}
+    assert request_for().needs == {"chat"}
+    assert request_for(picture()).needs == {"chat", "vision"}
+    assert request_for(FILM).needs == {"chat", "vision"}
+    assert request_for(RECORDING).needs == {"chat", "audio"}
+    assert request_for(RECORDING, picture()).needs == {"chat", "audio", "vision"}
 
 
 def test_picture_tokens_depend_on_its_size_and_not_on_its_bytes() -> None:
@@ -165,7 +165,7 @@ def test_picture_tokens_depend_on_its_size_and_not_on_its_bytes() -> None:
     assert media_tokens(Media((None,)), by_area) == 1280
     assert media_tokens(Media(((28, 28),)), MediaConfig()) == 4096
     assert media_tokens(Media(audio=2, video=1), MediaConfig(audio_tokens=7)) == 14 + 16_384
-    few, many = asked(picture(png(280, 280))), asked(picture(png(280, 280, 300_000)))
+    few, many = request_for(picture(png(280, 280))), request_for(picture(png(280, 280, 300_000)))
     assert many.prompt_tokens <= few.prompt_tokens + 2
     assert many.most_prompt_tokens == pytest.approx(few.most_prompt_tokens, abs=8)
 
@@ -210,7 +210,7 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
         PoolView("", Snapshot("", "remote", experts={"textonly": states["vision"]}), 0.0, {}),
     ]
     for size in (1_000, 300_000):
-        request = asked(picture(png(640, 480, size)), max_tokens=100)
+        request = request_for(picture(png(640, 480, size)), max_tokens=100)
         plan = routing.router.plan(request)
         standing = PoolStateTable(routing.catalog.index).to_matrix(views)
         weighed = select(
@@ -224,16 +224,16 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
 
 def test_selection_of_a_picture_request_without_a_vision_expert_raises() -> None:
     router = RoutingSetup(composition(text={"model": "m"}, sees=SEES)).router
-    router.plan(asked(picture(), model="sees"))
+    router.plan(request_for(picture(), model="sees"))
     with pytest.raises(InvalidRequestError, match="expert 'text' can't do vision; it can do chat"):
-        router.plan(asked(picture(), model="text"))
+        router.plan(request_for(picture(), model="text"))
     blind = RoutingSetup(composition(text={"model": "m"})).router
     with pytest.raises(
         InvalidRequestError, match="no expert can do chat, vision; the request holds images"
     ):
-        blind.plan(asked(picture()))
+        blind.plan(request_for(picture()))
     with pytest.raises(InvalidRequestError, match="no expert can do audio, chat"):
-        router.plan(asked(RECORDING))
+        router.plan(request_for(RECORDING))
 
 
 def folder(at: Path, config: dict[str, Any], processor: dict[str, Any] | None = None) -> Path:

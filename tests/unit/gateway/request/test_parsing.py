@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def asked(
+def request_for(
     data: Any, path: str = CHAT, headers: dict[bytes, bytes] | None = None
 ) -> InferenceRequest:
     raw = data if isinstance(data, bytes) else orjson.dumps(data)
@@ -25,7 +25,7 @@ def asked(
 
 
 def test_parse_request_reads_model_stream_needs_and_default_deadline() -> None:
-    got = asked({"model": "math", "messages": HELLO, "stream": True, "x": [1]})
+    got = request_for({"model": "math", "messages": HELLO, "stream": True, "x": [1]})
     assert (got.model, got.stream, got.needs) == ("math", True, frozenset({"chat"}))
     assert got.deadline_ms == 120_000
     assert got.client_id == got.request_id
@@ -33,7 +33,7 @@ def test_parse_request_reads_model_stream_needs_and_default_deadline() -> None:
 
 
 def test_parse_request_without_model_is_auto_and_null_stream_is_false() -> None:
-    got = asked({"messages": HELLO, "stream": None})
+    got = request_for({"messages": HELLO, "stream": None})
     assert got.model == "auto"
     assert not got.stream
 
@@ -65,7 +65,7 @@ def test_parse_request_invalid_body_raises_with_the_field(
     path: str, data: Any, param: str | None, words: str
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        asked(data, path)
+        request_for(data, path)
     assert caught.value.param == param
     assert words in caught.value.message
 
@@ -73,20 +73,20 @@ def test_parse_request_invalid_body_raises_with_the_field(
 @pytest.mark.parametrize("given", [b"0", b"-1", b"1.5", b"x", b"", b"86400001", b"\xb2"])
 def test_parse_request_invalid_deadline_header_raises(given: bytes) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        asked({"messages": HELLO}, headers={b"x-coe-deadline-ms": given})
+        request_for({"messages": HELLO}, headers={b"x-coe-deadline-ms": given})
     assert caught.value.param == "x-coe-deadline-ms"
 
 
 def test_parse_request_reads_deadline_and_request_id_headers() -> None:
     given = {b"x-coe-deadline-ms": b"250", b"x-request-id": b"mine-1"}
-    got = asked({"messages": HELLO}, headers=given)
+    got = request_for({"messages": HELLO}, headers=given)
     assert (got.deadline_ms, got.client_id) == (250, "mine-1")
     assert got.request_id != "mine-1"
 
 
 @pytest.mark.parametrize("given", [b"a b", b"", b"x" * 129, b"a\r\nb", "é".encode()])
 def test_parse_request_unprintable_request_id_is_replaced(given: bytes) -> None:
-    got = asked({"messages": HELLO}, headers={b"x-request-id": given})
+    got = request_for({"messages": HELLO}, headers={b"x-request-id": given})
     assert got.client_id == got.request_id
 
 
@@ -105,12 +105,12 @@ def test_parse_request_unprintable_request_id_is_replaced(given: bytes) -> None:
 )
 def test_parse_request_derives_needed_capabilities(path: str, more: Any, needs: set[str]) -> None:
     data = {"messages": HELLO, **more}
-    assert asked(data, path).needs == needs
+    assert request_for(data, path).needs == needs
 
 
 def test_body_for_the_named_expert_is_the_original_bytes() -> None:
     raw = b'{ "model":"math" ,"messages":[{"role":"user","content":"hello"}], "seed": 1.50}'
-    got = asked(raw)
+    got = request_for(raw)
     assert got.body_for("math") is raw
     sent = orjson.loads(got.body_for("general"))
     assert sent == {**orjson.loads(raw), "model": "general"}
@@ -119,7 +119,7 @@ def test_body_for_the_named_expert_is_the_original_bytes() -> None:
 def test_body_for_too_deeply_nested_body_raises() -> None:
     deep = b'{"messages":[{"role":"user","content":' + b"[" * 500 + b"]" * 500 + b"}]}"
     with pytest.raises(InvalidRequestError, match="nested too deep"):
-        asked(deep).body_for("general")
+        request_for(deep).body_for("general")
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -130,7 +130,7 @@ def test_body_for_too_deeply_nested_body_raises() -> None:
 def test_parse_request_non_integer_count_raises(path: str, field: str, value: object) -> None:
     body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
     with pytest.raises(InvalidRequestError, match=f"`{field}` must be an integer") as caught:
-        asked(body, path)
+        request_for(body, path)
     assert caught.value.param == field
 
 
@@ -138,13 +138,13 @@ def test_parse_request_non_integer_count_raises(path: str, field: str, value: ob
 def test_parse_request_null_field_is_treated_as_unset(path: str) -> None:
     body = {"messages": HELLO, "prompt": "x", "input": "x"}
     nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
-    got = asked({**body, **dict.fromkeys(nulls)}, path)
+    got = request_for({**body, **dict.fromkeys(nulls)}, path)
     assert got.data == body
     assert orjson.loads(got.body_for("general")) == {**body, "model": "general"}
 
 
 def test_body_for_a_named_expert_drops_null_fields() -> None:
-    got = asked({"model": "math", "messages": HELLO, "priority": None})
+    got = request_for({"model": "math", "messages": HELLO, "priority": None})
     assert orjson.loads(got.body_for("math")) == {"model": "math", "messages": HELLO}
 
 
@@ -167,7 +167,7 @@ def test_body_for_a_named_expert_drops_null_fields() -> None:
 def test_most_tokens_reads_the_field_of_the_endpoint(
     path: str, more: dict[str, Any], tokens: int | None
 ) -> None:
-    assert asked({"messages": HELLO, **more}, path).most_tokens == tokens
+    assert request_for({"messages": HELLO, **more}, path).most_tokens == tokens
 
 
 @pytest.mark.parametrize("model", ["math", "auto"])
@@ -192,13 +192,13 @@ def test_parse_request_duplicate_key_is_read_as_the_engine_reads_it(
         model.encode(),
         twice,
     )
-    got = asked(raw)
+    got = request_for(raw)
     sent = json.loads(got.body_for("math"))
     assert sent == {**got.data, "model": "math"}
 
 
 def test_parse_request_duplicate_model_uses_the_last() -> None:
-    got = asked(b'{"model": "other", "messages": [{"role": "user"}], "model": "math"}')
+    got = request_for(b'{"model": "other", "messages": [{"role": "user"}], "model": "math"}')
     assert got.model == "math"
     assert json.loads(got.body_for("math"))["model"] == "math"
 
@@ -218,7 +218,7 @@ def test_parse_request_priority_header_only_lowers_the_class(
 
 def test_parse_request_unknown_priority_names_the_allowed_ones() -> None:
     with pytest.raises(InvalidRequestError, match="takes high, normal, low"):
-        asked({"messages": HELLO}, headers={b"x-coe-priority": b"urgent"})
+        request_for({"messages": HELLO}, headers={b"x-coe-priority": b"urgent"})
 
 
 BOUNDS = {"min_quality": 0.5, "max_cost": 2, "allow": ["a", "b"], "deny": ["b"]}
@@ -234,22 +234,24 @@ BOUND_HEADERS = {
 def test_parse_request_bounds_of_every_endpoint_come_from_body_and_headers(path: str) -> None:
     body = {"messages": HELLO, "prompt": "hi", "input": "hi", "query": "q", "documents": ["d"]}
     body |= {"text_1": "x", "text_2": "y", "model": "a"}
-    plain = asked(body, path)
+    plain = request_for(body, path)
     assert (plain.min_quality, plain.max_cost, plain.allow, plain.deny) == (
         0,
         None,
         None,
         frozenset(),
     )
-    got = asked({**body, "coe": BOUNDS}, path)
+    got = request_for({**body, "coe": BOUNDS}, path)
     assert (got.min_quality, got.max_cost) == (0.5, 2)
     assert (got.allow, got.deny) == (frozenset("ab"), frozenset("b"))
     assert b"coe" not in got.body_for("a"), "no engine sees it"
-    over = asked({**body, "coe": BOUNDS}, path, BOUND_HEADERS)
+    over = request_for({**body, "coe": BOUNDS}, path, BOUND_HEADERS)
     assert (over.min_quality, over.max_cost) == (0.75, 3)
     assert (over.allow, over.deny) == (frozenset("cd"), frozenset("d"))
     # Other bounds do not change what the prompt is expected to cost.
-    longer = asked({**body, "coe": {**BOUNDS, "max_cost": 2.123456, "deny": ["b"] * 99}}, path)
+    longer = request_for(
+        {**body, "coe": {**BOUNDS, "max_cost": 2.123456, "deny": ["b"] * 99}}, path
+    )
     assert longer.most_prompt_tokens == got.most_prompt_tokens
 
 
@@ -271,5 +273,5 @@ def test_parse_request_invalid_bounds_in_headers_are_named(
     header: bytes, value: bytes, words: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        asked({"messages": HELLO}, headers={header: value})
+        request_for({"messages": HELLO}, headers={header: value})
     assert caught.value.param == header.decode()

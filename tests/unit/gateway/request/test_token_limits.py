@@ -19,7 +19,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 MARKET = CostModel(("a", "b"), (), {"a": Price(0, 10), "b": Price(0, 90)})
 
 
-def asked(path: str, **data: Any) -> InferenceRequest:
+def request_for(path: str, **data: Any) -> InferenceRequest:
     return parse_request(path, orjson.dumps(data), {}, 1000)
 
 
@@ -40,7 +40,7 @@ def asked(path: str, **data: Any) -> InferenceRequest:
 def test_prompts_and_answers_are_counted_for_each_endpoint(
     path: str, data: dict[str, Any], prompts: int, answers: int
 ) -> None:
-    given = asked(path, **data)
+    given = request_for(path, **data)
     assert (given.prompts, given.answers) == (prompts, answers)
 
 
@@ -57,7 +57,7 @@ def test_prompts_and_answers_are_counted_for_each_endpoint(
 def test_within_cost_limits_max_tokens_to_what_max_cost_buys(
     more: dict[str, Any], experts: tuple[str, ...], tokens: int
 ) -> None:
-    given = asked(CHAT, messages=HELLO, coe={"max_cost": 1000e-6}, **more)
+    given = request_for(CHAT, messages=HELLO, coe={"max_cost": 1000e-6}, **more)
     assert within_cost(given, experts, MARKET).most_tokens == tokens
 
 
@@ -77,12 +77,12 @@ def test_within_cost_limits_max_tokens_to_what_max_cost_buys(
 def test_within_cost_sets_the_field_that_the_endpoint_s_engine_reads(
     path: str, body: dict[str, Any], field: str, tokens: int | None
 ) -> None:
-    given = asked(path, **body, coe={"max_cost": 1000e-6})
+    given = request_for(path, **body, coe={"max_cost": 1000e-6})
     assert within_cost(given, ("a",), MARKET).data.get(field) == tokens
 
 
 def test_within_cost_two_length_fields_are_both_limited_and_never_raised() -> None:
-    given = asked(
+    given = request_for(
         CHAT,
         messages=HELLO,
         max_tokens=100_000,
@@ -97,7 +97,7 @@ def test_within_cost_two_length_fields_are_both_limited_and_never_raised() -> No
 @pytest.mark.parametrize(("context", "tokens"), [(2048, 2048), (0, 6639), (131_072, 6639)])
 def test_within_cost_generous_max_cost_stays_within_the_context(context: int, tokens: int) -> None:
     market = CostModel(("a",), (), {"a": Price(0, 1.5)})
-    given = asked(CHAT, messages=HELLO, coe={"max_cost": 6639 * 1.5e-6})
+    given = request_for(CHAT, messages=HELLO, coe={"max_cost": 6639 * 1.5e-6})
     got = within_cost(given, ("a",), market, (context,))
     # Where the context is smaller, nothing has to be said at all.
     assert got.given_tokens == (None if context == 2048 else tokens)
@@ -113,7 +113,7 @@ def test_within_cost_generous_max_cost_stays_within_the_context(context: int, to
 def test_within_context_clips_max_tokens_for_auto_and_not_for_a_named_expert(
     model: str, context: int, clipped: int | None
 ) -> None:
-    given = asked(CHAT, model=model, messages=HELLO, max_completion_tokens=64_000)
+    given = request_for(CHAT, model=model, messages=HELLO, max_completion_tokens=64_000)
     got = within_context(given, "a", context)
     assert got.clipped == clipped
     assert got.data["max_completion_tokens"] == (clipped or 64_000)
@@ -139,7 +139,7 @@ def test_check_extent_request_above_the_limits_raises(
     path: str, body: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=words):
-        check_extent(asked(path, **body), RequestLimits())
+        check_extent(request_for(path, **body), RequestLimits())
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_check_extent_request_above_the_limits_raises(
     ],
 )
 def test_check_extent_request_at_the_limits_passes(path: str, body: dict[str, Any]) -> None:
-    check_extent(asked(path, **body), RequestLimits())
+    check_extent(request_for(path, **body), RequestLimits())
 
 
 def test_within_cost_of_embeddings_changes_nothing() -> None:
-    given = asked(VECTORS, input="x", coe={"max_cost": 1000e-6})
+    given = request_for(VECTORS, input="x", coe={"max_cost": 1000e-6})
     assert within_cost(given, ("a",), MARKET) is given
 
 
 def test_within_cost_below_one_token_raises() -> None:
-    given = asked(CHAT, messages=HELLO, coe={"max_cost": 9e-6})
+    given = request_for(CHAT, messages=HELLO, coe={"max_cost": 9e-6})
     with pytest.raises(InvalidRequestError, match="may cost more than 9e-06 with a"):
         within_cost(given, ("a",), MARKET)

@@ -15,19 +15,21 @@ FIRST = [{"role": "user", "content": "hello"}]
 SECOND = [*FIRST, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "more"}]
 
 
-def asked(messages: Any, tenant: str = "a", path: str = "/v1/chat/completions") -> InferenceRequest:
+def request_for(
+    messages: Any, tenant: str = "a", path: str = "/v1/chat/completions"
+) -> InferenceRequest:
     whose = Tenant(tenant, cache_salt=f"salt of {tenant}")
     return parse_request(path, orjson.dumps({"messages": messages}), {}, 1000, whose)
 
 
 def test_prefix_hint_names_where_the_conversation_was_answered_for_its_tenant_only() -> None:
     known = PrefixAffinity()
-    assert known.hint(asked(FIRST)) is None
-    known.record_answer(asked(FIRST), "math", "boot")
-    warm = known.hint(asked(SECOND))
+    assert known.hint(request_for(FIRST)) is None
+    known.record_answer(request_for(FIRST), "math", "boot")
+    warm = known.hint(request_for(SECOND))
     assert warm is not None
     assert (warm.expert, warm.boot) == ("math", "boot")
-    assert known.hint(asked(SECOND, tenant="b")) is None
+    assert known.hint(request_for(SECOND, tenant="b")) is None
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,6 @@ def test_prefix_hint_names_where_the_conversation_was_answered_for_its_tenant_on
 )
 def test_prefix_hint_of_malformed_messages_is_none(messages: Any) -> None:
     known = PrefixAffinity()
-    one = asked(messages, path="/tokenize")
+    one = request_for(messages, path="/tokenize")
     known.record_answer(one, "math", "boot")
     assert known.hint(one) is None

@@ -62,8 +62,8 @@ class Worker:
                 router.capture_fn(Ids([*rows, *[[0, 1]] * padding]))
 
 
-def load_told(told: dict[str, Any], expert: str) -> list[list[int]]:
-    return np.frombuffer(told[expert]["load"], np.int64).reshape(-1, EXPERTS).tolist()
+def load_told(recorded: dict[str, Any], expert: str) -> list[list[int]]:
+    return np.frombuffer(recorded[expert]["load"], np.int64).reshape(-1, EXPERTS).tolist()
 
 
 def test_gate_capture_counts_by_running_expert_and_resets_after_a_snapshot() -> None:

@@ -79,7 +79,9 @@ def standing(
     return graph_steering.GraphSteering(torch.nn.Linear(1, 1), places)
 
 
-def told(profile: Mapping[str, Any], *layers: int, renormalize: bool = True) -> dict[str, Any]:
+def steering_data(
+    profile: Mapping[str, Any], *layers: int, renormalize: bool = True
+) -> dict[str, Any]:
     """What an engine is told of a profile for those layers."""
     one = LayerSteering.of(E, **profile)
     made = [
@@ -103,7 +105,7 @@ def test_graph_steering_choice_equals_the_reference(
 ) -> None:
     router, profile = FusedTopKRouter(renormalize), PROFILES[name]
     rules = standing(monkeypatch, {0: router})
-    rules.write(rules.table_for(told(profile, 0, renormalize=renormalize)))
+    rules.write(rules.table_for(steering_data(profile, 0, renormalize=renormalize)))
     logits = some_logits().round() if ties else some_logits()
     weights, ids = router.choose(logits)
     assert (weights.shape, ids.shape) == ((T, WIDTH), (T, WIDTH))
@@ -127,7 +129,7 @@ def test_graph_steering_without_a_profile_equals_the_gate_s_own_choice(
     router, logits = FusedTopKRouter(), some_logits()
     own, own_ids = router.choose(logits)
     rules = standing(monkeypatch, {0: router}, places=places)
-    profile = rules.table_for(told(PROFILES["masked"], 0))
+    profile = rules.table_for(steering_data(PROFILES["masked"], 0))
     for written in (None, profile, None):
         rules.write(written)
         weights, ids = router.choose(logits)
@@ -145,7 +147,7 @@ def test_graph_steering_leaves_layers_outside_the_profile_alone(
     logits = some_logits()
     own, _ = routers[3].choose(logits)
     rules = standing(monkeypatch, routers, places=K)
-    rules.write(rules.table_for(told(PROFILES["boosted"], 5)))
+    rules.write(rules.table_for(steering_data(PROFILES["boosted"], 5)))
     assert torch.equal(routers[3].choose(logits)[0], own)
     assert not torch.equal(routers[5].choose(logits)[0], own)
 
@@ -153,7 +155,7 @@ def test_graph_steering_leaves_layers_outside_the_profile_alone(
 def test_graph_steering_keeps_padding_rows_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     router = FusedTopKRouter(padding=5)
     rules = standing(monkeypatch, {0: router})
-    rules.write(rules.table_for(told(PROFILES["three"], 0)))
+    rules.write(rules.table_for(steering_data(PROFILES["three"], 0)))
     _, ids = router.choose(some_logits())
     assert bool((ids[-5:] == -1).all())
     assert bool((ids[:-5] >= 0).all())
@@ -171,7 +173,7 @@ def test_graph_steering_rules_take_effect_without_recompilation(
     seen = torch._dynamo.utils.counters["stats"]
     before = seen["unique_graphs"]
     for name in (None, *PROFILES, None):
-        rules.write(rules.table_for(told(PROFILES[name], 0)) if name is not None else None)
+        rules.write(rules.table_for(steering_data(PROFILES[name], 0)) if name is not None else None)
         for seed in range(2):
             weights, ids = compiled(some_logits(seed))
             expected, chosen = router.choose(some_logits(seed))
@@ -194,7 +196,7 @@ def test_graph_steering_rules_take_effect_in_a_recorded_graph(
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
     assert not [operation for operation in operations if any(word in operation for word in waits)]
     for name, profile in PROFILES.items():
-        rules.write(rules.table_for(told(profile, 0)))
+        rules.write(rules.table_for(steering_data(profile, 0)))
         for seed in range(2):
             weights, ids = recorded(some_logits(seed))
             expected, chosen = router.choose(some_logits(seed))
@@ -211,11 +213,11 @@ def test_graph_steering_invalid_rules_raise_and_change_nothing(
     assert "_compute_routing" not in odd.__dict__
     rules = standing(monkeypatch, {0: FusedTopKRouter()}, places=K)
     with pytest.raises(ValueError, match=r"layer 0: top_k is 3, .* started for at most 2"):
-        rules.table_for(told(PROFILES["three"], 0))
+        rules.table_for(steering_data(PROFILES["three"], 0))
     with pytest.raises(ValueError, match="layer 7 has no gate"):
-        rules.table_for(told({}, 7))
+        rules.table_for(steering_data({}, 7))
     with pytest.raises(ValueError, match="normalised: True; the profile is for 8, 2, False"):
-        rules.table_for(told({}, 0, renormalize=False))
+        rules.table_for(steering_data({}, 0, renormalize=False))
 
 
 def test_graph_steering_kernels_with_fixed_top_k_get_no_extra_experts(
@@ -224,11 +226,11 @@ def test_graph_steering_kernels_with_fixed_top_k_get_no_extra_experts(
     router = FusedTopKRouter()
     rules = standing(monkeypatch, {0: router}, kernel="SomeExperts")
     assert router.choose(some_logits())[1].shape == (T, K)
-    rules.table_for(told(PROFILES["one"], 0))
+    rules.table_for(steering_data(PROFILES["one"], 0))
     with pytest.raises(
         ValueError, match=r"top_k is 4, and SomeExperts, .* is made \(.*: triton .*\) for at most 2"
     ):
-        rules.table_for(told(PROFILES["four"], 0))
+        rules.table_for(steering_data(PROFILES["four"], 0))
 
 
 class Loads:
@@ -271,9 +273,9 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     assert one.coe_register_initial("base") == "mlp has weights of FusedMoE; they can't be copied"
     assert one.coe_memory()["host_bytes"] == 0
     with pytest.raises(ValueError, match="the weights of 'base' are not held"):
-        worker().coe_steer("masked", told(PROFILES["masked"], 0))
-    assert one.coe_steer("masked", told(PROFILES["masked"], 0)) == 4 * (2 * E + 3)
-    one.coe_steer("three", told(PROFILES["three"], 0))
+        worker().coe_steer("masked", steering_data(PROFILES["masked"], 0))
+    assert one.coe_steer("masked", steering_data(PROFILES["masked"], 0)) == 4 * (2 * E + 3)
+    one.coe_steer("three", steering_data(PROFILES["three"], 0))
     assert one.coe_load_result("three")["state"] == "host"
     results = {}
     for name in ("masked", "three", "base", "masked", "base", "three"):
@@ -304,10 +306,10 @@ def test_graph_steering_unsupported_model_runs_and_gives_the_reason(
     one.coe_share("base", str(tmp_path / "base"), "token")
     assert one.coe_register_initial("base") == ""
     with pytest.raises(ValueError, match=r"layer 0 is routed inside its kernel \(X\)"):
-        one.coe_steer("masked", told({}, 0))
+        one.coe_steer("masked", steering_data({}, 0))
     one._coe_graph_steering = None
     with pytest.raises(ValueError, match="was not started for steered experts"):
-        one.coe_steer("masked", told({}, 0))
+        one.coe_steer("masked", steering_data({}, 0))
 
 
 def test_swappable_experts_depend_on_how_the_engine_was_started() -> None:
