@@ -14,13 +14,13 @@ _DETAILS = ("pinned", "host_bytes", "weight_bytes", "last_swap", "tokens")
 
 def describe_experts(config: Config) -> list[dict[str, Any]]:
     """The experts of the config, as JSON."""
-    told = []
+    experts = []
     for name, expert in config.experts.items():
         made = "steered" if expert.profile else "lora"
         kind = "remote" if expert.remote else made if expert.base else "full"
         if expert.is_variant:
             kind = "variant"
-        told.append(
+        experts.append(
             {
                 "name": name,
                 "kind": kind,
@@ -30,7 +30,7 @@ def describe_experts(config: Config) -> list[dict[str, Any]]:
                 "categories": list(expert.categories),
             }
         )
-    return told
+    return experts
 
 
 def describe_pools(
@@ -62,7 +62,7 @@ def _pool(
         queue = snapshot.queues.get(name)
         speed = snapshot.speeds.get(name)
         rate = 0.0 if view.boot is None else rates.get((view.boot, name), 0.0)
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "state": state.state.value,
             "reason": state.reason,
             "eta_s": round(state.eta_s, 1),
@@ -76,7 +76,7 @@ def _pool(
             "tokens_per_s": round(rate, 1),
         }
         more = details.get(name, {})
-        experts[name] = told | {key: more[key] for key in _DETAILS if key in more}
+        experts[name] = entry | {key: more[key] for key in _DETAILS if key in more}
     return {
         "id": "remote" if view.boot is None else f"{snapshot.kind}-{view.boot[:6]}",
         "kind": snapshot.kind,
