@@ -1,7 +1,9 @@
 """Fits a classifier of categories to labelled prompts: n-grams, static head and encoder head.
 
-Each stage is fitted on the log probabilities of the one before, for rows that that stage did not
-see, and on its own vectors ("stacking", Wolpert, 1992). Each has a temperature from held-out rows.
+Each stage is fitted alone, and multiplies its posterior onto that of the stages before, with two
+exponents and a temperature ("product of experts", Hinton, 2002). These come from prompts that the
+fit did not see: the folds', or better, calibration prompts of another author. A free matrix over
+the earlier stage ("stacking") was worse on prompts of others, see `LOG.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ FOLDS = 5
 L2_NGRAMS = 1e-5
 # Unit vectors are stretched so that one penalty fits them and log probabilities.
 _GAIN = 3.0
-_HEAD_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3)
+_HEAD_PENALTIES = (1e-4, 1e-3)
+_EXPONENTS_EARLIER = (0.5, 0.75, 1.0)
+_EXPONENTS_OWN = (0.25, 0.5, 0.75, 1.0)
 # So many of the held-out rows are on the ordinary side of the thresholds of similarity and novelty.
 _ORDINARY_SHARE = 0.995
 _ENCODER_BATCH = 64
@@ -53,10 +57,17 @@ _ENCODER_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class HeadFit:
-    """A fitted head and what it says of held-out rows: log probabilities, (rows, labels)."""
+    """A fitted head and what it says, with the stages before, of rows that its fit did not see.
+
+    Attributes:
+        head: The head.
+        held_out: Log probabilities of the fitted rows out of fold, (rows, labels).
+        calibration: Those of the calibration prompts, (prompts, labels).
+    """
 
     head: Head
     held_out: Floats
+    calibration: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +85,19 @@ def fit_categories(
     table: StaticTable | None,
     encoder: OnnxEncoder | None,
     spec: FeatureSpec | None = None,
+    calibration: Sequence[LabelledPrompt] = (),
     say: Say = print,
 ) -> CategoryFit:
     """Fit every stage that there is a table or an encoder for.
+
+    Args:
+        rows: The prompts to fit.
+        table: The static table.
+        encoder: The encoder.
+        spec: The n-grams.
+        calibration: Prompts that calibrate the stages and choose their exponents. Those of other
+            categories are left out. Without any, the folds of `rows` do.
+        say: Takes lines about the progress.
 
     Raises:
         OutcomeError: There are fewer than two categories, or one has too few prompts.
@@ -109,11 +130,18 @@ def fit_categories(
         raw[outside] = design(corpus.counts[outside], idf) @ w + b
         seen = known_bitmap([corpus.marks[i] for i in inside], spec.known_bits)
         strange[outside] = novelty([corpus.marks[i] for i in outside], seen)
-    temperature = fit_temperature(raw, y)
+    idf, w, b = ngrams(np.arange(len(rows)))
+    judges = [row for row in calibration if row.category in labels]
+    others = np.array([labels.index(row.category) for row in judges], dtype=np.int64)
+    raw_others = np.zeros((0, len(labels)))
+    if judges:
+        counts = featurize([row.prompt for row in judges], spec).counts
+        raw_others = np.asarray(design(counts, idf) @ w + b)
+    temperature = fit_temperature(raw_others, others) if judges else fit_temperature(raw, y)
     earlier = log_softmax(raw / temperature)
+    earlier_others = log_softmax(raw_others / temperature) if judges else raw_others
     metrics: dict[str, Any] = {"rows": len(rows), "held_out": f"{FOLDS}-fold", "stages": {}}
     _judge(metrics, "ngrams", earlier, y, say)
-    idf, w, b = ngrams(np.arange(len(rows)))
     tensors: dict[str, NDArray[Any]] = {
         "classifier.idf": idf.astype(np.float16),
         "classifier.weight": w.astype(np.float16),
@@ -127,8 +155,12 @@ def fit_categories(
     }
     if table is not None:
         vectors = np.stack([table.embed(text) for text in texts])
-        fitted = fit_head(earlier, vectors, y, fold, weight)
-        earlier = fitted.held_out
+        seen_by = [table.embed(row.prompt) for row in judges]
+        vectors_others = np.stack(seen_by) if judges else np.zeros((0, table.dims), np.float32)
+        fitted = fit_head(
+            earlier, vectors, y, fold, weight, (earlier_others, vectors_others, others)
+        )
+        earlier, earlier_others = fitted.held_out, fitted.calibration
         _judge(metrics, "static", earlier, y, say)
         section["static"] = {
             "table_sha256": table.digest,
@@ -138,12 +170,21 @@ def fit_categories(
         tensors |= _head_tensors("static", fitted.head)
     # The first stage decides what counts as unsure: the thresholds are its own.
     section["thresholds"] = {
-        "min_confidence": min_confidence(earlier, y),
+        "min_confidence": min_confidence(earlier_others, others)
+        if judges
+        else min_confidence(earlier, y),
         "max_novelty": float(np.clip(np.quantile(strange, _ORDINARY_SHARE), 0.2, 0.95)),
     }
     if encoder is not None:
         vectors = encode(encoder, texts)
-        fitted = fit_head(earlier, vectors, y, fold, weight)
+        vectors_others = (
+            encode(encoder, [row.prompt for row in judges])
+            if judges
+            else np.zeros((0, encoder.dims), np.float32)
+        )
+        fitted = fit_head(
+            earlier, vectors, y, fold, weight, (earlier_others, vectors_others, others)
+        )
         _judge(metrics, "encoder", fitted.held_out, y, say)
         section["encoder"] = {
             "dims": encoder.dims,
@@ -181,14 +222,28 @@ def encode(encoder: OnnxEncoder, texts: Sequence[str]) -> Vectors:
 
 
 def fit_head(
-    earlier: Floats, vectors: Vectors, y: Rows, fold: NDArray[np.int64], weight: Floats
+    earlier: Floats,
+    vectors: Vectors,
+    y: Rows,
+    fold: NDArray[np.int64],
+    weight: Floats,
+    calibration: tuple[Floats, Vectors, Rows] | None = None,
 ) -> HeadFit:
-    """Fit a head on an earlier stage's held-out log probabilities and on vectors.
+    """Fit a head on vectors alone, and join it with the earlier stage's log probabilities.
 
-    The penalty is the one with the least cross-entropy on held-out rows.
+    The penalty is the one with the least cross-entropy on rows out of fold.
+
+    Args:
+        earlier: (rows, labels), log probabilities of the earlier stage, out of fold.
+        vectors: (rows, dims).
+        y: (rows,), the labels.
+        fold: (rows,).
+        weight: (rows,), weights of the rows.
+        calibration: For the calibration prompts, log probabilities of the earlier stage, vectors
+            and labels. Where there are none, the rows out of fold choose the exponents.
     """
     labels, dims = earlier.shape[1], vectors.shape[1]
-    x = sparse.csr_matrix(np.hstack([earlier, _GAIN * vectors]))
+    x = sparse.csr_matrix(_GAIN * vectors)
     target = np.eye(labels)[y]
 
     def held_out(l2: float) -> Floats:
@@ -199,14 +254,20 @@ def fit_head(
             found[outside] = x[outside] @ w + b
         return found
 
-    def loss(logits: Floats) -> float:
-        p = softmax(logits / fit_temperature(logits, y))
-        return float(-np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean())
-
     tried = {l2: held_out(l2) for l2 in _HEAD_PENALTIES}
-    best = min(tried, key=lambda l2: loss(tried[l2]))
-    temperature = fit_temperature(tried[best], y)
+    best = min(tried, key=lambda l2: _loss(tried[l2], y)[0])
     w, b = fit_logistic(x, target, l2=best, row_weight=weight)
+    given = calibration if calibration is not None and len(calibration[2]) else None
+    if given is None:
+        before, own, truth = earlier, tried[best], y
+    else:
+        before, truth = given[0], given[2]
+        own = np.asarray(_GAIN * given[1] @ w + b)
+    temperature = _loss(own, truth)[1]
+    choices = [(a, e) for a in _EXPONENTS_EARLIER for e in _EXPONENTS_OWN]
+    scaled = log_softmax(own / temperature)
+    a, e = min(choices, key=lambda pair: _loss(pair[0] * before + pair[1] * scaled, truth)[0])
+    joint = _loss(a * before + e * scaled, truth)[1]
     means = label_means(vectors, y, labels)
     nearest = np.zeros(len(y))
     for k in range(FOLDS):
@@ -214,13 +275,22 @@ def fit_head(
         part = label_means(vectors[inside], y[inside], labels)
         nearest[outside] = (vectors[outside] @ part.T).max(axis=1)
     head = Head(
-        weight=(_GAIN * w[labels:] / temperature).astype(np.float32).reshape(dims, labels),
-        bias=b / temperature,
-        earlier=w[:labels] / temperature,
+        weight=(_GAIN * w * e / (temperature * joint)).astype(np.float32).reshape(dims, labels),
+        bias=b * e / (temperature * joint),
+        earlier=np.eye(labels) * a / joint,
         means=means,
         min_similarity=float(np.quantile(nearest, 1 - _ORDINARY_SHARE)),
     )
-    return HeadFit(head, log_softmax(tried[best] / temperature))
+    out_of_fold = log_softmax((a * earlier + e * log_softmax(tried[best] / temperature)) / joint)
+    seen = log_softmax((a * before + e * scaled) / joint) if given is not None else earlier[:0]
+    return HeadFit(head, out_of_fold, seen)
+
+
+def _loss(logits: Floats, y: Rows) -> tuple[float, float]:
+    """The least cross-entropy over temperatures, and that temperature."""
+    temperature = fit_temperature(logits, y)
+    p = softmax(logits / temperature)
+    return float(-np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()), temperature
 
 
 def label_means(vectors: Vectors, y: Rows, labels: int) -> Vectors:

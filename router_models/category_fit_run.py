@@ -36,11 +36,14 @@ def run(
     prompts: Sequence[Path],
     out: Path,
     test: Sequence[Path] = (),
+    calibrate: Sequence[Path] = (),
     encoder: str | None = None,
     no_static: bool = False,
     say: Say = print,
 ) -> Artifact:
     """Fit on `prompts`, judge on `test`, and write the artifact `out` with its card.
+
+    `calibrate` are prompts that only set exponents, temperatures and the least confidence.
 
     Raises:
         OutcomeError: A file is wrong, or a test prompt is also fitted on.
@@ -62,11 +65,19 @@ def run(
                 f"{len(both)} test prompts are among the prompts to fit, such as "
                 f"{min(both)[:60]!r}; remove them from one of the two"
             )
+    judges: list[LabelledPrompt] = []
+    if calibrate:
+        judges, _ = read_prompts(prompt_files(calibrate))
+        if both := {row.prompt for row in judges} & {row.prompt for row in [*rows, *tests]}:
+            raise OutcomeError(
+                f"{len(both)} prompts to calibrate are also to be fitted or tested, such as "
+                f"{min(both)[:60]!r}; remove them from one of the two"
+            )
     table = None if no_static else StaticTable.load(BUILT_IN)
     loaded = None if encoder is None else OnnxEncoder(require_encoder(encoder))
     say(f"{len(rows)} prompts, {len({row.category for row in rows})} categories")
-    fitted = fit_categories(rows, table, loaded, say=say)
-    data = fingerprints(files)
+    fitted = fit_categories(rows, table, loaded, calibration=judges, say=say)
+    data = fingerprints([*files, *prompt_files(calibrate)] if calibrate else files)
     artifact = write_artifact(fitted, out, data, {})
     if tests:
         tested = test_metrics(artifact, table, loaded, tests)

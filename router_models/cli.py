@@ -170,6 +170,12 @@ def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json:
     multiple=True,
     help="Prompts to judge on, in the same format. Prompts that stand in both are an error.",
 )
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Prompts, best by another author, that only calibrate the stages.",
+)
 @click.option("--encoder", help="A sentence encoder: a folder or a stored model's name.")
 @click.option("--no-static", is_flag=True, help="Leave the static table out.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
