@@ -69,8 +69,8 @@ def estimate(
     Raises:
         OutcomeError: The traffic is empty.
     """
-    named = tuple(sorted({c for c in table.categories if c is not None}))
-    categories = tuple(dict.fromkeys([*(traffic or ()), *named])) or (GENERAL,)
+    named = {c for c in table.categories if c is not None}
+    categories = tuple(sorted({*(traffic or ()), *named})) or (GENERAL,)
     index = {name: c for c, name in enumerate(categories)}
     # Rows without a category have a row of their own below, which is dropped.
     nowhere = len(categories)
@@ -209,7 +209,7 @@ def from_map(found: ExpertMap, traffic: Mapping[str, float] | None = None) -> Es
     Raises:
         OutcomeError: The traffic is empty.
     """
-    categories = tuple(dict.fromkeys([*(traffic or ()), *found.categories]))
+    categories = tuple(sorted({*(traffic or ()), *found.categories}))
     weights = np.concatenate((np.eye(len(found.categories)), found.prior[None, :]))
     known = {name: c for c, name in enumerate(found.categories)}
     at = [known.get(name, len(known)) for name in categories]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,6 +109,7 @@ def solve(
         )
     values = run.values
     chosen = [int(values[row].argmax()) for row in program.choices]
+    chosen = _best_without_traffic(problem, chosen, shortest_waits(problem, holdings))
     needed = {e for r in chosen for e in problem.recipes[r].experts} | problem.required
     holdings = pruned(problem, holdings, needed)
     waits = shortest_waits(problem, holdings)
@@ -153,6 +154,39 @@ def _run(program: Program, time_limit_s: float, gap: float) -> _Run:
     # What was minimised has the thrift in it, which is at most twice `THRIFT` and not negative.
     bound = math.inf if dual is None else -float(dual) + 2 * THRIFT
     return _Run(found.x, bound, found.status == _OPTIMAL, timed_out)
+
+
+def _best_without_traffic(
+    problem: Problem, chosen: Sequence[int], waits: Mapping[str, float]
+) -> list[int]:
+    """Choose the best recipe for categories without traffic, which count nothing in the program.
+
+    Their experts are those that are held, of alternatives those that are used already.
+    """
+    found = list(chosen)
+    absent = [c for c, share in enumerate(problem.share) if share <= 0]
+    used = {e for c, r in enumerate(chosen) if c not in absent for e in problem.recipes[r].experts}
+    used |= problem.required
+    barred = {e for group in problem.exclusive if group & used for e in group - used}
+    for c in absent:
+        best = -math.inf
+        for r, recipe in enumerate(problem.recipes):
+            if any(e not in waits or e in barred for e in recipe.experts):
+                continue
+            asked = zip(recipe.experts, problem.reach[c, r], strict=False)
+            wait = float(sum(reach * waits[e] for e, reach in asked))
+            if sum(len(group & {*recipe.experts}) > 1 for group in problem.exclusive):
+                continue
+            value = problem.quality[c, r] - problem.time_price * wait
+            if wait <= problem.bounds.wait_s and value > best:
+                best, found[c] = value, r
+        barred |= {
+            e
+            for group in problem.exclusive
+            if group & {*problem.recipes[found[c]].experts}
+            for e in group - {*problem.recipes[found[c]].experts}
+        }
+    return found
 
 
 def _is_packed(problem: Problem, name: str) -> bool:

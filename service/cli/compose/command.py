@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,8 +306,10 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
 
     source = options["traffic"] or options["live"]
     traffic = read_traffic(source) if source else None
+    live = bool(source) and str(source).startswith(("http://", "https://"))
     if options["artifact"]:
-        return from_map(ExpertMap.load(options["artifact"]), traffic)
+        known = ExpertMap.load(options["artifact"])
+        return from_map(known, _smoothed(traffic, known.categories) if live else traffic)
     prompt, answer = options["tokens"]
     costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}
     if options["costs"]:
@@ -320,7 +322,14 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     for alternative in alternatives:
         if alternative not in costs:
             raise ConfigError(f"--alternative: no expert {alternative!r} with a cost in the config")
+    if live:
+        traffic = _smoothed(traffic, {c for c in table.categories if c is not None})
     return estimate(with_alternatives(table, alternatives, costs), traffic)
+
+
+def _smoothed(counts: Mapping[str, float] | None, categories: Iterable[str]) -> dict[str, float]:
+    """Count one more request of each category: what has not come yet may still come."""
+    return {c: (counts or {}).get(c, 0.0) + 1.0 for c in {*(counts or {}), *categories}}
 
 
 def _required(config: Config, options: Mapping[str, Any]) -> set[str]:

@@ -148,9 +148,9 @@ def test_from_map_reads_the_map_and_averages_for_other_categories() -> None:
         ),
         {"new": 1.0, "y": 1.0},
     )
-    assert found.categories == ("new", "y", "x")
-    assert found.share == pytest.approx([0.5, 0.5, 0.0])
+    assert found.categories == ("new", "x", "y")
+    assert found.share == pytest.approx([0.5, 0.0, 0.5])
     assert found.quality[0] == pytest.approx([0.5, 0.675])
     assert found.cost[0] == pytest.approx([1.0, 2.25])
     assert found.reach[0, 1] == pytest.approx([1.0, 0.3])
-    assert found.reach[1, 1] == pytest.approx([1.0, 0.6])
+    assert found.reach[2, 1] == pytest.approx([1.0, 0.6])

@@ -192,6 +192,21 @@ def test_solve_price_of_waiting_decides_whether_experts_take_turns() -> None:
     assert both.mean_wait_s == pytest.approx(10.0)  # half the requests, out of and back to home
 
 
+def test_solve_category_without_traffic_gets_the_best_of_what_is_held() -> None:
+    problem = plain(share=np.array([1.0, 0.0]), quality=np.array([[0.4, 0.8], [0.5, 0.6]]))
+    assert solve(problem).recipes["y"].name == "b"
+    # An alternative of what is used already is no choice for it.
+    apart = plain(
+        share=np.array([1.0, 0.0]),
+        quality=np.array([[0.9, 0.8], [0.5, 0.6]]),
+        accelerators=(Accelerators("one", 2, 8 * GIB),),
+        exclusive=(frozenset({"a", "b"}),),
+    )
+    found = solve(apart)
+    assert violations(apart, found) == []
+    assert found.recipes["y"].name == "a"
+
+
 def test_solve_remote_expert_needs_no_memory() -> None:
     problem = plain(units=plain().units[:1], remote=frozenset({"b"}))
     found = solve(problem)
