@@ -190,7 +190,8 @@ class PromptStages:
         problem = self._mismatch(probe)
         head = None
         if self._config.categories:
-            head = fit_head(example_vectors(self._config.categories, vectors))
+            given = example_vectors(self._config.categories, vectors)
+            head = await asyncio.to_thread(fit_head, given)
         if problem is not None:
             log.error("the router goes on with its first stage: %s", problem)
             if head is None:
