@@ -147,6 +147,11 @@ class Recipe:
         sure = f" at {self.sure:g}" if self.sure else ""
         return f"{self.kind}([{inner}]{sure}{''.join(f' → {e}' for e in self.later)})"
 
+    @property
+    def ascii_name(self) -> str:
+        """The name in ASCII, for response headers."""
+        return self.name.replace("→", "->")
+
     def to_json(self) -> dict[str, Any]:
         """As in the manifest."""
         fields = {"kind": self.kind, "members": list(self.members), "later": list(self.later)}

@@ -31,6 +31,7 @@ class Exclusion(IntEnum):
     MAX_COST = 5
     NOT_ALLOWED = 6
     MIN_QUALITY = 7
+    OPEN_TOOL_CALL = 8
 
 
 FIRST_BROKEN_BOUND = Exclusion.MAX_COST

@@ -11,6 +11,9 @@ Every recipe r, with one pool for each of its experts, has a utility,
 - λ_cost: the preset's price of cost, plus the shadow prices of the budgets
 - λ_time: the preset's price of waiting
 
+A conversation's session (`sessions.py`) adds its terms: an open tool call leaves only the expert
+that made it, and otherwise a hand-over to another recipe has a cost.
+
 The time of one expert consists of loading or swapping, queue, prefill and decode. Waiting is the
 time to the first token, and then a fifth of the decode: people read while it runs. Where it is
 slower than they read, the excess is waiting in full. A recipe calls its members at the same time,
@@ -38,6 +41,13 @@ from numpy.typing import NDArray
 from service.broker.bounds import FIRST_BROKEN_BOUND, Exclusion, RequestBounds
 from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.sessions import (
+    SessionOutcome,
+    SessionTerms,
+    apply_terms,
+    decide,
+    release_reason,
+)
 
 _INFINITE = np.inf
 _NO_POOLS = np.zeros(0, dtype=np.intp)
@@ -84,6 +94,7 @@ class SelectionRequest:
         streams: Whether the answer is streamed.
         prefix_cache: The pool that has the beginning of the prompt in its prefix cache.
         excluded: Places, as (expert, pool's boot id), that must not be selected.
+        session: The terms of the conversation's session, if it has one.
     """
 
     rows: Ints
@@ -101,6 +112,7 @@ class SelectionRequest:
     streams: bool = False
     prefix_cache: PrefixCacheHint | None = None
     excluded: Collection[Place] = field(default=())
+    session: SessionTerms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +176,27 @@ class Selection:
         # Among equal utilities, argmax takes the recipe that comes first in the config.
         position = int(self.utility.argmax())
         return position if self.utility[position] > -_INFINITE else None
+
+    @property
+    def locked(self) -> bool:
+        """Whether an open tool call leaves only the expert that made it."""
+        terms = self.request.session
+        return terms is not None and terms.locked and self.release_reason is None
+
+    @property
+    def release_reason(self) -> str | None:
+        """Why the session's recipe can't answer; None if it can, or without a session."""
+        terms = self.request.session
+        if terms is None:
+            return None
+        return release_reason(terms, self.request.rows, self.exclusion)
+
+    def session_outcome(self, chosen: int) -> SessionOutcome | None:
+        """How the session took part in the choice of the position `chosen`; None without one."""
+        terms = self.request.session
+        if terms is None:
+            return None
+        return decide(terms, self.request.rows, self.exclusion, chosen)
 
     @property
     def net_quality(self) -> Floats:
@@ -269,8 +302,14 @@ def select(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest)
     if not pools.fresh.all():
         fresh = usable & pools.fresh[:, None]
         selection = _select_among(catalog, pools, request, fresh)
-        if selection.best() is not None or not (usable & ~fresh).any():
+        if not (usable & ~fresh).any():
             return selection
+        if selection.best() is not None:
+            if request.session is None or not request.session.locked or selection.locked:
+                return selection
+            # A silent pool may still have the expert whose tool call is open.
+            every = _select_among(catalog, pools, request, usable)
+            return every if every.locked else selection
     return _select_among(catalog, pools, request, usable)
 
 
@@ -297,12 +336,14 @@ def _select_among(
     quality_less_cost = request.quality - request.cost_price * totals.cost
     utility = quality_less_cost - request.time_price * (totals.waiting + totals.displaced)
     exclusion = _exclusions(catalog, pools, request, totals, single)
-    utility[exclusion != 0] = -_INFINITE
     ideal = np.where(
         np.isfinite(totals.ideal_waiting) & (exclusion < FIRST_BROKEN_BOUND),
         quality_less_cost - request.time_price * totals.ideal_waiting,
         -_INFINITE,
     )
+    if request.session is not None:
+        apply_terms(request.session, rows, utility, ideal, exclusion)
+    utility[exclusion != 0] = -_INFINITE
     return Selection(
         catalog=catalog,
         request=request,

@@ -11,6 +11,7 @@ from service.config.base import Bytes, Section, shown
 from service.config.breaker import BreakerConfig
 from service.config.limits import RequestLimits
 from service.config.presets import PresetsConfig
+from service.config.sessions import SessionsConfig
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _HOST_NAME = re.compile(r"^(\*|(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*)$")
@@ -147,6 +148,7 @@ class RouterConfig(Section):
         "names. Default: the first expert that names category `general`, else the first expert.",
     )
     presets: PresetsConfig = Field(default_factory=lambda: PresetsConfig())
+    sessions: SessionsConfig = Field(default_factory=lambda: SessionsConfig())
     static: bool = Field(
         True,
         description="Use the static semantic table with n-grams in the first stage, where the "

@@ -28,6 +28,7 @@ from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.sessions import SessionService
 from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
@@ -149,6 +150,10 @@ class ConfiguredGateway:
             tenants=[NOBODY.name, *config.tenants],
             after=None if predecessor is None else predecessor.feedback,
         )
+        shared = (config.store.cache_url or config.store.cache_url_env) is not None
+        self.sessions = SessionService(
+            config.router.sessions, state.sessions, resources.volatile, shared=shared
+        )
         self._admission = Admission(
             config,
             self.authenticator,
@@ -172,6 +177,7 @@ class ConfiguredGateway:
                 state.prefix_affinity,
                 self.feedback,
             ),
+            sessions=self.sessions,
             feedback=self.feedback,
             keys=KeyService(book),
             directory=resources.directory,
@@ -204,6 +210,7 @@ class ConfiguredGateway:
             cache=ResponseCache(services.config, resources.volatile, self._registry),
             admission=self._admission,
             executor=services.executor,
+            sessions=self.sessions,
             observers=RequestObservers(
                 services.state.metrics,
                 services.state.recent,
@@ -230,6 +237,7 @@ class ConfiguredGateway:
         """
         await self.authenticator.start()
         await self.feedback.start()
+        await self.sessions.start()
         await self._stages.start(self._resources.encoders)
 
     async def stop(self) -> None:
@@ -238,6 +246,7 @@ class ConfiguredGateway:
         await self.dispatcher.close()
         await self._stages.stop()
         await self.feedback.stop()
+        await self.sessions.stop()
         await self._admission.stop()
         await self.authenticator.stop()
 

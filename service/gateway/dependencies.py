@@ -19,6 +19,7 @@ from service.gateway.dispatch.dispatcher import RecipeExecutor
 from service.gateway.request.validation import RequestValidator
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.semantic_router import SemanticRouter
+from service.gateway.routing.sessions import SessionService
 from service.gateway.state import GatewayState
 from service.rpc.auth import same
 from service.rpc.pool_directory import PoolDirectory
@@ -42,6 +43,7 @@ class GatewayServices:
         validator: Reads and checks requests.
         router: Finds the candidates for a request.
         executor: Chooses among the candidates and runs the choice.
+        sessions: Finds and records the sessions of conversations.
         feedback: Counts votes on replies.
         keys: Stored API keys.
         directory: Links to pools.
@@ -58,6 +60,7 @@ class GatewayServices:
     validator: RequestValidator
     router: SemanticRouter
     executor: RecipeExecutor
+    sessions: SessionService
     feedback: FeedbackService
     keys: KeyService
     directory: PoolDirectory

@@ -55,6 +55,8 @@ class GatewayMetrics:
             registry.add(metrics.ATTEMPTS_FAILED, 1, expert, code)
         if record.fault and (record.attempts == 0 or record.fault in _NO_ROOM):
             registry.add(metrics.REQUESTS_REJECTED, 1, record.fault)
+        if record.session is not None:
+            registry.add(metrics.SESSION_TURNS, 1, record.session.decision.value)
         if record.escalations:
             registry.add(metrics.ESCALATIONS, record.escalations, recipe)
         self._count_calls(record)

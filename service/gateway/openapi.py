@@ -134,6 +134,13 @@ _HEADERS = [
         "schema": {"type": "string", "enum": ["high", "normal", "low"]},
     },
     {
+        "name": "x-session-id",
+        "in": "header",
+        "description": "Names the session of this conversation, so that tool results go back to "
+        "the expert that called the tool. Without it `prompt_cache_key` or the first message does.",
+        "schema": {"type": "string"},
+    },
+    {
         "name": "x-request-id",
         "in": "header",
         "description": "Yours, given back in the reply.",

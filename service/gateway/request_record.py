@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.broker.pool_state import BootId, Place
 from service.broker.prices import Price, cost
+from service.broker.sessions import SessionOutcome
 from service.engine.base import Send
 from service.errors import CoeError
 from service.http.asgi import ClientDisconnectedError, send_response
@@ -146,6 +147,7 @@ class RequestRecord:
         calls: Its calls of experts.
         unfinished: Calls that were given up because the client left or its deadline passed.
         tried: How often each place, as (expert, pool), was tried.
+        session: How the conversation's session took part in the choice; None without one.
         losses: Boot ids of pools that died, or whose engine did, while they had the request.
             All calls of one request share the list.
     """
@@ -184,6 +186,7 @@ class RequestRecord:
     calls: list[ExpertCall] = field(default_factory=list)
     unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[Place] = field(default_factory=Counter)
+    session: SessionOutcome | None = None
     losses: list[BootId] = field(default_factory=list)
 
     def finish(self) -> None:
@@ -221,6 +224,14 @@ class RequestRecord:
     def route_header(self) -> tuple[bytes, bytes]:
         """The header with the time of routing."""
         return b"x-coe-route-ms", f"{self.route_ms:.2f}".encode()
+
+    @property
+    def session_headers(self) -> Headers:
+        """The header that says what the conversation's session did; empty without one."""
+        if (outcome := self.session) is None:
+            return []
+        reason = "" if outcome.reason is None else f"; why={outcome.reason}"
+        return [(b"x-coe-session", f"{outcome.decision}{reason}".encode())]
 
     @property
     def prefill_ms(self) -> float:

@@ -197,6 +197,7 @@ class ResponseSend:
         record = self.record
         ours = [
             *self._headers,
+            *record.session_headers,
             record.route_header,
             (b"x-coe-expert", record.expert.encode()),
             (QUEUE_MS.encode(), f"{record.queue_ms:.1f}".encode()),

@@ -23,6 +23,7 @@ from service.gateway.dispatch.circuit_breakers import BreakerKey, RemoteUrl
 from service.gateway.metrics import GatewayMetrics
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality import Escalations
+from service.gateway.routing.session_memory import SessionMemory
 
 # Keys of an expert's config that do not influence its answers.
 _NOT_WEIGHTS = {"pinned", "categories", "quality", "price", "description", "capabilities"}
@@ -46,6 +47,7 @@ class GatewayState:
         recent: The last requests, for the console.
         history: The points of the console's graphs.
         prefix_affinity: The engines that have conversations in their prefix caches.
+        sessions: The conversations of each tenant, with the experts that answered them.
         lengths: Learned lengths of answers.
         escalations: Learned frequency of calls of cascades' later experts.
         created_s: When the gateway was started, in seconds since 1970.
@@ -57,6 +59,7 @@ class GatewayState:
     recent: RequestHistory = field(default_factory=RequestHistory)
     history: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     prefix_affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
+    sessions: SessionMemory = field(default_factory=SessionMemory)
     lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
     created_s: int = field(default_factory=lambda: int(time.time()))

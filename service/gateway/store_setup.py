@@ -66,6 +66,12 @@ def open_volatile(config: Config) -> VolatileStore:
                 "one of %d; others answer 404",
                 config.server.gateways,
             )
+        if config.server.gateways > 1 and config.router.sessions.enabled:
+            log.warning(
+                "without store.cache_url a tool's result has to reach the gateway that sent the "
+                "call, one of %d; another one does not know the expert",
+                config.server.gateways,
+            )
         return MemoryVolatileStore(given.cache_bytes)
     from service.store.volatile_redis import RedisVolatileStore
 

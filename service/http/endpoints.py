@@ -33,6 +33,11 @@ class Endpoint:
         """Whether it makes tokens, so that an answer's length can be bounded."""
         return bool(self.lengths)
 
+    @property
+    def converses(self) -> bool:
+        """Whether it answers the last turn of a conversation."""
+        return self.needs == "chat" and self.generates
+
 
 _TEXTS = (str, list)
 TABLE: dict[str, Endpoint] = {

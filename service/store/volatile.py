@@ -1,4 +1,4 @@
-"""A store for data that may be lost: cached answers and votable replies.
+"""A store for data that may be lost: cached answers, votable replies and sessions.
 
 It never has limits, budgets or keys. It is separate from the main store, so that it can neither
 evict budgets nor fill the memory that claims need. In the gateway's process the least recently used
@@ -40,6 +40,13 @@ class VolatileStore(Protocol):
             StoreUnavailableError: The store can't be reached.
         """
 
+    async def delete(self, name: str) -> None:
+        """Forget a value, if it exists.
+
+        Raises:
+            StoreUnavailableError: The store can't be reached.
+        """
+
     async def close(self) -> None:
         """Close every connection."""
 
@@ -76,6 +83,9 @@ class MemoryVolatileStore:
             return False
         await self.put(name, value, ttl_s=ttl_s)
         return True
+
+    async def delete(self, name: str) -> None:
+        self._drop(name)
 
     async def close(self) -> None:
         pass

@@ -40,6 +40,10 @@ class RedisVolatileStore:
             await self._run(lambda: redis.set(self._prefix + name, value, px=ttl_ms, nx=True))
         )
 
+    async def delete(self, name: str) -> None:
+        redis = self._connections.redis
+        await self._run(lambda: redis.delete(self._prefix + name))
+
     async def close(self) -> None:
         await self._connections.close()
 
@@ -51,7 +55,10 @@ class RedisVolatileStore:
         except StoreUnavailableError as error:
             self._paused_until_s = time.monotonic() + _PAUSE_S
             if error.message != self._last_error:
-                log.error("%s; response cache and votes are disabled meanwhile", error.message)
+                log.error(
+                    "%s; response cache, votes and shared sessions are disabled meanwhile",
+                    error.message,
+                )
             self._last_error = error.message
             raise
         self._last_error = ""

@@ -7,6 +7,7 @@ LABELS = {
     "action": "passed, flagged, redacted, refused",
     "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
     "category": "a category of the router's artifact or the config; empty where none was found",
+    "decision": "of a conversation's next turn: locked, kept, switched, released",
     "direction": "of a prediction: under (too low) or over (too high, or right)",
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "id of the gateway process, on each of its samples",

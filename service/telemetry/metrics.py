@@ -45,6 +45,13 @@ ESCALATIONS = counter(
     ("recipe",),
     "Answers for which a recipe also asked its stronger expert.",
 )
+SESSION_TURNS = counter(
+    "coe_session_turns_total",
+    Side.GATEWAY,
+    ("decision",),
+    "Later turns of conversations: locked to the expert whose tool call is open, kept, switched "
+    "for a gain, or released because the session's expert is unknown or can't answer.",
+)
 IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
 TIME_TO_FIRST_TOKEN = histogram(
     "coe_time_to_first_token_seconds",
@@ -366,6 +373,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         REQUESTS_REJECTED,
         ATTEMPTS_FAILED,
         ESCALATIONS,
+        SESSION_TURNS,
         IN_FLIGHT,
         TIME_TO_FIRST_TOKEN,
         INTER_TOKEN_LATENCY,

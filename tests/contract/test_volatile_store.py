@@ -52,6 +52,14 @@ async def test_volatile_store_values_expire(kept: VolatileStore) -> None:
     assert await kept.get("short") is None
 
 
+async def test_volatile_store_deleted_value_is_gone(kept: VolatileStore) -> None:
+    await kept.put("x", b"1", ttl_s=60)
+    await kept.put("y", b"2", ttl_s=60)
+    await kept.delete("x")
+    await kept.delete("x")
+    assert [await kept.get(name) for name in ("x", "y")] == [None, b"2"]
+
+
 async def test_volatile_store_concurrent_adds_have_one_winner(kept: VolatileStore) -> None:
     first = await asyncio.gather(*(kept.add("v", b"1", ttl_s=60) for _ in range(10)))
     assert sorted(first) == [False] * 9 + [True]

@@ -8,11 +8,14 @@ failure ends the stream with an SSE error event.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -83,6 +86,9 @@ if TYPE_CHECKING:
     from service.telemetry.tracing import Trace
 
 
+log = logging.getLogger("coe.dispatch")
+
+
 class RecipeExecutor:
     """Runs the best recipe of each request.
 
@@ -143,6 +149,7 @@ class RecipeExecutor:
         recipe: Recipe | None = None
         if best is not None:
             recipe = catalog.recipes[int(plan.rows[best])]
+            dispatcher.note_session(selection, best, record)
             record.predicted_s = float(selection.time[best])
             record.predicted_cost = float(selection.cost[best])
             contexts = [dispatcher.context(name) for name in recipe.experts]
@@ -174,7 +181,7 @@ class RecipeExecutor:
             except (InvalidRequestError, PromptTooLongError, EngineDiedTwiceError):
                 raise
             except CoeError:
-                singles = plan.only(catalog.single[plan.rows])
+                singles = plan.only(catalog.single[plan.rows], "failed")
                 if reply.started or not len(singles.rows):
                     raise
                 # No member answered, so any single expert may answer instead.
@@ -219,14 +226,14 @@ class RecipeExecutor:
         keep = worst <= left
         if not keep.any():
             keep[int(worst.argmin())] = True
-        return plan.only(keep)
+        return plan.only(keep, "budget")
 
     def cheapest(self, plan: RoutePlan) -> RoutePlan:
         """Keep only the recipe that costs least if all its experts are called."""
         worst = self._catalog.uses[plan.rows] @ self._cost_model.per_token
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
-        return plan.only(keep)
+        return plan.only(keep, "budget")
 
     def likely_tokens(self, request: InferenceRequest, plan: RoutePlan) -> float:
         """Expected tokens of all calls, for the recipe with the most tokens."""
@@ -389,7 +396,7 @@ class Dispatcher:
         """
         record = reply.record
         fault: CoeError | None = None
-        single = plan.only(self.catalog.single[plan.rows])
+        single = plan.only(self.catalog.single[plan.rows], "failed")
         self.breakers.record_request()
         while True:
             if len(record.losses) >= MOST_LOSSES:
@@ -503,12 +510,16 @@ class Dispatcher:
         if first is not None and (found := self._best(first, record)) is not None:
             return found
         views = self.views()
-        for most in least_tried:
+        # While a tool call is open, its expert is tried again before another one is.
+        locked = plan.session is not None and plan.session.locked
+        for only_locked, most in product((True, False) if locked else (False,), least_tried):
             excluded = frozenset(key for key, count in record.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
             selection = self.weigh_candidates(
                 request, plan, left_s=left_s, excluded=excluded, views=views
             )
+            if only_locked and not selection.locked:
+                continue
             if (found := self._best(selection, record)) is not None:
                 return found
         experts = self._experts(plan)
@@ -539,7 +550,30 @@ class Dispatcher:
         if at is None:
             return None
         record.predicted_cost = float(selection.cost[at])
+        self.note_session(selection, at, record)
         return selection.candidate(self.catalog.recipes[int(selection.request.rows[at])].members[0])
+
+    def note_session(self, selection: Selection, at: int, record: RequestRecord) -> None:
+        """Record how the conversation's session took part in a choice.
+
+        Args:
+            selection: The selection.
+            at: The position of the chosen recipe.
+            record: The request's record.
+        """
+        terms, outcome = selection.request.session, selection.session_outcome(at)
+        if terms is None or outcome is None:
+            return
+        if outcome.reason == Exclusion.CIRCUIT_OPEN.name.lower() and record.tried:
+            # Places that were tried already are excluded in the same way.
+            outcome = replace(outcome, reason="failed")
+        if outcome.reason is not None and terms.row is not None and outcome != record.session:
+            log.info(
+                "the session's %s can't answer the next turn (%s)",
+                self.catalog.recipes[terms.row].name,
+                outcome.reason,
+            )
+        record.session = outcome
 
     def _experts(self, plan: RoutePlan) -> list[str]:
         return [self.catalog.recipes[row].members[0] for row in plan.rows.tolist()]
@@ -548,7 +582,7 @@ class Dispatcher:
         self, plan: RoutePlan, selection: Selection, at: int, views: list[PoolView]
     ) -> None:
         """Wake a pool for the best expert that no pool holds, if it beats the selection."""
-        if not (selection.exclusion == Exclusion.NO_POOL).any():
+        if selection.locked or not (selection.exclusion == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None

@@ -213,7 +213,7 @@ class EnsembleExecutor:
     @property
     def name(self) -> str:
         """The recipe's name in ASCII, for response headers."""
-        return self.recipe.name.replace("→", "->")
+        return self.recipe.ascii_name
 
     async def _together(self, experts: Sequence[str], most: int | None) -> list[MemberAnswer]:
         """Call several experts at once.
@@ -278,6 +278,7 @@ class EnsembleExecutor:
             quality=np.ones(1),
             reach=np.zeros((1, MAX_LATER)),
             first=expert,
+            session=None,
         )
 
     async def _ask(self, expert: str, number: int) -> MemberAnswer:

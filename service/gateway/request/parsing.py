@@ -17,6 +17,7 @@ from service.config.tenants import Priority
 from service.errors import InvalidRequestError
 from service.gateway.request.hosted_tools import leave_out_hosted_tools
 from service.gateway.request.media import NOTHING, Media, media_of
+from service.gateway.request.turns import TurnState, turn_state
 from service.http.endpoints import TABLE, Endpoint
 from service.http.usage import estimate_tokens
 from service.rpc.call_headers import trace_of
@@ -59,6 +60,8 @@ class InferenceRequest:
         media: Its images, sound and video.
         media_tokens: The number of tokens that its media take.
         left_out: Types of the tools that were removed, because the service does not run them.
+        turn: Where its conversation stands.
+        session_id: The client's own name of the session, from the header `x-session-id`.
     """
 
     endpoint: str
@@ -85,6 +88,8 @@ class InferenceRequest:
     media: Media = NOTHING
     media_tokens: int = 0
     left_out: tuple[str, ...] = ()
+    turn: TurnState = field(default_factory=TurnState)
+    session_id: str | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -234,6 +239,7 @@ def parse_request(
     own = data.pop("coe", None)
     coe_options = _parse_coe_options(own, headers)
     request_id = secrets.token_hex(12)
+    turn = turn_state(data) if TABLE[endpoint].converses else TurnState()
     given = headers.get(b"x-request-id", b"")
     return InferenceRequest(
         endpoint=endpoint,
@@ -256,8 +262,11 @@ def parse_request(
         allow=coe_options.allow,
         deny=coe_options.deny or frozenset(),
         cache=_cache(headers),
-        combinable=_combinable(endpoint, data),
+        # The result of a tool goes back to one expert.
+        combinable=_combinable(endpoint, data) and not turn.open,
         left_out=left_out,
+        turn=turn,
+        session_id=headers.get(b"x-session-id", b"").decode("latin-1") or None,
         media=media,
     )
 

@@ -17,6 +17,7 @@ from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestObservers, RequestScope
 from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
+from service.gateway.routing.sessions import SessionService
 from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.openai_errors import dialect_of
 
@@ -30,6 +31,7 @@ class InferenceHandler:
         cache: The response cache.
         admission: Reserves what a request may use, and settles it.
         executor: Chooses among the candidates and runs the choice.
+        sessions: Finds and records the sessions of conversations.
         observers: Metrics, traces, console and access log.
         behind_serve: Whether Ray Serve cancels a request whose client has left. Otherwise the
             handler watches for that itself.
@@ -43,6 +45,7 @@ class InferenceHandler:
         cache: ResponseCache,
         admission: Admission,
         executor: RecipeExecutor,
+        sessions: SessionService,
         observers: RequestObservers,
         behind_serve: bool,
     ) -> None:
@@ -51,6 +54,7 @@ class InferenceHandler:
         self._cache = cache
         self._admission = admission
         self._executor = executor
+        self._sessions = sessions
         self._observers = observers
         self._behind_serve = behind_serve
 
@@ -64,21 +68,24 @@ class InferenceHandler:
                     record.path, headers, entry.tenant, receive
                 )
                 request = request_scope.add_request(validated)
-                plan = await self._router.plan_by_all_stages(request)
+                session = await self._sessions.find(request)
+                plan = await self._router.plan_by_all_stages(request, session)
                 request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
-                session = await self._cache.begin(request, send)
-                request_scope.headers += session.headers
-                if session.hit is not None:
-                    record.expert = record.recipe = session.hit.expert
+                watched = self._sessions.watch(session, record, send)
+                cached = await self._cache.begin(request, watched)
+                request_scope.headers += cached.headers
+                if cached.hit is not None:
+                    record.expert = record.recipe = cached.hit.expert
                     record.status = 200
-                    await session.send_hit([*request_scope.headers, record.route_header])
+                    await cached.send_hit([*request_scope.headers, record.route_header])
                     return
                 plan = self._executor.within_bounds(request, plan)
                 plan = self._executor.affordable(request, plan)
                 request, plan = await self._admit(entry, request, plan)
-                # A message of the engine passes the meter, then this send, then the session's.
+                # A message of the engine passes the meter, then this send, then the cache's and the
+                # session's.
                 reply = ResponseSend(
-                    session.send,
+                    cached.send,
                     request_scope.headers,
                     record,
                     entry.counting,
@@ -89,7 +96,7 @@ class InferenceHandler:
                     await answering
                 else:
                     await until_gone(answering, receive)
-                await session.store_answer(
+                await cached.store_answer(
                     by_own_bound=record.clipped is None and request.most_tokens is not None
                 )
 

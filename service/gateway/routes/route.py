@@ -18,7 +18,8 @@ async def route(request: Request, services: Services) -> Response:
         validated = await services.validator.validate(
             "/v1/chat/completions", headers, entry.tenant, request.receive
         )
-        plan = await services.router.plan_by_all_stages(validated.request)
+        session = await services.sessions.find(validated.request)
+        plan = await services.router.plan_by_all_stages(validated.request, session)
         decision = services.executor.explain(validated.request, plan)
         entry.record.status = 200
     return json_response({**decision, "guard": validated.explained()})

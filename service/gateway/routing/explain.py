@@ -16,6 +16,7 @@ _WHY = {
     Exclusion.MAX_COST: "costs more than max_cost",
     Exclusion.MIN_QUALITY: "its expected quality is less than min_quality",
     Exclusion.NOT_ALLOWED: "it uses an expert that the request's allow or deny excludes",
+    Exclusion.OPEN_TOOL_CALL: "a tool call of this conversation is open at another expert",
     Exclusion.DEADLINE: "would miss the deadline",
 }
 _MAX_CANDIDATES = 256
@@ -46,8 +47,26 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
         "time_price": round(plan.time_price, 9),
         "cost_price": _significant(selection.request.cost_price),
         "budget_price": _significant(selection.request.budget_price),
+        "session": _session(selection, best),
         "chosen": None if best is None else _candidate(selection, best, best)["recipe"],
         "candidates": [_candidate(selection, at, best) for at in order],
+    }
+
+
+def _session(selection: Selection, best: int | None) -> dict[str, Any] | None:
+    """What the conversation's session does; None without one, or if nothing can answer."""
+    terms = selection.request.session
+    if terms is None or best is None:
+        return None
+    outcome = selection.session_outcome(best)
+    assert outcome is not None
+    # The tenant may not use what it must not see.
+    told = terms.row if outcome.reason != "not_allowed" else None
+    return {
+        "decision": outcome.decision.value,
+        "recipe": None if told is None else selection.catalog.recipes[told].name,
+        "handover_cost": 0.0 if terms.locked else terms.handover_cost,
+        "why": outcome.reason,
     }
 
 

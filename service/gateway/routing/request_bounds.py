@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.bounds import RequestBounds, nearest_bounds, worst_costs
+from service.broker.bounds import Exclusion, RequestBounds, nearest_bounds, worst_costs
 from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import Ints, RecipeCatalog
@@ -73,10 +73,12 @@ def within_bounds(
         InfeasibleBoundsError: No candidate keeps them.
     """
     worst = worst_costs(catalog, plan.rows, cost)
-    keeps = bounds.exclusions(catalog, plan.rows, plan.quality, worst) == 0
+    broken = bounds.exclusions(catalog, plan.rows, plan.quality, worst)
+    keeps = broken == 0
     if not keeps.any():
         raise infeasible_error(catalog, bounds, plan.rows, plan.quality, worst)
-    kept = plan.only(keeps)
+    at = None if plan.session is None else plan.session.position(plan.rows)
+    kept = plan.only(keeps, None if at is None else Exclusion(int(broken[at])).name.lower())
     first = catalog.recipes[int(kept.rows[kept.quality.argmax()])].experts[0]
     return kept if first == kept.first else replace(kept, first=first)
 

@@ -18,6 +18,7 @@ from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.reference import best_shares
 from service.broker.selection import PrefixCacheHint, SelectionRequest
+from service.broker.sessions import SessionTerms
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
@@ -29,6 +30,7 @@ from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.routing.prompt_stages import PromptStages
 from service.gateway.routing.quality import Escalations, QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
+from service.gateway.routing.sessions import NO_SESSION, SessionLookup
 from service.telemetry.registry import MetricsRegistry
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
@@ -69,6 +71,9 @@ class RoutePlan:
         cost_weight: The quality that is given up to save the whole reference cost.
         reference: (experts,), weights of the experts' costs in the reference cost.
         stage: The classifier's stage that decided, see `CategoryScores`; empty where none did.
+        session: The terms of the conversation's session; None without one, or where the client
+            names another category or an expert.
+        prefix_cache: The pool that has the conversation in its prefix cache, by its session.
     """
 
     rows: Ints
@@ -85,13 +90,29 @@ class RoutePlan:
     cost_weight: float = 0.0
     reference: Floats | None = None
     stage: str = ""
+    session: SessionTerms | None = None
+    prefix_cache: PrefixCacheHint | None = None
 
-    def only(self, keep: NDArray[np.bool_]) -> RoutePlan:
-        """Keep some of the rows."""
+    def only(self, keep: NDArray[np.bool_], reason: str | None = None) -> RoutePlan:
+        """Keep some of the rows.
+
+        Args:
+            keep: (rows,), which ones.
+            reason: Why the others are no candidates, for the session that holds on to one of them.
+        """
         if keep.all():
             return self
+        session = self.session
+        if session is not None and reason is not None:
+            at = session.position(self.rows)
+            if at is not None and not keep[at]:
+                session = replace(session, absent=reason)
         return replace(
-            self, rows=self.rows[keep], quality=self.quality[keep], reach=self.reach[keep]
+            self,
+            rows=self.rows[keep],
+            quality=self.quality[keep],
+            reach=self.reach[keep],
+            session=session,
         )
 
 
@@ -126,6 +147,8 @@ class SemanticRouter:
     ) -> None:
         self._refine = refine
         self._presets = config.router.presets
+        self._handover_cost = config.router.sessions.handover_cost
+        self._rows = {recipe.ascii_name: row for row, recipe in enumerate(catalog.recipes)}
         self._per_token = per_token
         self._references: dict[bytes, Floats] = {}
         self._experts = config.experts
@@ -150,25 +173,38 @@ class SemanticRouter:
             kind: (catalog.uses & ~able).any(axis=1) for kind, able in self._able.items()
         }
 
-    async def plan_by_all_stages(self, request: InferenceRequest) -> RoutePlan:
+    async def plan_by_all_stages(
+        self, request: InferenceRequest, session: SessionLookup = NO_SESSION
+    ) -> RoutePlan:
         """Find the candidates for a request; the encoder is asked where the first stage is unsure.
+
+        Args:
+            request: The request.
+            session: The session of its conversation.
 
         Raises what `plan` raises.
         """
         if self._assess is None or self._refine is None or not self._is_open(request.model):
-            return self.plan(request)
+            return self.plan(request, session=session)
         first = self._assess(request.data)
-        return self.plan(request, await self._refine(request.data, first, request.tenant.name))
+        refined = await self._refine(request.data, first, request.tenant.name)
+        return self.plan(request, refined, session)
 
     def _is_open(self, model: str) -> bool:
         """Whether the prompt decides: the client names neither an expert nor a category."""
         head = model.partition(":")[0]
         return head == AUTO and "/" not in model and model not in self._named
 
-    def plan(self, request: InferenceRequest, assessment: Assessment | None = None) -> RoutePlan:
+    def plan(
+        self,
+        request: InferenceRequest,
+        assessment: Assessment | None = None,
+        session: SessionLookup = NO_SESSION,
+    ) -> RoutePlan:
         """Find the candidates for a request.
 
         `assessment` is the classifier's; without one, the first stage classifies the prompt.
+        `session` is that of its conversation.
 
         Candidates that the request's own bounds exclude are among them, so that they can be
         explained.
@@ -187,16 +223,25 @@ class SemanticRouter:
         price = self._presets.of(preset)
         if category is not None:
             return self._plan(
-                request, {category: 1.0}, category, 1.0, "named category", None, price
+                request, {category: 1.0}, category, 1.0, "named category", None, price, session
             )
         assessment, posterior = self._classify(request, assessment)
         if assessment is None:
-            return self._plan(request, posterior, GENERAL, 0.0, "no classifier", None, price)
+            return self._plan(
+                request, posterior, GENERAL, 0.0, "no classifier", None, price, session
+            )
         scores = assessment.scores
         known = scores.category in self._known
         reason = "classified" if known else "category without an expert"
         return self._plan(
-            request, posterior, scores.category, scores.confidence, reason, assessment, price
+            request,
+            posterior,
+            scores.category,
+            scores.confidence,
+            reason,
+            assessment,
+            price,
+            session,
         )
 
     def _classify(
@@ -308,6 +353,7 @@ class SemanticRouter:
         reason: str,
         assessment: Assessment | None,
         price: PresetConfig,
+        session: SessionLookup,
     ) -> RoutePlan:
         """The recipes that have the needed capabilities and enough quality."""
         catalog = self._catalog
@@ -322,6 +368,11 @@ class SemanticRouter:
             keep[int(np.flatnonzero(possible)[0])] = True
         elif not keep.any():
             keep = able
+        named = reason == "named category"
+        terms = self._terms(request, session, able, possible, category if named else None)
+        if terms is not None and terms.row is not None and possible[terms.row]:
+            # It stays a candidate however little it is worth for this category.
+            keep[terms.row] = True
         rows = np.flatnonzero(keep)
         first = catalog.recipes[int(rows[quality[rows].argmax()])].experts[0]
         scores = assessment.scores if assessment is not None else None
@@ -340,7 +391,45 @@ class SemanticRouter:
             price.cost_weight,
             self._reference(able),
             scores.stage if scores is not None else "",
+            terms,
+            None if terms is None else _prefix_cache(session),
         )
+
+    def _terms(
+        self,
+        request: InferenceRequest,
+        session: SessionLookup,
+        able: NDArray[np.bool_],
+        possible: NDArray[np.bool_],
+        named: str | None,
+    ) -> SessionTerms | None:
+        """The terms of a session.
+
+        Args:
+            request: The request.
+            session: The session of its conversation.
+            able: (recipes,), those that can answer and that the tenant may use.
+            possible: (recipes,), those of them that the request's own bounds allow.
+            named: The category that the client named; None if it named none.
+        """
+        last, is_open, cost = session.last, session.state.open, self._handover_cost
+        if last is None:
+            return SessionTerms(None, True, cost, "unknown") if is_open else None
+        if named is not None and named != last.category:
+            return None
+        row = self._catalog.index.get(last.expert)
+        if not is_open:
+            row = self._rows.get(last.recipe, row)
+            if row is not None and not able[row]:
+                # A recipe may be unable where its expert is able.
+                row = self._catalog.index.get(last.expert, row)
+        if row is None:
+            return SessionTerms(None, is_open, cost, "gone")
+        if possible[row]:
+            return SessionTerms(row, is_open, cost)
+        may = able[row] or all(map(request.tenant.may_ask, self._catalog.recipes[row].experts))
+        absent = "not_allowed" if able[row] or not may else "incapable"
+        return SessionTerms(row, is_open, cost, absent)
 
     def _reference(self, able: NDArray[np.bool_]) -> Floats:
         """The weights of the reference cost, (experts,), where these recipes are possible."""
@@ -403,6 +492,14 @@ def _best(scores: CategoryScores) -> int:
     return max(range(len(scores.labels)), key=scores.probabilities.__getitem__)
 
 
+def _prefix_cache(session: SessionLookup) -> PrefixCacheHint | None:
+    """Where the conversation's prefix is cached, by the last turn of its session."""
+    last = session.last
+    if last is None or not session.certain:
+        return None
+    return PrefixCacheHint(last.expert, last.boot, last.tokens)
+
+
 def _preset_price(plan: RoutePlan, cost: Floats) -> float:
     """The preset's price of cost, in quality per unit; 0 where the best experts cost nothing."""
     reference = 0.0 if plan.reference is None else float(plan.reference @ cost)
@@ -449,8 +546,9 @@ def selection_request(
         # A bound above that is a cap: what does not fit is clipped.
         context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),
         streams=request.stream,
-        prefix_cache=prefix_cache,
+        prefix_cache=prefix_cache or plan.prefix_cache,
         excluded=excluded,
+        session=plan.session,
     )
 
 

@@ -1,0 +1,172 @@
+"""Reads where a conversation stands: its beginning, its history, and its open tool calls. Pure.
+
+It knows the forms of OpenAI's chat completions and Responses and of Anthropic's messages. Malformed
+parts are skipped, because engines refuse them. System prompts are skipped as well: agents put dates
+and lists of files there, which change with every request.
+
+Digests see both ends and the length of each text, so that their time does not grow with long texts.
+They do not depend on the process, so that gateways can share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Item = Mapping[str, Any]
+
+_EDGE = 256
+_MAX_PARTS = 64
+_SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnState:
+    """Where a conversation stands.
+
+    Attributes:
+        beginning: Digest of its first message; None without messages.
+        history: Digest of the messages that the model had seen when it answered last; None if it
+            has not answered yet.
+        digest: The `history` of the next turn.
+        open: Whether a tool call has no answer by the model yet.
+        calls: Digests of the ids of these tool calls.
+    """
+
+    beginning: str | None = None
+    history: str | None = None
+    digest: str = ""
+    open: bool = False
+    calls: frozenset[str] = frozenset()
+
+
+def turn_state(body: Item) -> TurnState:
+    """Read where the conversation of a body stands."""
+    items = _items(body)
+    if not items:
+        return TurnState()
+    marks = [_mark(item) for item in items]
+    first = next((at for at, item in enumerate(items) if item.get("role") == "user"), 0)
+    # What stands behind the last answer, and the last answer itself: a run of items by the model.
+    end = len(items)
+    while end and not _is_models(items[end - 1]):
+        end -= 1
+    start = end
+    while start and _is_models(items[start - 1]):
+        start -= 1
+    called = [one for item in items[start:end] for one in _calls(item)]
+    returned = [one for item in items[end:] for one in _results(item)]
+    return TurnState(
+        beginning=digest_of(marks[first]),
+        history=digest_of(*marks[:start]) if end else None,
+        # An answer that the client began itself is continued, and is no part of the history.
+        digest=digest_of(*(marks if end < len(items) else marks[:start])),
+        open=bool(called or returned),
+        calls=frozenset(digest_of(one) for one in (*called, *returned) if one),
+    )
+
+
+def reply_calls(reply: Item) -> list[str]:
+    """Digests of the ids of the tool calls in a whole reply, or in an event of a stream."""
+    found: list[str] = []
+    for choice in _objects(reply.get("choices")):
+        for name in ("message", "delta"):
+            if isinstance(message := choice.get(name), dict):
+                found += _calls(message)
+    block, item, response = (reply.get(name) for name in ("content_block", "item", "response"))
+    for holder in (block, item):
+        if isinstance(holder, dict):
+            found += _calls({"role": "assistant", "content": [holder]})
+            found += _calls(holder)
+    output = response.get("output") if isinstance(response, dict) else reply.get("output")
+    for made in _objects(output):
+        found += _calls(made)
+    found += _calls({"content": reply.get("content")})
+    return [digest_of(one) for one in dict.fromkeys(found) if one]
+
+
+def digest_of(*texts: str) -> str:
+    """A digest of texts, 16 hex digits."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        hashed.update(len(encoded).to_bytes(8, "big"))
+        hashed.update(encoded)
+    return hashed.hexdigest()
+
+
+def _items(body: Item) -> list[Item]:
+    given = body.get("messages", body.get("input"))
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    return [item for item in _objects(given) if item.get("role") not in _SYSTEM]
+
+
+def _objects(value: object) -> Iterator[dict[str, Any]]:
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict):
+            yield item
+
+
+def _is_models(item: Item) -> bool:
+    """Whether the model made this item."""
+    kind = item.get("type")
+    made = isinstance(kind, str) and (kind == "reasoning" or kind.endswith("_call"))
+    return made or item.get("role") == "assistant"
+
+
+def _calls(item: Item) -> Iterator[str]:
+    """The ids of tool calls in an item of the model; empty ids where there are none."""
+    kind = item.get("type")
+    if isinstance(kind, str) and kind.endswith("_call") and "call_id" in item:
+        # Calls without such an id are of tools that the provider's servers run.
+        yield _text(item["call_id"])
+    for call in _objects(item.get("tool_calls")):
+        # In a stream only the first piece of a call has its id.
+        yield _text(call.get("id"))
+    if isinstance(item.get("function_call"), dict):
+        yield ""
+    for part in _objects(item.get("content")):
+        if part.get("type") == "tool_use":
+            yield _text(part.get("id"))
+
+
+def _results(item: Item) -> Iterator[str]:
+    """The ids of the tool calls whose results are in an item; empty ids where there are none."""
+    kind = item.get("type")
+    if isinstance(kind, str) and kind.endswith("_call_output"):
+        yield _text(item.get("call_id"))
+    if item.get("role") in ("tool", "function"):
+        yield _text(item.get("tool_call_id"))
+    for part in _objects(item.get("content")):
+        if part.get("type") == "tool_result":
+            yield _text(part.get("tool_use_id"))
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _mark(item: Item) -> str:
+    """A short text that tells an item from others."""
+    texts = [_text(item.get("role")), _text(item.get("type")), _text(item.get("call_id"))]
+    texts += [*_calls(item), *_results(item)]
+    for value in (item.get("content"), item.get("output"), item.get("arguments")):
+        texts += _edges(value)
+    return "\0".join(texts)
+
+
+def _edges(content: object) -> Sequence[str]:
+    if isinstance(content, str):
+        return (str(len(content)), content[:_EDGE], content[-_EDGE:])
+    if not isinstance(content, list):
+        return ()
+    texts: list[str] = []
+    for part in content[:_MAX_PARTS]:
+        # Other fields of a part, such as a mark for the cache, may move from turn to turn.
+        text = part.get("text", part.get("content")) if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts += (str(len(text)), text[:_EDGE], text[-_EDGE:])
+    return texts
