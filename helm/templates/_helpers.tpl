@@ -147,8 +147,24 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- ceil (float64 (include "coe.config" . | fromYaml).server.drain_s) | int -}}
 {{- end -}}
 
+{{/* Gateways of the config as JSON: how many at least and at most, and their time to drain. */}}
+{{- define "coe.gateways" -}}
+{{- $given := (include "coe.config" . | fromYaml).server.gateways -}}
+{{- if not (kindIs "map" $given) -}}
+{{- $given = dict "min_replicas" $given -}}
+{{- end -}}
+{{- $least := dig "min_replicas" 1 $given | int -}}
+{{- $most := $given.max_replicas | default $least | int -}}
+{{- $drain := ternary (dig "downscale_drain_s" 900 $given | float64 | ceil | int) 0 (gt $most $least) -}}
+{{- dict "least" $least "most" $most "drain" $drain | toJson -}}
+{{- end -}}
+
 {{- define "coe.gatewayCount" -}}
-{{- (include "coe.config" . | fromYaml).server.gateways | int -}}
+{{- (include "coe.gateways" . | fromJson).least | int -}}
+{{- end -}}
+
+{{- define "coe.gatewayMost" -}}
+{{- (include "coe.gateways" . | fromJson).most | int -}}
 {{- end -}}
 
 {{/* GPUs of a pool of the config, whole ones: a pod can't have half of one. */}}
@@ -182,7 +198,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "without secrets.apiKey it needs config.keys, keys in a Redis, or config.server.allow_unauthenticated" -}}
 {{- end -}}
 {{- if not (or .Values.redis.enabled .Values.externalRedis.existingSecret (hasKey (.Values.config.store | default dict) "url") (hasKey (.Values.config.store | default dict) "url_env")) -}}
-{{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayCount" . | int) 1) -}}
+{{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayMost" . | int) 1) -}}
 {{- fail "several gateways need a Redis that they share: redis.enabled or externalRedis.existingSecret" -}}
 {{- end -}}
 {{- end -}}

@@ -181,7 +181,7 @@ cluster's secret alone, which gateways show them), none. */}}
 
 {{/* What Ray reads when it starts, of deploy/ray/node.env: the same on every node. */}}
 {{- define "coe.rayEnv" -}}
-{{- $own := dict "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (add 5 (include "coe.drainSeconds" . | int) | toString) -}}
+{{- $own := dict "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (add 5 (include "coe.drainSeconds" . | int) ((include "coe.gateways" . | fromJson).drain | int) | toString) -}}
 {{- if .Values.kuberay.logsToStderr -}}
 {{- $_ := set $own "RAY_SERVE_LOG_TO_STDERR" "1" -}}
 {{- end -}}

@@ -4,6 +4,7 @@ One YAML file describes a composition. Unknown keys are refused. Each error name
 path in it, the fault, and the allowed values.
 """
 
+from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.base import parse_bytes
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
@@ -29,12 +30,14 @@ from service.config.tenants import (
 
 __all__ = [
     "SECTIONS",
+    "AutoscalingConfig",
     "BreakerConfig",
     "BudgetConfig",
     "CacheConfig",
     "Config",
     "ExpertConfig",
     "FeedbackConfig",
+    "GatewaysConfig",
     "GuardConfig",
     "KeyConfig",
     "LimitsConfig",

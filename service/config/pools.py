@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from service.config.autoscaling import AutoscalingConfig, refuse_changes
 from service.config.base import Bytes, Section
 from service.config.moe_kernels import MoeKernelOptions
 
@@ -163,8 +164,10 @@ class PoolConfig(Section):
     max_replicas: int | None = Field(
         None, ge=1, le=1024, description="Replicas under load. Default: min_replicas (at least 1)."
     )
-    target_ongoing_requests: float = Field(
-        16.0, gt=0, description="Running and waiting requests per replica: the autoscaling target."
+    autoscaling: AutoscalingConfig | None = Field(
+        None,
+        description="When replicas are added and removed, where max_replicas is above "
+        "min_replicas. Default: the section's defaults.",
     )
     gpus: float = Field(0, ge=0, description="GPUs that a replica requests from Ray.")
     cpus: float = Field(
@@ -187,6 +190,25 @@ class PoolConfig(Section):
     def _check_replicas(self) -> PoolConfig:
         if self.max_replicas is not None and self.max_replicas < max(1, self.min_replicas):
             raise ValueError("max_replicas must be at least min_replicas, and at least 1")
+        if (scaling := self.autoscaling) is None:
+            return self
+        if not self.scales:
+            try:
+                refuse_changes(scaling)
+            except ValueError as error:
+                raise ValueError(f"autoscaling: {error}") from None
+            return self
+        first = scaling.initial_replicas
+        if first is not None and not self.min_replicas <= first <= self.most_replicas:
+            raise ValueError(
+                f"autoscaling.initial_replicas: input should be from {self.min_replicas} "
+                f"(min_replicas) to {self.most_replicas} (max_replicas), not {first}"
+            )
+        if scaling.downscale_to_zero_delay_s is not None and self.min_replicas > 0:
+            raise ValueError(
+                "autoscaling.downscale_to_zero_delay_s: without effect, because min_replicas is "
+                f"{self.min_replicas} and not 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -216,6 +238,16 @@ class PoolConfig(Section):
     def most_replicas(self) -> int:
         """The value of `max_replicas`, or its default."""
         return self.max_replicas if self.max_replicas is not None else max(1, self.min_replicas)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the number of replicas changes with the load."""
+        return self.most_replicas > self.min_replicas
+
+    @property
+    def scaling(self) -> AutoscalingConfig:
+        """The value of `autoscaling`, or its default."""
+        return self.autoscaling or AutoscalingConfig()
 
     @property
     def max_running(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
 from service.config.cache import CacheConfig
@@ -224,7 +225,7 @@ def _check_tenants(config: Config) -> None:
     for place, tenant in of_tenants:
         if not known_tenant(tenant, config.tenants):
             raise ValueError(f"{place}.tenant: {unknown_tenant(tenant, config.tenants)}")
-    if config.store.kind == "memory" and config.server.gateways > 1:
+    if config.store.kind == "memory" and config.server.gateways.most_replicas > 1:
         raise ValueError(
             "server.gateways: several gateways need a shared store; set store.kind to redis"
         )
@@ -420,6 +421,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("server",): ServerConfig,
     ("server", "limits"): RequestLimits,
     ("server", "breaker"): BreakerConfig,
+    ("server", "gateways"): GatewaysConfig,
     ("router",): RouterConfig,
     ("router", "presets"): PresetsConfig,
     ("router", "presets", "fast"): FastPresetConfig,
@@ -441,6 +443,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,
     ("pools", "*", "vllm", "eplb_config"): EplbOptions,
+    ("pools", "*", "autoscaling"): AutoscalingConfig,
     ("pools", "*", "swap"): SwapOptions,
     ("pools", "*", "simulated"): SimulatedOptions,
     ("tenants", "*"): TenantConfig,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
+from service.config.autoscaling import GatewaysConfig
 from service.config.base import Bytes, Section, shown
 from service.config.breaker import BreakerConfig
 from service.config.limits import RequestLimits
@@ -72,7 +73,7 @@ class ServerConfig(Section):
         "`https://chat.example.com` or `app://obsidian.md`. `*`: every origin, once API keys are "
         "required. While none is required, requests from pages of other origins get 403.",
     )
-    gateways: int = Field(1, ge=1, le=64, description="Gateway replicas (processes without a GPU).")
+    gateways: GatewaysConfig = Field(default_factory=lambda: GatewaysConfig())
     max_body_bytes: Bytes = Field(
         8 * 1024**2, description="Largest request body accepted, in bytes; more gets 413."
     )

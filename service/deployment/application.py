@@ -1,23 +1,18 @@
-"""The Ray Serve application of a config: its deployments and the autoscaling of pools."""
+"""The Ray Serve application of a config: its deployments."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import (
-    AutoscalingConfig,
-    AutoscalingContext,
-    AutoscalingPolicy,
-    RequestRouterConfig,
-)
+from ray.serve.config import RequestRouterConfig
 
 from service.config import Config, PoolConfig
+from service.deployment.autoscaling import gateway_scaling, pool_scaling
 from service.deployment.replica_discovery import DiscoveryRequestRouter
-from service.deployment.replicas import QUEUED, GatewayReplica, PoolReplica
+from service.deployment.replicas import GatewayReplica, PoolReplica
 
 APP = "coe"
 # Ray resources place replicas on nodes: a node has one unit of a resource for each replica that it
@@ -28,21 +23,6 @@ GATEWAY_RESOURCE = "coe-gateway"
 def pool_resource(kind: str) -> str:
     """Return the Ray resource of nodes for pools of this kind."""
     return f"coe-pool-{kind}"
-
-
-def queued_work(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Return the number of replicas that the reported work needs, as Serve's autoscaling policy.
-
-    Requests that gateways hold count, too, because Serve sees their `wake` calls. A pool can
-    therefore scale up from zero.
-    """
-    reported = (context.aggregated_metrics or {}).get(QUEUED, {})
-    queued = sum(float(value) for value in reported.values())
-    target = float(context.config.get_target_ongoing_requests())
-    held = 1 if context.total_num_requests > 0 else 0
-    wanted = max(math.ceil(queued / target), held)
-    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    return max(low, min(high, wanted)), {}
 
 
 def application(
@@ -69,11 +49,17 @@ def application(
         kind: _pool_deployment(config, kind, placed).bind(config_json, kind, str(secret_path), host)
         for kind in config.pools
     }
+    gateways = config.server.gateways
+    scaling: dict[str, Any] = {"num_replicas": gateways.min_replicas}
+    drain_s = config.server.drain_s
+    if gateways.scales:
+        scaling = {"autoscaling_config": gateway_scaling(gateways)}
+        # `EndOfService` shortens this when the whole service stops.
+        drain_s += gateways.downscale_drain_s
     gateway = serve.deployment(
         name="gateway",
-        num_replicas=config.server.gateways,
         max_ongoing_requests=100_000,
-        graceful_shutdown_timeout_s=config.server.drain_s + 2,
+        graceful_shutdown_timeout_s=drain_s + 2,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
         health_check_timeout_s=10,
@@ -84,34 +70,22 @@ def application(
             "resources": {GATEWAY_RESOURCE: 1} if placed else {},
             "runtime_env": {"env_vars": _GATEWAY_ENVIRONMENT},
         },
+        **scaling,
     )(GatewayReplica)
     return gateway.bind(config_json, str(secret_path), str(admin_key_path), pools)
 
 
 def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
     pool = config.pools[kind]
-    scaling: dict[str, Any]
-    if pool.min_replicas == pool.most_replicas:
-        scaling = {"num_replicas": pool.min_replicas}
-    else:
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=pool.min_replicas,
-                max_replicas=pool.most_replicas,
-                target_ongoing_requests=pool.target_ongoing_requests,
-                # Serve requires more than its own interval.
-                look_back_period_s=11,
-                upscale_delay_s=2,
-                downscale_delay_s=300,
-                policy=AutoscalingPolicy(
-                    policy_function="service.deployment.application:queued_work"
-                ),
-            )
-        }
+    scaling: dict[str, Any] = {"num_replicas": pool.min_replicas}
+    drain_s = config.server.drain_s
+    if pool.scales:
+        scaling = {"autoscaling_config": pool_scaling(config, kind)}
+        drain_s += pool.scaling.downscale_drain_s
     return serve.deployment(
         name=f"pool-{kind}",
         max_ongoing_requests=1000,
-        graceful_shutdown_timeout_s=config.server.drain_s + 10,
+        graceful_shutdown_timeout_s=drain_s + 10,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
         # Importing vLLM holds the interpreter for seconds at a time.

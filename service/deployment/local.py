@@ -14,6 +14,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from service.config import Config
 from service.deployment.application import APP, application
+from service.deployment.end_of_service import EndOfService
 from service.deployment.gpus import check_gpus
 from service.deployment.processes import processes_of_run
 
@@ -30,6 +31,7 @@ class LocalCluster:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._config = config
         self._run_dir = run_dir
+        self._end_of_service: EndOfService | None = None
 
     def start_ray(self) -> None:
         """Start Ray's own processes.
@@ -40,7 +42,8 @@ class LocalCluster:
         # The supervisor reports the progress.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()
-        cpus = sum(pool.cpus * pool.most_replicas for pool in pools) + self._config.server.gateways
+        gateways = self._config.server.gateways.most_replicas
+        cpus = sum(pool.cpus * pool.most_replicas for pool in pools) + gateways
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, int(cpus) + 2),
@@ -70,12 +73,16 @@ class LocalCluster:
 
     def deploy(self, secret_path: Path, admin_key_path: Path) -> None:
         """Deploy the application and wait until gateways and pools run (engines load later)."""
+        self._end_of_service = EndOfService(secret_path)
         app = application(self._config, secret_path, admin_key_path, host="127.0.0.1")
         serve.run(app, name=APP, route_prefix="/", blocking=False)
 
     def stop(self) -> None:
         """Drain and stop everything; kill the processes that are left after that."""
         processes = processes_of_run(self._run_dir)
+        if self._end_of_service is not None:
+            with contextlib.suppress(OSError):
+                self._end_of_service.announce()
         with contextlib.suppress(Exception):
             # First the application alone: `shutdown` stops HAProxy at the same time, and every
             # running stream with it.

@@ -6,20 +6,26 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
+from service.deployment.autoscaling import gateway_stats, pool_stats
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
+from service.deployment.end_of_service import EndableApp, EndOfService
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
+from service.errors import UnavailableError
 from service.gateway.runtime import GatewayRuntime
 from service.pool.process import PoolProcess
 from service.rpc import pool_addresses
@@ -27,9 +33,10 @@ from service.rpc.auth import node_folder, read_secret
 from service.telemetry.logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_exporter import own_folder
 
-# Name of a pool's autoscaling metric.
-QUEUED = "queued"
 log = logging.getLogger("coe.deployment")
+
+# Mean age of the processor time that a gateway's load is computed from.
+_CPU_S = 10.0
 
 
 class PoolReplica:
@@ -48,6 +55,9 @@ class PoolReplica:
             # Ray has emptied the variables; engines do not need the names either.
             os.environ.pop(name, None)
         self._drain_s = config.server.drain_s
+        scaled = config.pools[kind]
+        self._removal_s = scaled.scaling.downscale_drain_s if scaled.scales else 0.0
+        self._end_of_service = EndOfService(Path(secret_path))
         secret = read_secret(Path(secret_path))
         node = node_folder(secret)
         # vLLM's engines leave sockets behind. In this folder the supervisor removes them.
@@ -73,8 +83,8 @@ class PoolReplica:
         return self._metadata
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the queued and running requests, which Serve can't see."""
-        return {QUEUED: float(self._process.pool.queued())}
+        """Return the load, which Serve can't see because requests do not pass through it."""
+        return pool_stats(self._process.pool.load())
 
     def check_health(self) -> None:
         """Raise if the pool or its server has failed; Serve then replaces this replica.
@@ -96,6 +106,9 @@ class PoolReplica:
         if process is None:
             return
         self._following.cancel()
+        pool = process.pool
+        pool.refuse_new()
+        await self._end_of_service.wait_for_requests(pool.queued, self._removal_s)
         await process.stop(self._drain_s)
         self._server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
@@ -119,8 +132,12 @@ class GatewayReplica:
         config = current_config(in_force, config_json)
         self._handles = pools
         self._config = config
+        self._cpu = CpuShare(time.monotonic, time.process_time)
         self._waking: dict[str, asyncio.Task[None]] = {}
         secret = read_secret(Path(secret_path))
+        scaled = {f"pool-{kind}" for kind, pool in config.pools.items() if pool.scales}
+        if config.server.gateways.scales:
+            scaled.add("gateway")
         self._process = GatewayRuntime(
             config,
             secrets.token_hex(8),
@@ -130,12 +147,20 @@ class GatewayReplica:
             behind_serve=True,
             node=node_folder(secret),
             reload=partial(asyncio.to_thread, reload, in_force) if in_force.exists() else None,
+            count_replicas=partial(_count_replicas, scaled) if scaled else None,
         )
         await self._process.start()
         # A full collection would walk through every imported module's objects, on the loop.
         gc.collect()
         gc.freeze()
         self._following = asyncio.create_task(follow(in_force, seen, self._reload))
+        self._app: Any = self._process
+        if config.server.gateways.scales:
+            self._app = EndableApp(self._process)
+            end_of_service = EndOfService(Path(secret_path))
+            self._ending = asyncio.create_task(
+                self._app.end_after(end_of_service, config.server.drain_s)
+            )
         loop = asyncio.get_running_loop()
         directory = self._process.directory
         pool_addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
@@ -144,7 +169,11 @@ class GatewayReplica:
                 self._wake(kind)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._process
+        return self._app
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the load. Serve calls this every second where gateways are scaled."""
+        return gateway_stats(self._process.state.metrics.in_flight, self._cpu.read())
 
     async def _reload(self, config: Config) -> None:
         """Apply another config to new requests; running requests keep theirs."""
@@ -172,6 +201,53 @@ class GatewayReplica:
         if process is not None:
             self._following.cancel()
             await process.stop()
+
+
+_STATES = {"RUNNING": "running", "STOPPING": "stopping", "STOPPED": "stopping"}
+
+
+async def _count_replicas(deployments: Collection[str]) -> dict[str, dict[str, int]]:
+    """Count the replicas of these deployments by state, as Serve's controller knows them.
+
+    Raises:
+        UnavailableError: The controller does not answer.
+    """
+    app = serve.get_replica_context().app_name
+    try:
+        found = (await asyncio.to_thread(serve.status)).applications.get(app)
+    except RayError as error:
+        raise UnavailableError(f"Ray Serve's controller: {type(error).__name__}") from None
+    counts: dict[str, dict[str, int]] = {}
+    for name, status in found.deployments.items() if found is not None else ():
+        if name in deployments:
+            counts[name] = dict.fromkeys(("starting", "running", "stopping"), 0)
+            for state, count in status.replica_states.items():
+                counts[name][_STATES.get(state, "starting")] += count
+    return counts
+
+
+class CpuShare:
+    """The share of a core that this process has used between two readings.
+
+    Args:
+        clock: The time in s.
+        cpu_clock: The processor time of this process in s.
+    """
+
+    def __init__(self, clock: Callable[[], float], cpu_clock: Callable[[], float]) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._at_s, self._used_s = clock(), cpu_clock()
+        self._share = 0.0
+
+    def read(self) -> float:
+        """Return the share since the last reading, averaged with earlier ones."""
+        now_s, used_s = self._clock(), self._cpu_clock()
+        passed_s = now_s - self._at_s
+        if passed_s > 0:
+            latest = (used_s - self._used_s) / passed_s
+            self._share += (1 - math.exp(-passed_s / _CPU_S)) * (latest - self._share)
+            self._at_s, self._used_s = now_s, used_s
+        return self._share
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ from service.telemetry.setup import node_target, traces_of
 
 log = logging.getLogger("coe.app")
 
+CountReplicas = Callable[[], Awaitable[Mapping[str, Mapping[str, int]]]]
+"""Counts replicas by deployment and state: starting, running, stopping."""
+
+_COUNT_S = 2.0
+
 
 class GatewayRuntime:
     """The gateway of one process: links to pools, stores, and clients of remote experts.
@@ -48,6 +53,8 @@ class GatewayRuntime:
         node: Folder where the node's processes find each other's metrics (`node_folder`).
         screens: Screens that replace the guard's built-in screens, by name.
         reload: Reads the config's file again and applies it; None if another process does this.
+        count_replicas: Counts the replicas of scaled deployments, by deployment and state; None
+            where their number never changes.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class GatewayRuntime:
         node: Path | None = None,
         screens: Mapping[str, Screen] | None = None,
         reload: Reload | None = None,
+        count_replicas: CountReplicas | None = None,
     ) -> None:
         self._files = _files(config)
         self.state = GatewayState.new(config.server.breaker)
@@ -104,6 +112,8 @@ class GatewayRuntime:
         )
         self.state.metrics.registry.on_read(self._update_metrics)
         self.state.metrics.on_read(self._update_budget_metrics)
+        self._count_replicas = count_replicas
+        self.state.metrics.on_read(self._update_replicas)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
@@ -247,6 +257,20 @@ class GatewayRuntime:
             for name, state in states.items():
                 left = max(0.0, 1 - state.spent / state.amount)
                 registry.put(metrics.BUDGET_REMAINING, left, name)
+
+    async def _update_replicas(self) -> None:
+        """Update the metrics of replicas. They are left out where they can't be counted."""
+        if self._count_replicas is None:
+            return
+        registry = self.state.metrics.registry
+        counted: Mapping[str, Mapping[str, int]] = {}
+        with contextlib.suppress(TimeoutError, CoeError):
+            async with asyncio.timeout(_COUNT_S):
+                counted = await self._count_replicas()
+        registry.forget(metrics.REPLICAS, counted)
+        for deployment, states in counted.items():
+            for state, count in states.items():
+                registry.put(metrics.REPLICAS, count, deployment, state)
 
     async def stop(self) -> None:
         """Close every connection, and stop the gateways of earlier configs."""

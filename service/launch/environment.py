@@ -79,7 +79,7 @@ def every_node(server: ServerConfig) -> dict[str, str]:
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(server.drain_s) + 5),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(_longest_drain_s(server)) + 5),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(_GATEWAY_PORTS.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(_GATEWAY_PORTS.stop),
         # Serve waits at least this long before it stops a gateway, so that load balancers
@@ -96,13 +96,22 @@ def every_node(server: ServerConfig) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's default niceness of 15 would slow down the engines.
         "RAY_worker_niceness": "0",
-        # Delay until autoscaling sees queued work.
+        # Delays until autoscaling sees load: pushes of replicas and of handles in s, and the
+        # interval of measurements as a part of the look-back period of 11 s.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_AUTOSCALING_METRIC_RECORD_INTERVAL_FACTOR": "0.05",
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+
+
+def _longest_drain_s(server: ServerConfig) -> float:
+    """Return how long streams may go on in an HAProxy whose gateways have changed, in s."""
+    gateways = server.gateways
+    return server.drain_s + (gateways.downscale_drain_s if gateways.scales else 0.0)
 
 
 def _connections() -> int:

@@ -29,6 +29,7 @@ from service.errors import (
 )
 from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
 from service.pool.host_budget import claims, divide, least
+from service.pool.load import LoadMeter, PoolLoad, SlotLoad, pool_load
 from service.pool.placement import next_move
 from service.pool.planner import SwapPolicy
 from service.pool.renamed_send import RenamedSend
@@ -93,6 +94,7 @@ class Pool:
         self._placement: asyncio.Task[None] | None = None
         self._speeds: dict[str, LatencyEstimator] = {}
         self._tokens: Counter[str] = Counter()
+        self._load = LoadMeter(time.monotonic)
         self._acks = Acknowledgements()
         self._abandoned = AbandonedCalls()
         self._draining = False
@@ -241,6 +243,7 @@ class Pool:
         for name in unit.experts:
             del self._slot_of[name]
             self._speeds.pop(name, None)
+            self._load.forget(name)
             if name in successors:
                 self._returning[name] = reason
         if isinstance(slot, SharedSlot):
@@ -285,6 +288,7 @@ class Pool:
         slot = self._slot_of.pop(expert)
         assert isinstance(slot, DedicatedSlot)
         self._speeds.pop(expert, None)
+        self._load.forget(expert)
         if expert in successors:
             self._returning[expert] = reason
         error = EngineRestartingError if expert in successors else UnknownModelError
@@ -339,10 +343,16 @@ class Pool:
         """The slots that units share or could share."""
         return [slot for slot in self.slots if isinstance(slot, SharedSlot)]
 
-    async def stop(self, drain_s: float) -> None:
-        """Refuse new requests, let the running ones end, and stop the engines."""
+    def refuse_new(self) -> None:
+        """Refuse new requests from now on. Waiting and running ones go on."""
         self._draining = True
+        for slot in self.slots:
+            slot.refuse_new()
         self.changed()
+
+    async def stop(self, drain_s: float) -> None:
+        """Refuse new requests, let the present ones end, and stop the engines."""
+        self.refuse_new()
         await asyncio.gather(*(slot.drain(drain_s) for slot in self.slots))
         tasks = list(self._tasks.values())
         if self._placement is not None:
@@ -370,7 +380,8 @@ class Pool:
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
         held = self.held_name(call.expert)
-        self.slot_of(held)
+        places = min(call.places, self.slot_of(held).capacity)
+        self._load.record_arrival(held, places)
         if held != call.expert:
             body = await _addressed(body, held)
             send = RenamedSend(send, call.expert)
@@ -417,6 +428,7 @@ class Pool:
 
     def _record_tokens(self, expert: str, record: Callable[[int], None], tokens: int) -> None:
         self._tokens[expert] += tokens
+        self._load.record_tokens(tokens)
         record(tokens)
 
     async def _run_in(
@@ -450,7 +462,8 @@ class Pool:
                     on_abandoned=partial(self._record_abandoned, call, record_tokens),
                     asked_as=name,
                 )
-                await lease.engine.run(request, reply)
+                with self._load.run(held, min(call.places, slot.capacity)):
+                    await lease.engine.run(request, reply)
         except EngineDeadError:
             slot.report_engine_death()
             raise
@@ -647,8 +660,16 @@ class Pool:
             return "the supervisor of a slot has ended"
         return next((why for slot in self.slots if (why := slot.unhealthy())), None)
 
+    def load(self) -> PoolLoad:
+        """Return the load, by which Ray Serve adds and removes replicas."""
+        slots = [
+            SlotLoad(slot.capacity, slot.backlogs(), slot.serving, slot.full_start_s)
+            for slot in self.slots
+        ]
+        return pool_load(slots, self._load, time.monotonic())
+
     def queued(self) -> int:
-        """The number of running and waiting requests, by which Ray Serve autoscales."""
+        """The number of running and waiting requests."""
         return sum(q.waiting + q.running for slot in self.slots for q in slot.queues().values())
 
 

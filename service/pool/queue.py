@@ -68,6 +68,23 @@ class Ticket:
         return CLASSES.get(self.tenant.priority, CLASSES["normal"]), self.tenant.name
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What runs and waits for one expert.
+
+    Attributes:
+        running: Places that running requests take.
+        waiting: Places that waiting requests will take.
+        waiting_load: The waiting load, in ordinary requests.
+        oldest_s: When the oldest waiting request arrived; None where none waits.
+    """
+
+    running: int
+    waiting: int
+    waiting_load: int
+    oldest_s: float | None
+
+
 class FairQueue:
     """Waiting and running tickets, and the order in which they run.
 
@@ -270,6 +287,10 @@ class FairQueue:
         waiting = sum(ticket.places for ticket in self._waiting_by[expert])
         return waiting + self._places_by[expert]
 
+    def running_places(self, expert: str) -> int:
+        """Return the places that one expert's running tickets take."""
+        return self._places_by[expert]
+
     def load(self, expert: str) -> int:
         """Return the load that waits for one expert, in ordinary requests."""
         return sum(ticket.load for ticket in self._waiting_by[expert])
@@ -412,6 +433,17 @@ class TicketQueue:
     def counts(self, expert: str) -> tuple[int, int]:
         """The numbers of waiting and of running tickets of one expert."""
         return self._queue.counts(expert)
+
+    def backlog(self, expert: str) -> Backlog:
+        """Return what runs and waits for one expert, for autoscaling."""
+        queue = self._queue
+        waiting = queue.waiting_for(expert)
+        return Backlog(
+            running=queue.running_places(expert),
+            waiting=sum(ticket.places for ticket in waiting),
+            waiting_load=queue.load(expert),
+            oldest_s=waiting[0].arrived_s if waiting else None,
+        )
 
     def snapshot(self, expert: str, name: str | None = None) -> Queue:
         """Return one expert's queue as pools publish it.

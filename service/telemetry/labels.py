@@ -8,6 +8,7 @@ LABELS = {
     "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
     "category": "a category of the router's artifact or the config; empty where none was found",
     "decision": "of a conversation's next turn: locked, kept, switched, released",
+    "deployment": "gateway, or pool- and the kind of pool",
     "direction": "of a prediction: under (too low) or over (too high, or right)",
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "id of the gateway process, on each of its samples",
@@ -22,7 +23,8 @@ LABELS = {
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",
-    "state": "disk, host, device, loading, draining, failed",
+    "state": "of weights: disk, host, device, loading, draining, failed; of a replica: starting, "
+    "running, stopping",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",
     "type": "prompt or completion",

@@ -182,6 +182,29 @@ SNAPSHOT_AGE = gauge(
     "Time since the gateway last received a snapshot of a pool.",
 )
 
+# --- autoscaling
+
+REPLICAS = gauge(
+    "coe_replicas",
+    Side.GATEWAY,
+    ("deployment", "state"),
+    "Replicas by state, where autoscaling is on. Starting and running ones together are as many "
+    "as are wanted.",
+)
+OFFERED_LOAD = gauge(
+    "coe_offered_load",
+    Side.POOL,
+    ("expert",),
+    "Engines that an expert's arriving requests keep busy: arrivals per second × seconds of "
+    "service ÷ places of an engine.",
+)
+BACKLOG = gauge(
+    "coe_backlog_seconds",
+    Side.POOL,
+    ("expert",),
+    "Estimated wait of a new request in the pool's queue.",
+)
+
 # --- queues, residency and swaps
 
 REQUESTS_WAITING = gauge(
@@ -394,6 +417,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
     ),
     "How good the choice was": (WAIT_PREDICTION_ERROR, WAIT_PREDICTED, WAIT_ACTUAL),
     "Pools": (POOLS, SNAPSHOT_AGE),
+    "Autoscaling": (REPLICAS, OFFERED_LOAD, BACKLOG),
     "Queues, residency, swaps": (
         REQUESTS_WAITING,
         REQUESTS_RUNNING,

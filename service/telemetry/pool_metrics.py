@@ -23,6 +23,18 @@ from service.telemetry.registry import MetricsRegistry
 from service.types import Residency
 
 
+class LoadByExpert(Protocol):
+    """The load of a pool that metrics tell."""
+
+    @property
+    def offered(self) -> Mapping[str, float]:
+        """Engines that each expert's arriving requests keep busy."""
+
+    @property
+    def backlog_s(self) -> Mapping[str, float]:
+        """Seconds in which one engine would serve each expert's waiting requests."""
+
+
 class PoolStats(Protocol):
     """The state that metrics read from a pool."""
 
@@ -37,6 +49,9 @@ class PoolStats(Protocol):
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Return each expert's residency, with sizes."""
+
+    def load(self) -> LoadByExpert:
+        """Return the load that autoscaling goes by."""
 
 
 class PoolMetrics:
@@ -71,6 +86,8 @@ class PoolMetrics:
             metrics.REQUESTS_RUNNING,
             metrics.EXPERT_STATE,
             metrics.EXPERT_WEIGHT_BYTES,
+            metrics.OFFERED_LOAD,
+            metrics.BACKLOG,
         ):
             self.registry.forget(gauge, keep=now.experts)
         for expert, queue in now.queues.items():
@@ -79,6 +96,10 @@ class PoolMetrics:
         for expert, state in now.experts.items():
             for possible in Residency:
                 put(metrics.EXPERT_STATE, state.state is possible, expert, possible.value)
+        load = pool.load()
+        for expert in now.experts:
+            put(metrics.OFFERED_LOAD, load.offered.get(expert, 0.0), expert)
+            put(metrics.BACKLOG, load.backlog_s.get(expert, 0.0), expert)
         for key, count in pool.swap_counts().items():
             self.registry.total(metrics.SWAPS, count, *key)
         self.registry.total(metrics.CANARY_FAILURES, pool.canary_failures())

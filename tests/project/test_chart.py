@@ -328,6 +328,21 @@ def test_chart_services_are_accepted_by_ray(newest: str) -> None:
         assert groups["headgroup"]["resources"]["CPU"] == 0
 
 
+def test_chart_scales_gateways_between_their_bounds(newest: str) -> None:
+    values = "multi-pool-values.yaml"
+    objects = rendered(newest, values)
+    server = read_config(_config(objects), values, Path("/etc/coe")).server
+    (service,) = of_kind(objects, "RayService")
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert group["groupName"] == "gateway"
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 7)  # one more replaces one that left
+    name = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+    for container in group["template"]["spec"]["containers"]:
+        environment = {one["name"]: one.get("value") for one in container["env"]}
+        # Streams through a gateway that is removed outlast HAProxy's change of servers.
+        assert environment[name] == every_node(server)[name] == "725"
+
+
 def test_chart_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
     # Else: python -m service.launch.environment >deploy/ray/node.env
     assert (ROOT / "deploy" / "ray" / "node.env").read_text() == node_env()

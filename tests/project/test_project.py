@@ -54,6 +54,7 @@ ONLY_IN = {
     },
     "ray": {
         "service/deployment/application.py",
+        "service/deployment/autoscaling.py",
         "service/deployment/external_cluster_app.py",
         "service/deployment/replica_discovery.py",
         "service/deployment/drain_node.py",

@@ -215,6 +215,10 @@ async def run_gateway(
             kind: await stack.enter_async_context(run_pool(config, kind)) for kind in config.pools
         }
         woken: list[str] = []
+
+        async def count_replicas() -> dict[str, dict[str, int]]:
+            return {f"pool-{kind}": {"starting": 0, "running": 1, "stopping": 0} for kind in pools}
+
         gateway = GatewayRuntime(
             config,
             "gateway",
@@ -223,6 +227,7 @@ async def run_gateway(
             wake=woken.append,
             behind_serve=False,
             reload=reload,
+            count_replicas=count_replicas,
         )
         await gateway.start()
         stack.push_async_callback(gateway.stop)

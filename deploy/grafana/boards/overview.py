@@ -136,5 +136,55 @@ OVERVIEW = Board(
                 ),
             ),
         ),
+        (
+            "Replicas",
+            (
+                Chart(
+                    "Replicas by state",
+                    (
+                        Query(
+                            "max by (deployment, state) (coe_replicas)",
+                            "{{deployment}} {{state}}",
+                        ),
+                    ),
+                    "short",
+                    "stacked",
+                    "Only where autoscaling is on.",
+                ),
+                Chart(
+                    "Wanted and running replicas",
+                    (
+                        Query(
+                            "sum by (deployment) (max by (deployment, state) "
+                            '(coe_replicas{state!="stopping"}))',
+                            "{{deployment}} wanted",
+                        ),
+                        Query(
+                            'max by (deployment) (coe_replicas{state="running"})',
+                            "{{deployment}} running",
+                        ),
+                    ),
+                ),
+                Chart(
+                    "Offered load",
+                    (
+                        Query(
+                            f"sum by (expert) (coe_offered_load{{{EXPERT}}})",
+                            "{{expert}}",
+                        ),
+                    ),
+                    "short",
+                    "stacked",
+                    "Engines that arriving requests keep busy, over all pools.",
+                ),
+                Chart(
+                    "Estimated wait",
+                    (Query(f"max by (expert) (coe_backlog_seconds{{{EXPERT}}})", "{{expert}}"),),
+                    "s",
+                    "lines",
+                    "Of a new request, in the pool with the longest queue.",
+                ),
+            ),
+        ),
     ),
 )

@@ -24,7 +24,7 @@ from service.errors import (
     PoolDrainingError,
     UnknownModelError,
 )
-from service.pool.queue import Ticket, TicketQueue
+from service.pool.queue import Backlog, Ticket, TicketQueue
 from service.pool.units import Unit
 from service.rpc.snapshot import ExpertState, Queue
 from service.types import NOBODY, Residency, Tenant
@@ -375,9 +375,13 @@ class BaseSlot(ABC, Generic[E]):
         if self._queue.total:
             await self._idle.wait()
 
+    def refuse_new(self) -> None:
+        """Take no new requests from now on. Waiting and running ones go on."""
+        self._draining = True
+
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, and wait at most `timeout_s` seconds for the present requests."""
-        self._draining = True
+        self.refuse_new()
         self._changed()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -424,6 +428,20 @@ class BaseSlot(ABC, Generic[E]):
     def queue_of(self, expert: str, name: str) -> Queue:
         """Return the requests for an expert that asked for it by this name."""
         return self._queue.snapshot(expert, name)
+
+    def backlogs(self) -> dict[str, Backlog]:
+        """Return what runs and waits for each expert, for autoscaling."""
+        return {name: self._queue.backlog(name) for name in self.experts}
+
+    @property
+    def serving(self) -> bool:
+        """Whether an engine runs."""
+        return self._engine is not None
+
+    @property
+    def full_start_s(self) -> float:
+        """Seconds that an engine takes to start."""
+        return self._full_start_s()
 
     def details(self) -> dict[str, dict[str, Any]]:
         """Return each expert's residency in full, for operators."""

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.engine.base import EngineTimings
 from service.gateway.metrics import GatewayMetrics
 from service.gateway.request_record import RequestRecord
+from service.pool.load import PoolLoad
 from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import metrics as metric_table
@@ -26,8 +27,8 @@ from service.types import Residency
 
 ROOT = Path(__file__).parents[3]
 # What a name may end with: a unit, what is counted, or Prometheus' own words.
-UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price")
-STATES = ("_state", "_open", "_up", "_waiting", "_running", "_settlements")
+UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price", "_replicas")
+STATES = ("_state", "_open", "_up", "_waiting", "_running", "_settlements", "_load")
 OK = RequestRecord(
     arrived_s=100.0,
     category="math",
@@ -178,6 +179,9 @@ class FakePool:
     def details(self) -> dict[str, dict[str, object]]:
         return {"a": {"host_bytes": 7, "state": "device"}}
 
+    def load(self) -> PoolLoad:
+        return PoolLoad(offered={"a": 0.5}, backlog_s={})
+
 
 async def test_pool_metrics_report_queues_residency_and_requests() -> None:
     metrics = PoolMetrics()
@@ -193,6 +197,8 @@ async def test_pool_metrics_report_queues_residency_and_requests() -> None:
     assert got["coe_canary_failures_total", (p,)] == 1
     assert got["coe_expert_weight_bytes", (a, p, ("tier", "device"))] == 7
     assert got["coe_expert_weight_bytes", (a, p, ("tier", "host"))] == 0
+    assert got["coe_offered_load", (a, p)] == 0.5
+    assert got["coe_backlog_seconds", (a, p)] == 0
     assert got["coe_queue_seconds_sum", (a, p)] == 0.5
     assert got["coe_swap_wait_seconds_sum", (a, p)] == 0.25
     assert got["coe_engine_queue_seconds_sum", (a, p)] == 0.125

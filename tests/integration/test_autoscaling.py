@@ -1,0 +1,180 @@
+"""Autoscaling of pools and gateways by Ray Serve: from zero, up, and down under running streams.
+
+All tests share one `coe serve` and follow one another.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+from tests.support.cluster import Service, serve, wait_until
+from tests.support.redis import redis_server
+
+pytestmark = pytest.mark.cluster
+
+POOL, GATEWAY = "ray::ServeReplica:coe:pool-main", "ray::ServeReplica:coe:gateway"
+DECODE_S = 0.1
+DRAIN_S = 2
+PLACES = 4
+SCALING: dict[str, Any] = {
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 2,
+    "downscale_drain_s": 60,
+}
+
+
+def settings(redis_url: str) -> dict[str, Any]:
+    """No pool at first, and one gateway."""
+    return {
+        "server": {
+            # Less than a stream of the tests takes.
+            "drain_s": DRAIN_S,
+            "gateways": {"max_replicas": 2, "target_in_flight_requests": 5, **SCALING},
+        },
+        "store": {"kind": "redis", "url": redis_url},
+        "experts": {"one": {"model": "m"}, "two": {"model": "m"}},
+        "pools": {
+            "main": {
+                "engine": "simulated",
+                "min_replicas": 0,
+                "max_replicas": 2,
+                "cpus": 0.1,
+                "simulated": {"decode_ms": DECODE_S * 1000, "max_num_seqs": PLACES},
+                "autoscaling": {
+                    "target_ongoing_requests": PLACES,
+                    "target_wait_s": 1,
+                    "downscale_to_zero_delay_s": 4,
+                    **SCALING,
+                },
+            }
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The running service."""
+    folder = tmp_path_factory.mktemp("autoscaling")
+    with redis_server(folder) as redis:
+        path = folder / "coe.yaml"
+        path.write_text(yaml.safe_dump(settings(redis.url)))
+        with serve(path) as running:
+            yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """The official client, without its own retries."""
+    with openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def open_stream(client: openai.OpenAI, tokens: int, model: str = "one") -> Any:
+    """Ask for a streamed answer of so many tokens, and return it once it has begun."""
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": f"{tokens} tokens, please"}],
+        stream=True,
+        max_tokens=tokens,
+    )
+    next(answer)
+    return answer
+
+
+def stream(client: openai.OpenAI, tokens: int, model: str = "one") -> int:
+    """Ask for a streamed answer of so many tokens, and return how many came."""
+    answer = open_stream(client, tokens, model)
+    return 1 + sum(1 for chunk in answer if chunk.choices)
+
+
+def metric(service: Service, name: str, **labels: str) -> dict[str, float]:
+    """The samples of a metric with these labels, by pool or gateway."""
+    key = (service.folder / "home" / "admin-key").read_text().strip()
+    request = urllib.request.Request(
+        service.url + "/metrics", headers={"authorization": f"Bearer {key}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        text = reply.read().decode()
+    found = {}
+    for line in re.findall(rf"^{name}{{(.*)}} (\S+)$", text, re.MULTILINE):
+        told = dict(re.findall(r'(\w+)="([^"]*)"', line[0]))
+        if labels.items() <= told.items():
+            found[told.get("pool") or told["gateway"]] = float(line[1])
+    return found
+
+
+def stopping(service: Service, deployment: str) -> float:
+    """The replicas of a deployment that Serve is stopping."""
+    found = metric(service, "coe_replicas", deployment=deployment, state="stopping")
+    return max(found.values(), default=0)
+
+
+def test_pool_scaled_to_zero_answers_the_first_request(
+    service: Service, client: openai.OpenAI
+) -> None:
+    assert service.named(POOL) == []
+    assert stream(client, 3) == 3
+    assert len(service.named(POOL)) == 1
+
+
+def test_pool_and_gateway_get_replicas_for_queued_requests(
+    service: Service, client: openai.OpenAI
+) -> None:
+    end_s = time.monotonic() + 60
+    with ThreadPoolExecutor(4 * PLACES) as threads:
+        # More than one replica has places for, until the second one is there.
+        asked: list[Future[int]] = []
+        while not (len(service.named(POOL)) == len(service.named(GATEWAY)) == 2):
+            assert time.monotonic() < end_s, "replicas never came"
+            if sum(not one.done() for one in asked) < 4 * PLACES:
+                asked.append(threads.submit(stream, client, 20, ("one", "two")[len(asked) % 2]))
+            time.sleep(0.05)
+        wait_until(lambda: len(metric(service, "coe_requests_running", expert="one")) == 2, "known")
+        assert {one.result() for one in asked} == {20}
+
+
+def test_removed_replicas_end_their_streams(service: Service, client: openai.OpenAI) -> None:
+    # Streams that outlast the service's own drain time, one at least on each replica of the pool.
+    # They are opened one by one, so that it is known where each one is.
+    tokens = 250
+    kept: dict[str, Any] = {}
+    others = []
+    for _ in range(2 * PLACES):
+        before = metric(service, "coe_requests_running", expert="one")
+        opened = open_stream(client, tokens)
+        after = metric(service, "coe_requests_running", expert="one")
+        (pool,) = [name for name, running in after.items() if running > before[name]]
+        if pool in kept:
+            others.append(opened)
+        kept.setdefault(pool, opened)
+        if len(kept) == 2:
+            break
+    assert len(kept) == 2
+    for opened in others:
+        opened.close()
+    with ThreadPoolExecutor(2) as threads:
+        rest = [
+            threads.submit(lambda one=one: sum(1 for chunk in one if chunk.choices))
+            for one in kept.values()
+        ]
+        seen: set[str] = set()
+        while not any(one.done() for one in rest):
+            seen |= {name for name in ("pool-main", "gateway") if stopping(service, name)}
+            time.sleep(0.2)
+        assert seen == {"pool-main", "gateway"}, "nothing was removed while both streams ran"
+        assert {one.result() for one in rest} == {tokens - 1}
+
+
+def test_pool_is_scaled_to_zero_and_comes_again(service: Service, client: openai.OpenAI) -> None:
+    wait_until(lambda: service.named(POOL) == [], "the pool is scaled to zero", 40)
+    wait_until(lambda: len(service.named(GATEWAY)) == 1, "one gateway is left", 20)
+    assert stream(client, 3) == 3
