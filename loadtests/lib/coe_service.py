@@ -29,10 +29,10 @@ def config(port: int, experts: dict[str, Any], pools: dict[str, Any] | None = No
     }
 
 
-def _all_ready(port: int) -> bool:
+def _all_ready(port: int, *, scaled_to_zero: bool) -> bool:
     status, body = fetch(port, "/ready", admin_key=admin_key_of())
-    if status != 200:
-        return False
+    if status != 200 or scaled_to_zero:
+        return status == 200
     experts = json.loads(body)["experts"].values()
     failed = [state.get("reason", "") for state in experts if state["state"] == "failed"]
     if failed:
@@ -41,8 +41,11 @@ def _all_ready(port: int) -> bool:
 
 
 @contextmanager
-def serving(settings: Any) -> Iterator[int]:
-    """The service with this config; gives the pid of `coe serve` once every expert answers."""
+def serving(settings: Any, *, scaled_to_zero: bool = False) -> Iterator[int]:
+    """The service with this config; gives the pid of `coe serve` once every expert answers.
+
+    `scaled_to_zero`: no expert does, before somebody asks.
+    """
     port = settings["server"]["port"]
     with tempfile.TemporaryDirectory(prefix="loadtests-") as folder:
         path = Path(folder) / "config.yaml"
@@ -57,7 +60,7 @@ def serving(settings: Any) -> Iterator[int]:
         command = [str(Path(sys.executable).parent / "coe"), "serve", "--config", str(path)]
 
         def ready() -> bool:
-            return _all_ready(port)
+            return _all_ready(port, scaled_to_zero=scaled_to_zero)
 
         with running("coe", command, ready, timeout_s=_START_S, env=env) as process:
             yield process.pid
