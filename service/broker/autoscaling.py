@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 
 # A replica is removed only if the load could grow by this factor before it came back.
 _HYSTERESIS = 1.1
+# A replica that is started for a backlog should have that much work of it, in s.
+_LEAST_WORK_S = 15.0
 # Sums of floats must not ask for one replica more.
 _ROUNDING = 1e-6
 
@@ -47,7 +49,8 @@ class ScalingPolicy:
         upscale_delay_s: Time that a load must last before replicas are added, in s.
         downscale_delay_s: Time without the load before replicas are removed, in s.
         downscale_to_zero_delay_s: Time without any request before the last replica is removed.
-        upscale_factor: At most this many times the replicas that serve are wanted at once.
+        upscale_factor: At most this many times the replicas that serve are wanted at once, unless
+            the offered load needs more.
     """
 
     min_replicas: int = 1
@@ -119,14 +122,19 @@ def required_replicas(load: Load, policy: ScalingPolicy) -> float:
     if policy.target_tokens_per_s is not None:
         wanted.append(load.tokens_per_s / policy.target_tokens_per_s)
     offered = busy_replicas(load.offered, policy.engines)
-    if policy.add_for_utilization or policy.target_wait_s is not None:
+    if adds_for_offered(policy):
         wanted.append(offered / policy.target_utilization)
     if policy.target_wait_s is not None and estimated_wait_s(load, policy) > policy.target_wait_s:
-        # What waits is served beside what arrives. A replica that serves only after `start_s` is
-        # not worth starting for a backlog that would be gone by then.
-        horizon_s = max(policy.target_wait_s, load.start_s)
+        # What waits is served beside what arrives. A replica is not worth starting for a backlog
+        # that is gone before it serves, or soon afterwards.
+        horizon_s = max(policy.target_wait_s, load.start_s, _LEAST_WORK_S)
         wanted.append(offered + busy_replicas(load.backlog_s, policy.engines) / horizon_s)
     return max(wanted)
+
+
+def adds_for_offered(policy: ScalingPolicy) -> bool:
+    """Return whether replicas are added for the offered load."""
+    return policy.add_for_utilization or policy.target_wait_s is not None
 
 
 def estimated_wait_s(load: Load, policy: ScalingPolicy) -> float:
@@ -179,7 +187,10 @@ def desired_replicas(
     if target == 0:
         wanted = 0 if load.idle else 1  # without delay, because a request waits already
     elif up > target:
-        wanted = max(target, min(up, math.ceil(load.serving * policy.upscale_factor)))
+        # The offered load is right while replicas start. A queue grows meanwhile, and asks for
+        # too many.
+        cap = math.ceil(load.serving * policy.upscale_factor)
+        wanted = max(target, min(up, max(cap, _whole(busy) if adds_for_offered(policy) else 0)))
     elif target == 1:
         is_due = now_s - busy_at_s >= policy.downscale_to_zero_delay_s
         wanted = 0 if load.idle and is_due else 1

@@ -62,7 +62,8 @@ class AutoscalingConfig(Section):
         2.0,
         gt=1,
         description="At most this many times the replicas that serve are wanted at once, because "
-        "the queue grows while further ones start.",
+        "the queue grows while further ones start. With target_wait_s, the load that arrives may "
+        "ask for more.",
     )
     downscale_drain_s: float = Field(
         900.0,

@@ -28,13 +28,18 @@ _STATE = "state"
 _LOOP = "loop"
 
 
-def pool_stats(load: PoolLoad) -> dict[str, float]:
-    """Return a pool's load as Serve carries it."""
+def pool_stats(load: PoolLoad, boot_s: float = 0.0) -> dict[str, float]:
+    """Return a pool's load as Serve carries it.
+
+    Args:
+        load: The load.
+        boot_s: Seconds that the pool's process took before it started an engine.
+    """
     stats = {
         _ONGOING: load.ongoing,
         _TOKENS: load.tokens_per_s,
         _SERVING: float(load.serving),
-        _START: load.start_s,
+        _START: boot_s + load.start_s,
     }
     stats |= {f"{_OFFERED}:{expert}": value for expert, value in load.offered.items()}
     return stats | {f"{_BACKLOG}:{expert}": value for expert, value in load.backlog_s.items()}

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -76,6 +77,7 @@ class PoolReplica:
             "boot": self._process.pool.boot,
         }
         await self._process.start()
+        self._boot_s = max(0.0, time.time() - psutil.Process().create_time())
         self._following = asyncio.create_task(follow(in_force, seen, self._process.reload))
 
     def record_replica_metadata(self) -> dict[str, str]:
@@ -84,7 +86,7 @@ class PoolReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load, which Serve can't see because requests do not pass through it."""
-        return pool_stats(self._process.pool.load())
+        return pool_stats(self._process.pool.load(), self._boot_s)
 
     def check_health(self) -> None:
         """Raise if the pool or its server has failed; Serve then replaces this replica.

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from service.pool.queue import Backlog
 
 # Mean age of the arrivals and tokens that a rate is computed from.
-_RATE_S = 10.0
+_RATE_S = 5.0
 _EWMA = 0.2
 # A rate below this counts as none.
 _LEAST_RATE = 1e-3
 
 
 class DecayingRate:
-    """Events per second, as an exponential average over about 10 s."""
+    """Events per second, as an exponential average over about 5 s."""
 
     def __init__(self) -> None:
         self._sum = 0.0
@@ -43,7 +43,7 @@ class DecayingRate:
 
 
 class DecayingLevel:
-    """The level of a quantity, as an exponential average over about 10 s."""
+    """The level of a quantity, as an exponential average over about 5 s."""
 
     def __init__(self) -> None:
         self._level = 0.0

@@ -27,7 +27,7 @@ DRAIN_S = 2
 PLACES = 4
 SCALING: dict[str, Any] = {
     "upscale_delay_s": 0.5,
-    "downscale_delay_s": 2,
+    "downscale_delay_s": 5,
     "downscale_drain_s": 60,
 }
 
@@ -52,7 +52,7 @@ def settings(redis_url: str) -> dict[str, Any]:
                 "autoscaling": {
                     "target_ongoing_requests": PLACES,
                     "target_wait_s": 1,
-                    "downscale_to_zero_delay_s": 4,
+                    "downscale_to_zero_delay_s": 6,
                     **SCALING,
                 },
             }
@@ -142,29 +142,33 @@ def test_pool_and_gateway_get_replicas_for_queued_requests(
         assert {one.result() for one in asked} == {20}
 
 
+def one_on_each(service: Service, client: openai.OpenAI, tokens: int) -> list[Any]:
+    """Open two streams, one on each replica of the pool."""
+    for keep in ((0, PLACES), (0, 1), (0, 2)):
+        # More than one replica has places for.
+        opened = [open_stream(client, tokens) for _ in range(PLACES + 1)]
+        for i, one in enumerate(opened):
+            if i not in keep:
+                one.close()
+        wait_until(
+            lambda: sum(metric(service, "coe_requests_running", expert="one").values()) <= 2,
+            "the others' places are free",
+        )
+        if all(metric(service, "coe_requests_running", expert="one").values()):
+            return [opened[i] for i in keep]
+        for i in keep:
+            opened[i].close()
+    raise AssertionError("the streams were always on one replica")
+
+
 def test_removed_replicas_end_their_streams(service: Service, client: openai.OpenAI) -> None:
-    # Streams that outlast the service's own drain time, one at least on each replica of the pool.
-    # They are opened one by one, so that it is known where each one is.
+    # They outlast the service's own drain time.
     tokens = 250
-    kept: dict[str, Any] = {}
-    others = []
-    for _ in range(2 * PLACES):
-        before = metric(service, "coe_requests_running", expert="one")
-        opened = open_stream(client, tokens)
-        after = metric(service, "coe_requests_running", expert="one")
-        (pool,) = [name for name, running in after.items() if running > before[name]]
-        if pool in kept:
-            others.append(opened)
-        kept.setdefault(pool, opened)
-        if len(kept) == 2:
-            break
-    assert len(kept) == 2
-    for opened in others:
-        opened.close()
+    kept = one_on_each(service, client, tokens)
+    assert len(service.named(POOL)) == 2, "both are still there"
     with ThreadPoolExecutor(2) as threads:
         rest = [
-            threads.submit(lambda one=one: sum(1 for chunk in one if chunk.choices))
-            for one in kept.values()
+            threads.submit(lambda one=one: sum(1 for chunk in one if chunk.choices)) for one in kept
         ]
         seen: set[str] = set()
         while not any(one.done() for one in rest):

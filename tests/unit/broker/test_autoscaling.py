@@ -43,9 +43,10 @@ def decided(
         (WAIT, Load(offered={"a": 3.2}), 4),
         # A short backlog is left to the replicas that there are.
         (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 4.0}, serving=2), 1),
-        (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 4.1}, serving=2), 2.85),
-        # Nobody starts a replica of 20 s for what is served in 20 s.
-        (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 10}, serving=2, start_s=20), 1.3),
+        (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 30}, serving=2), 2.8),
+        (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 4.1}, serving=2), 0.8 + 4.1 / 15),
+        # Nobody starts a replica of 60 s for what is served in 60 s.
+        (WAIT, Load(offered={"a": 0.8}, backlog_s={"a": 30}, serving=2, start_s=60), 1.3),
     ],
 )
 def test_required_replicas_is_that_of_the_largest_signal(
@@ -109,6 +110,10 @@ def test_desired_replicas_grow_by_the_replicas_that_serve() -> None:
     spike = replace(spike, serving=1)
     assert decided(policy, [(0, spike), (1, spike)], 1, follow=False) == [2, 2]
     assert decided(policy, [(i, spike) for i in range(4)], 1) == [2, 4, 8, 8]
+    # Arrivals don't become more while replicas start, so they are believed at once.
+    policy = replace(WAIT, upscale_factor=2.0)
+    arriving = Load(offered={"a": 4.0}, backlog_s={"a": 5.0}, serving=1)
+    assert decided(policy, [(0, arriving), (1, arriving)], 1, follow=False) == [5, 5]
 
 
 def test_desired_replicas_from_zero_wait_for_nothing() -> None:

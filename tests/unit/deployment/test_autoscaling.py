@@ -50,7 +50,7 @@ def reported(*replicas: tuple[float, dict[str, float]]) -> dict[str, dict[Any, A
 def test_total_load_adds_up_what_replicas_reported_last() -> None:
     left = PoolLoad(3, 10.0, {"a": 0.5}, {"a": 2.0}, serving=True, start_s=4)
     right = PoolLoad(1, 5.0, {"a": 0.25, "b": 1.0}, {}, serving=False, start_s=9)
-    found = reported((100, pool_stats(left)), (103, pool_stats(right)))
+    found = reported((100, pool_stats(left)), (103, pool_stats(right, 2.5)))
     # `b` had a backlog before, and was not reported any more.
     found["backlog_s:b"] = {"replica-1": [TimeStampedValue(101, 30.0)]}
     found["running_requests"] = {"replica-1": []}
@@ -60,7 +60,7 @@ def test_total_load_adds_up_what_replicas_reported_last() -> None:
         offered={"a": 0.75, "b": 1.0},
         backlog_s={"a": 2.0, "b": 0},
         serving=1,
-        start_s=9,
+        start_s=11.5,
         held=True,
     )
     assert total_load({}, held=False) == Load()
