@@ -19,6 +19,7 @@ import psutil
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
@@ -217,7 +218,7 @@ async def _count_replicas(deployments: Collection[str]) -> dict[str, dict[str, i
     app = serve.get_replica_context().app_name
     try:
         found = (await asyncio.to_thread(serve.status)).applications.get(app)
-    except RayError as error:
+    except (RayError, RayServeException) as error:
         raise UnavailableError(f"Ray Serve's controller: {type(error).__name__}") from None
     counts: dict[str, dict[str, int]] = {}
     for name, status in found.deployments.items() if found is not None else ():
