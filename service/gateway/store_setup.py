@@ -60,17 +60,18 @@ def open_volatile(config: Config) -> VolatileStore:
     given = config.store
     url = _url(given.cache_url, given.cache_url_env, "cache_url_env")
     if url is None:
-        if config.server.gateways.most_replicas > 1 and config.feedback.enabled:
+        gateways = config.server.gateways.most_replicas
+        if gateways > 1 and config.feedback.enabled:
             log.warning(
                 "without store.cache_url a vote on a reply has to reach the gateway that gave it, "
                 "one of %d; others answer 404",
-                config.server.gateways.most_replicas,
+                gateways,
             )
-        if config.server.gateways > 1 and config.router.sessions.enabled:
+        if gateways > 1 and config.router.sessions.enabled:
             log.warning(
                 "without store.cache_url a tool's result has to reach the gateway that sent the "
                 "call, one of %d; another one does not know the expert",
-                config.server.gateways,
+                gateways,
             )
         return MemoryVolatileStore(given.cache_bytes)
     from service.store.volatile_redis import RedisVolatileStore
