@@ -155,6 +155,38 @@ def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json:
         click.echo("\n".join(work.readable(result)))
 
 
+@group.command(name="add-map", cls=OutcomeFilesCommand)
+@click.option(
+    "--classifier",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="The artifact whose classifier and categories are kept.",
+)
+@click.option(
+    "--outcomes",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    metavar="FILE...",
+    help="Recorded outcomes, in whatever categories: a prompt counts by the classifier's "
+    "posterior on it.",
+)
+@click.option(
+    "--costs",
+    type=_FILE,
+    help="JSON: {expert: cost of one call}. Default: the means of recorded costs.",
+)
+@click.option("--experts", callback=_names, help="Only these, with commas between.")
+@click.option("--source", default="", help="Of the outcomes, and their licence, for the card.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
+def add_map(**options: Any) -> None:
+    """Fit an expert map for the categories of an existing classifier."""
+    from router_models import posterior_map as work
+
+    options["outcomes"] = list(options["outcomes"])
+    _guarded(lambda: work.run(**options, say=_note))
+
+
 @group.command(name="fit-categories")
 @click.option(
     "--prompts",

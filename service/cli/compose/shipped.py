@@ -1,7 +1,7 @@
 """The composition that `coe init` writes where a map of public models is shipped.
 
 Such a map is a router artifact `public@VERSION` with a file `experts.yaml` in it: the base config
-of the models that the map knows.
+of the models that the map knows. `sizes.json` beside it has the bytes of their weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from service.cli.machine import Machine
 from service.errors import ConfigError
 
 EXPERTS = "experts.yaml"
+SIZES = "sizes.json"
 _NAME = "public@"
 # Other programs need memory, too.
 _MEMORY_SHARE = 0.75
@@ -39,13 +40,15 @@ def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
     from service.cli.compose.command import compose, run
 
     words = ["--map", str(shipped), "--config", str(shipped / EXPERTS), "--out", str(output)]
+    if (shipped / SIZES).is_file():
+        words += ["--sizes", str(shipped / SIZES)]
     words += ["--analysis-s", "0", "--time-limit", str(_TIME_LIMIT_S)]
     if machine.gpus:
         largest = max(gpu.memory_bytes for gpu in machine.gpus)
         count = sum(gpu.memory_bytes == largest for gpu in machine.gpus)
         words += ["--accelerators", f"{count}x{largest}"]
-    else:
-        words += ["--memory", str(int(_MEMORY_SHARE * machine.memory_bytes))]
+    # Beside GPUs this is for weights that wait in host memory.
+    words += ["--memory", str(int(_MEMORY_SHARE * machine.memory_bytes))]
     options = compose.make_context("compose", words).params
     try:
         bought = run({**options, "quiet": True})

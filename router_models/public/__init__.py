@@ -1,0 +1,1 @@
+"""The map of public models, fitted on public outcomes."""

@@ -1,0 +1,119 @@
+"""A map for the categories of a classifier that exists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from router_models import posterior_map
+from router_models.expert_map_fit import shrunk_cells
+from service.classifier.artifact import load_artifact
+from service.classifier.classifier import Classifier
+from service.classifier.expert_map import ExpertMap
+from service.cli import cli
+
+DEMO = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
+PROMPTS = {
+    "math": "Tom has {} apples and buys {} more. How many apples does he have now?",
+    "code": "Write a Python function that adds {} and {}",
+    "intents": "set an alarm for {} tomorrow and a timer for {} minutes",
+}
+# Categories of the data that mean nothing to the classifier: its posterior tells the prompts apart.
+NAMES = {"math": "x", "code": "x", "intents": "y"}
+CHANCE = {"base": 0.4, "math": 0.9, "code": 0.9}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outcomes of three experts: `math` and `code` are good at prompts of their own."""
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = []
+    for category, text in PROMPTS.items():
+        for i in range(40):
+            outcomes = {}
+            for expert, cost in (("base", 1.0), ("math", 2.0), ("code", 2.0)):
+                chance = CHANCE[expert] if expert in ("base", category) else 0.1
+                right = bool(draw.random() < chance)
+                answer = "right" if right else f"wrong {expert}"
+                outcomes[expert] = {"score": int(right), "answer": answer, "cost": cost}
+            row = {
+                "id": f"{category}{i}",
+                "prompt": text.format(i + 2, 3 * i + 5),
+                "category": NAMES[category],
+                "outcomes": outcomes,
+            }
+            lines.append(json.dumps(row))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_posterior_cells_of_certain_posteriors_equal_shrunk_means(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    values = draw.random((30, 4))
+    values[draw.random((30, 4)) < 0.3] = np.nan
+    category = draw.integers(0, 3, 30)
+    expected, _ = shrunk_cells(values, category, 3, 7.0)
+    assert np.allclose(posterior_map.posterior_cells(values, np.eye(3)[category], 7.0), expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_posterior_cells_recover_the_map_behind_uncertain_posteriors(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    posterior = draw.dirichlet(np.full(4, 0.5), 4000)
+    true = draw.random((4, 3))
+    values = (draw.random((4000, 3)) < posterior @ true).astype(float)
+    found = posterior_map.posterior_cells(values, posterior, 5.0)
+    assert np.abs(found - true).max() < 0.12
+    # A mean weighted by the posterior would be drawn to the overall mean.
+    blurred = posterior.T @ values / posterior.sum(axis=0)[:, None]
+    assert np.abs(found - true).mean() < np.abs(blurred - true).mean()
+
+
+def test_posterior_cells_without_rows_are_the_overall_mean() -> None:
+    values = np.array([[1.0], [0.0], [0.0], [0.0]])
+    posterior = np.tile([1.0, 0.0], (4, 1))
+    assert posterior_map.posterior_cells(values, posterior, 2.0)[1, 0] == pytest.approx(0.25)
+
+
+def test_add_map_keeps_the_classifier_and_judges_held_out(rows: Path, tmp_path: Path) -> None:
+    words = ["router", "add-map", "--classifier", str(DEMO), "--outcomes", str(rows)]
+    words += ["--source", "made here", "--out", str(tmp_path / "mine@1")]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    before, after = load_artifact(DEMO), load_artifact(tmp_path / "mine@1")
+    for name, value in before.tensors.items():
+        assert np.array_equal(after.tensors[name], value)
+    prompt = "What is 17 plus 25?"
+    assert Classifier.from_artifact(after).classify(prompt) == Classifier.from_artifact(
+        before
+    ).classify(prompt)
+    found = ExpertMap.from_artifact(after)
+    single = {r.members[0]: i for i, r in enumerate(found.recipes) if r.kind == "single"}
+    assert set(single) == {"base", "math", "code"}
+    for expert in ("math", "code"):
+        row = found.score[found.categories.index(expert)]
+        assert row[single[expert]] == max(row[i] for i in single.values())
+    held_out = after.manifest["map"]["held_out"]
+    by_preset = {one["preset"]: one for one in held_out["gains"]}
+    # Beside always asking the best single expert, knowing the category must pay.
+    assert by_preset["auto:best"]["lead"] > 3 * by_preset["auto:best"]["lead_se"] > 0
+    assert by_preset["auto:fast"]["cost"] <= by_preset["auto:best"]["cost"]
+    card = (tmp_path / "mine@1" / "README.md").read_text()
+    for part in ("Expected gains", "made here", "| general | none of its own |", "best"):
+        assert part in card
+
+
+def test_add_map_of_prompts_that_are_all_new_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "жщю " * 9, "outcomes": {"a": {"score": 1, "cost": 1}}}
+    path.write_text(json.dumps(row))
+    words = ["router", "add-map", "--classifier", str(DEMO), "--outcomes", str(path)]
+    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "mine@1")])
+    assert done.exit_code == 1
+    assert "knows none of the prompts" in done.output
