@@ -46,13 +46,16 @@ def check(path: Path, as_json: bool) -> None:
 
     config = load_config(path)
     _check_artifacts(config)
+    prices, routing = _prices(config), _routing(config)
+    if not as_json:
+        _print_prices(prices)
+        for line in routing["warnings"]:
+            click.echo(f"warning: {line}", err=True)
     plans = _plans(config)
-    prices = _prices(config)
     if as_json:
         found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(found | {"routing": routing}))
         return
-    _print_prices(prices)
     _print_plans(config, plans)
 
 
@@ -147,6 +150,16 @@ def _prices(config: Config) -> dict[str, Any]:
         },
         "warnings": list(price_warnings(config)),
     }
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    """Return what makes `auto` do less than it could."""
+    from service.default_prices import with_default_prices
+    from service.gateway.routing.frontier import routing_warnings
+    from service.gateway.routing.semantic_router import RoutingSetup
+
+    priced = with_default_prices(config)
+    return {"warnings": list(routing_warnings(priced, RoutingSetup(priced)))}
 
 
 def _print_prices(prices: dict[str, Any]) -> None:

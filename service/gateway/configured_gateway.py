@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from service.broker.ledger import Ledger
 from service.capabilities import with_capabilities
@@ -27,6 +28,7 @@ from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
+from service.gateway.routing.frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.gateway.routing.sessions import SessionService
 from service.gateway.state import GatewayState
@@ -197,10 +199,17 @@ class ConfiguredGateway:
             state.recent,
             resources.budget_prices.prices,
             state.history,
+            self._frontier(routing),
         )
         self.app = build_app(
             self.services, self.inference, self.events, behind_serve=resources.behind_serve
         )
+
+    def _frontier(self, routing: RoutingSetup) -> dict[str, Any] | None:
+        """What `auto` chooses at which price, for the console; None without a choice."""
+        if len(self.config.experts) < 2 or not routing.stages.classifies:
+            return None
+        return frontier_of(self.config, routing).to_json(self.config)
 
     def _inference_handler(self) -> InferenceHandler:
         services, resources = self.services, self._resources

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -52,6 +52,7 @@ class EventStream:
         recent: The last requests.
         budgets: Returns (name, shadow price, share that is left) of each budget.
         history: The points of the graphs, at most `HISTORY`. They outlive a config.
+        routing: What `auto` chooses at which price (`Frontier.to_json`); None without a router.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class EventStream:
         recent: RequestHistory,
         budgets: Callable[[], list[tuple[str, float, float]]],
         history: deque[dict[str, Any]],
+        routing: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
+        self._routing = routing
         self._budgets = budgets
         self._directory = directory
         self._views = views
@@ -136,6 +139,7 @@ class EventStream:
             "version": __version__,
             "gateway": self._directory.gateway,
             "experts": describe_experts(self._config),
+            "routing": self._routing,
             "categories": sorted(self._config.category_map()),
             "routes": self._recent.since(0),
             "history": list(self._history),

@@ -32,6 +32,9 @@ class CompletedRequest:
         swap_ms: Time of swaps.
         first_ms: Time to the first byte; 0 if nothing was sent.
         total_ms: Time to the end.
+        cost: The cost of all calls, in the unit of prices.
+        prompt_tokens: Tokens of the prompt, of the call that answered.
+        completion_tokens: Tokens of its answer.
     """
 
     at_s: float
@@ -48,10 +51,14 @@ class CompletedRequest:
     swap_ms: float
     first_ms: float
     total_ms: float
+    cost: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     @classmethod
     def of(cls, record: RequestRecord) -> CompletedRequest:
         """Convert the record of a request that has ended now."""
+        answered = [call for call in record.calls if call.expert == record.expert]
         return cls(
             at_s=round(time.time(), 1),
             request=record.client_id,
@@ -67,6 +74,9 @@ class CompletedRequest:
             swap_ms=round(record.swap_ms, 1),
             first_ms=round(record.first_byte_s * 1000, 1),
             total_ms=round(record.total_s * 1000, 1),
+            cost=float(f"{record.cost:.4g}"),
+            prompt_tokens=(answered[-1].prompt_tokens or 0) if answered else 0,
+            completion_tokens=(answered[-1].completion_tokens or 0) if answered else 0,
         )
 
 

@@ -563,6 +563,8 @@ class RoutingSetup:
 
     Attributes:
         stages: The stages of the classifier. They are started and stopped with the gateway.
+        has_map: Whether the artifact's map knows experts of the config.
+        shares: Category → its share of the prompts of the map's fit.
 
     Raises:
         ArtifactError: The router's artifact can't be used.
@@ -581,6 +583,10 @@ class RoutingSetup:
         self.stages = PromptStages(config, artifact, meter)
         if artifact is not None and "map" in artifact.manifest:
             found = _known_part(ExpertMap.from_artifact(artifact), config)
+        self.has_map = found is not None
+        self.shares = (
+            dict(zip(found.categories, found.prior.tolist(), strict=True)) if found else {}
+        )
         for recipe in found.recipes if found else ():
             if (silent := silent_member(config, recipe)) is not None:
                 raise ArtifactError(

@@ -5,6 +5,7 @@ import { byId, el, setOrder } from "./dom.js";
 import { drawExperts, gather } from "./experts.js";
 import { follow } from "./feed.js";
 import { drawFlow } from "./flow.js";
+import { drawFrontier, startFrontier } from "./frontier.js";
 import { bearer, key, setKey } from "./keys.js";
 import { explain, listen, startPlayground, stop } from "./playground.js";
 import { addRoutes, clearRoutes, drawBudgets, drawTotals } from "./routes.js";
@@ -23,6 +24,7 @@ function draw() {
   drawExperts(all);
   drawTotals(state, all);
   drawFlow(state.flows, experts);
+  drawFrontier(state.flows, state.budgets);
   drawBudgets(state.budgets);
   const rates = Object.fromEntries(all.map((one) => [one.name, one.tokensPerS]));
   addSample(state.at_s, rates);
@@ -49,6 +51,7 @@ follow({
     setOrder(experts.map((one) => one.name));
     startPlayground(experts);
     startChart(experts, told.history);
+    startFrontier(told.routing);
     clearRoutes();
     addRoutes(told.routes);
     draw();
@@ -115,7 +118,11 @@ byId("forget").addEventListener("click", () => {
 byId("theme").addEventListener("click", switchTheme);
 byId("keys-open").addEventListener("click", openKeys);
 byId("help-open").addEventListener("click", () => byId("help").showModal());
-addEventListener("resize", () => state && drawFlow(state.flows, experts));
+addEventListener("resize", () => {
+  if (!state) return;
+  drawFlow(state.flows, experts);
+  drawFrontier(state.flows, state.budgets);
+});
 
 const SHORTCUTS = {
   "/": () => byId("prompt").focus(), t: switchTheme, k: openKeys, "?": () => byId("help").showModal(),

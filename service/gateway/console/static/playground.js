@@ -2,6 +2,7 @@
 
 import { byId, colour, el, ms, swatch } from "./dom.js";
 import { serverEvents } from "./feed.js";
+import { elsewhere, units } from "./frontier.js";
 import { bearer } from "./keys.js";
 
 const STEPS = ["route", "queue", "swap", "prefill", "decode"];
@@ -158,6 +159,15 @@ class Pane {
     if (usage?.coe) this.measured(usage.coe, times);
     if (usage?.coe?.recipe && usage.coe.recipe !== usage.coe.expert) this.head.append(el("span", { class: "note" }, `${usage.coe.recipe}, ${usage.coe.calls.length} calls`));
     this.drawTimes(times, usage?.completion_tokens || pieces, usage?.coe);
+    if (usage?.coe) this.drawElsewhere(usage);
+  }
+
+  // The same tokens at the other experts' prices.
+  drawElsewhere(usage) {
+    const others = elsewhere(usage.coe.expert, usage.prompt_tokens || 0, usage.completion_tokens || 0);
+    if (!others.length) return;
+    this.legend.append(el("span", { class: "elsewhere" }, "elsewhere ", ...others.slice(0, 6).flatMap((one, i) =>
+      [i ? ", " : "", swatch(one.name), ` ${one.name} `, el("b", {}, units(one.cost))])));
   }
 
   // Where the service tells its own figures, they count, not this page's clock.

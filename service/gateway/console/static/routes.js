@@ -1,6 +1,7 @@
 // What was answered lately, and the four figures at the top.
 
 import { byId, el, ms, swatch } from "./dom.js";
+import { elsewhere, units } from "./frontier.js";
 
 const MOST = 40;
 
@@ -23,8 +24,16 @@ function row(one) {
   return el("tr", { dataset: { request: one.request } },
     el("td", {}, time), el("td", {}, one.asked.slice(0, 40)), el("td", {}, sure),
     el("td", {}, one.expert ? swatch(one.expert) : "", ` ${by || "nobody"}`),
-    num(one.route_ms), num(Math.max(0, one.queue_ms - one.swap_ms)), num(one.swap_ms), num(one.first_ms), num(one.total_ms),
+    num(one.route_ms), num(Math.max(0, one.queue_ms - one.swap_ms)), num(one.swap_ms), num(one.first_ms), num(one.total_ms), ...costs(one),
     el("td", { class: `outcome ${one.outcome === "ok" ? "ok" : one.outcome === "client_gone" ? "" : "bad"}` }, outcome));
+}
+
+// What it cost, and what its tokens would have cost by the other experts.
+function costs(one) {
+  const others = elsewhere(one.expert, one.prompt_tokens, one.completion_tokens);
+  const text = others.length ? [...new Set([others[0], others.at(-1)].map((other) => units(other.cost)))].join(" to ") : "–";
+  const title = others.map((other) => `${other.name} ${units(other.cost)}`).join(", ");
+  return [el("td", { class: "num" }, one.cost ? units(one.cost) : "–"), el("td", { class: "num", title }, text)];
 }
 
 export function drawTotals(state, experts) {

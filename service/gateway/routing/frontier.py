@@ -1,0 +1,168 @@
+"""What `auto` chooses by category and price of cost while every expert is idle. Pure.
+
+The console draws it as quality against cost, `coe check` warns of experts that nothing reaches, and
+a test holds the shipped configs to it. Costs are those of one usual prompt and answer: relative to
+each other they do not depend on its length, as long as answers are equally long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from service.broker.pool_state import Floats
+from service.broker.prices import cost, prices_of
+from service.broker.recipe_catalog import Ints
+from service.broker.reference import best_shares
+from service.config import Config
+from service.gateway.routing.semantic_router import RoutingSetup
+from service.types import Recipe
+
+# Tokens of the usual prompt and answer.
+PROMPT_TOKENS, ANSWER_TOKENS = 500, 300
+# The quality that is given up to save the cost of the best's answer: from nothing to all that is.
+WEIGHTS = np.concatenate(([0.0], np.geomspace(1e-3, 1e3, 49)))
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Quality and cost of the recipes of `auto`.
+
+    Attributes:
+        categories: The categories.
+        share: (C,), each category's share of the prompts as far as the router's fit knows.
+        recipes: The recipes that `auto` may choose.
+        quality: (C, R), expected quality.
+        cost: (R,), expected cost of a usual prompt and answer.
+        reference: What the best answers cost on average over the categories.
+        measured: Whether quality comes from recorded outcomes or figures of the config, rather
+            than from lists of categories.
+    """
+
+    categories: tuple[str, ...]
+    share: Floats
+    recipes: tuple[Recipe, ...]
+    quality: Floats
+    cost: Floats
+    reference: float
+    measured: bool
+
+    def chosen(self, weight: float) -> Ints:
+        """The recipe of each category, (C,), at a weight of cost (`PresetConfig.cost_weight`)."""
+        price = weight / self.reference if self.reference > 0 else 0.0
+        utility = self.quality - price * self.cost
+        # Of equally good recipes the cheapest, then the first, as the gateway takes.
+        best = utility.max(axis=1, keepdims=True)
+        return np.asarray(np.where(utility >= best - 1e-12, self.cost, np.inf).argmin(axis=1))
+
+    def winners(self) -> set[Recipe]:
+        """The recipes that are chosen for some category at some price."""
+        return {self.recipes[r] for weight in WEIGHTS for r in self.chosen(float(weight))}
+
+    def to_json(self, config: Config) -> dict[str, Any]:
+        """For the console, which weighs the categories by its own traffic."""
+        presets = config.router.presets
+        names = {"auto:fast": presets.fast, "auto": presets.auto, "auto:best": presets.best}
+        return {
+            "categories": list(self.categories),
+            "share": [round(float(s), 5) for s in self.share],
+            "recipes": [
+                {"name": recipe.name, "experts": list(recipe.experts)} for recipe in self.recipes
+            ],
+            "quality": [[round(float(q), 4) for q in row] for row in self.quality],
+            "cost": [float(f"{c:.4g}") for c in self.cost],
+            "reference": float(f"{self.reference:.6g}"),
+            "measured": self.measured,
+            "unit": config.prices.unit,
+            "presets": {
+                name: {"cost_weight": one.cost_weight, "time_price": one.time_price}
+                for name, one in names.items()
+            },
+            "prices": {
+                name: [price.prompt, price.completion] for name, price in prices_of(config).items()
+            },
+        }
+
+
+def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
+    """Compute the frontier of a config, whose experts have their prices."""
+    catalog, model = setup.catalog, setup.quality_model
+    prices = prices_of(config)
+    each = np.array([cost(prices[name], PROMPT_TOKENS, ANSWER_TOKENS) for name in catalog.experts])
+    able = [
+        r
+        for r, recipe in enumerate(catalog.recipes)
+        if not any("embeddings" in config.experts[name].capabilities for name in recipe.experts)
+    ]
+    recipes = tuple(catalog.recipes[r] for r in able)
+    labels = model.labels or ("general",)
+    quality = np.array([[model.expected(label, r) for r in able] for label in labels])
+    costs = (model.expected_calls(catalog) @ each)[able]
+    known = setup.shares
+    share = np.array([known.get(label, 0.0) for label in labels])
+    if not share.sum() > 0:
+        share = np.ones(len(labels))
+    return Frontier(
+        categories=labels,
+        share=share / share.sum(),
+        recipes=recipes,
+        quality=quality,
+        cost=costs,
+        reference=float(costs @ best_shares(quality, costs)),
+        measured=setup.has_map or _has_figures(config),
+    )
+
+
+def _has_figures(config: Config) -> bool:
+    sections: list[Mapping[str, float]] = [one.quality for one in config.experts.values()]
+    return any([*sections, *(recipe.quality for recipe in config.recipes.values())])
+
+
+def routing_warnings(config: Config, setup: RoutingSetup) -> tuple[str, ...]:
+    """Return a line for each reason why `auto` does less than it could.
+
+    Args:
+        config: The config, whose experts have their prices.
+        setup: Its router.
+    """
+    embedders = {
+        name for name in config.experts if "embeddings" in config.experts[name].capabilities
+    }
+    experts = [name for name in config.experts if name not in embedders]
+    if len(experts) < 2:
+        return ()
+    if not setup.stages.classifies:
+        return (
+            f"router: no classifier, so `auto` always means {config.fallback!r}; set "
+            "router.artifact, or give categories examples",
+        )
+    found = frontier_of(config, setup)
+    lines = []
+    if not found.measured:
+        lines.append(
+            "router: no expert map and no figures of quality, so an expert counts as 1 on its "
+            "own categories and 0 or 0.5 elsewhere; record outcomes and fit a map "
+            "(coe outcomes record, coe router add-map)"
+        )
+    winners = found.winners()
+    reached = {name for recipe in winners for name in recipe.experts} | {config.fallback}
+    common = {c for name in reached for c in config.experts[name].capabilities}
+    idle = [
+        name
+        for name in experts
+        if name not in reached and set(config.experts[name].capabilities) <= common
+    ]
+    if idle:
+        lines.append(
+            f"router: no category reaches {', '.join(idle)} at any price of cost; only clients "
+            "that name them do"
+        )
+    if len(winners) == 1:
+        lines.append(
+            f"router: {next(iter(winners)).name} is chosen for every category at every price of "
+            "cost, so routing changes nothing while it is idle"
+        )
+    return tuple(lines)
