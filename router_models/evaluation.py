@@ -282,16 +282,11 @@ def with_errors(
     found = sweep(played, predicted)
     alone = singles(table)
     prompts = np.unique(np.array(table.prompts, dtype=object)[found.rows], return_inverse=True)[1]
-    filled = np.where(np.isnan(table.score), alone.score, table.score)
     rows = []
     for budget in budgets:
         score, cost = found.rows_at(budget)
         mean_cost = float(cost.mean())
-        a, b, share = alone.segment(mean_cost)
-        mix = (share * filled[:, a] + (1 - share) * filled[:, b])[found.rows]
-        spread = alone.cost[b] - alone.cost[a]
-        slope = (alone.score[b] - alone.score[a]) / spread if spread > 0 else 0.0
-        gain = score - mix - slope * (cost - mean_cost)
+        gain = gains(table, found, alone, budget)
         rows.append(
             {
                 "budget": float(budget),
@@ -304,6 +299,21 @@ def with_errors(
             }
         )
     return rows
+
+
+def gains(table: Table, found: Sweep, alone: Singles, budget: float) -> Floats:
+    """Each judged row's gain over the mixture of single experts at this budget, (rows,).
+
+    Differences of a row's cost from the mean are charged at the mixture's slope.
+    """
+    filled = np.where(np.isnan(table.score), alone.score, table.score)
+    score, cost = found.rows_at(budget)
+    mean_cost = float(cost.mean())
+    a, b, share = alone.segment(mean_cost)
+    mix = (share * filled[:, a] + (1 - share) * filled[:, b])[found.rows]
+    spread = alone.cost[b] - alone.cost[a]
+    slope = (alone.score[b] - alone.score[a]) / spread if spread > 0 else 0.0
+    return np.asarray(score - mix - slope * (cost - mean_cost))
 
 
 def compared_lines(compared: dict[str, Any]) -> list[str]:

@@ -13,11 +13,17 @@ from numpy.typing import NDArray
 
 from router_models.recipes import RecipeResults
 from router_models.settings import Settings
+from service.classifier.expert_map import DirectEstimate
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 _PENALTY_FOLDS = 5
+# In rows: factors that hardly vary load nothing.
+_LOADING_PENALTY = 1.0
+# In costs of the dearest expert.
+_TRUST_PRICES = np.geomspace(0.01, 1.0, 8)
+_LOSS_ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +38,27 @@ class MapFit:
     reach: Floats
     score_slope: Floats
     cost_slope: Floats
+    direct: DirectEstimate
+    trust_power: float
 
-    def estimate(self, posterior: Floats, factors: Floats) -> tuple[Floats, Floats]:
-        """Quality and cost (rows, kept recipes), as `ExpertMap.estimate` computes for one row."""
+    def estimate(
+        self, posterior: Floats, factors: Floats, novel: NDArray[np.bool_]
+    ) -> tuple[Floats, Floats]:
+        """Quality and cost (rows, kept recipes), as `ExpertMap.estimate` computes for one row.
+
+        `novel` (rows,) says which prompts have too much novelty.
+        """
         cross = _cross(posterior, factors)
         flat = (cross.shape[1], len(self.kept))
         quality = posterior @ self.score + cross @ self.score_slope.reshape(flat)
         cost = posterior @ self.cost + cross @ self.cost_slope.reshape(flat)
-        return np.clip(quality, 0, 1), np.maximum(cost, 0)
+        trust = np.where(novel, 0.0, posterior.max(axis=1) ** self.trust_power)[:, None]
+        own_quality = self.direct.score + factors @ self.direct.score_slope
+        own_cost = self.direct.cost + factors @ self.direct.cost_slope
+        return (
+            trust * np.clip(quality, 0, 1) + (1 - trust) * np.clip(own_quality, 0, 1),
+            trust * np.maximum(cost, 0) + (1 - trust) * np.maximum(own_cost, 0),
+        )
 
 
 def shrunk_cells(
@@ -88,9 +107,18 @@ def prices_for(cost: Floats, count: int = 160) -> Floats:
 
 
 def fit_map(
-    played: RecipeResults, category: Rows, posterior: Floats, factors: Floats, settings: Settings
+    played: RecipeResults,
+    category: Rows,
+    posterior: Floats,
+    factors: Floats,
+    true_factors: Floats,
+    settings: Settings,
 ) -> MapFit:
-    """The map from rows whose posterior and factors come from a stage that did not see them."""
+    """The map from rows whose posterior and factors come from a stage that did not see them.
+
+    `true_factors` (rows, F) are what `factors` estimate. Recipes load on these, so that the direct
+    estimate is a ridge regression of their scores.
+    """
     categories = posterior.shape[1]
     score, count = shrunk_cells(played.score, category, categories, settings.shrink_rows)
     cost, _ = shrunk_cells(played.cost, category, categories, settings.shrink_rows)
@@ -117,6 +145,22 @@ def fit_map(
         _slopes(values - posterior @ cells, posterior, factors, penalties)
         for values, cells in ((played.score[:, kept], score), (played.cost[:, kept], cost))
     ]
+    direct = DirectEstimate(
+        _means(played.score[:, kept]),
+        _means(played.cost[:, kept]),
+        played.reach[:, kept].mean(axis=0, dtype=np.float64),
+        loadings(played.score[:, kept], true_factors),
+        loadings(played.cost[:, kept], true_factors),
+    )
+    trust_power = choose_trust_power(
+        played.take(judged[:alone].tolist()),
+        category,
+        posterior,
+        factors,
+        true_factors,
+        penalties,
+        settings,
+    )
     return MapFit(
         kept=kept,
         prior=posterior.mean(axis=0),
@@ -126,6 +170,8 @@ def fit_map(
         reach=reach,
         score_slope=slopes[0],
         cost_slope=slopes[1],
+        direct=direct,
+        trust_power=trust_power,
     )
 
 
@@ -152,10 +198,91 @@ def choose_penalties(
         for i, pair in enumerate(pairs):
             slopes = _slopes(rest[inside], posterior[inside], factors[inside], pair)
             miss = rest[outside] - cross @ slopes.reshape(cross.shape[1], -1)
-            known = ~np.isnan(miss)
-            shared = np.where(known, miss, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
-            error[i] += float(np.nansum((miss - shared[:, None]) ** 2))
+            error[i] += float(_difference_error(miss).sum())
     return pairs[int(error.argmin())]
+
+
+def choose_trust_power(
+    alone: RecipeResults,
+    category: Rows,
+    posterior: Floats,
+    factors: Floats,
+    true_factors: Floats,
+    penalties: tuple[float, float],
+    settings: Settings,
+) -> float:
+    """The greatest of `trust_powers` with which choices lose nothing that these rows can show.
+
+    On prompts of the same kinds the categories choose about as well as the direct estimate, or
+    better; on others they mislead. So the most careful power is taken that loses at most
+    `_LOSS_ERRORS` standard errors to the best one (after the one standard error rule of Breiman
+    et al., Classification and Regression Trees, 1984). What counts is what the chosen expert got
+    in five folds less what it cost, at prices from nothing to the dearest expert's cost for one
+    right answer.
+
+    Args:
+        alone: The results of single experts on N rows.
+        category: (N,).
+        posterior: (N, C), of stages that did not see the row.
+        factors: (N, F), of the same.
+        true_factors: (N, F), what `factors` estimate.
+        penalties: Those of the slopes.
+        settings: The powers, and what shrinks the cells.
+    """
+    powers = sorted(settings.trust_powers)
+    score, cost = alone.score, alone.cost
+    prices = np.concatenate(([0.0], _TRUST_PRICES / max(float(np.nanmax(cost)), 1e-12)))
+    fold = np.random.default_rng(settings.seed).integers(0, _PENALTY_FOLDS, len(score))
+    gained = np.zeros((len(powers), len(score)))
+    for k in range(_PENALTY_FOLDS):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if not len(inside) or not len(outside):
+            continue
+        cells, _ = shrunk_cells(
+            score[inside], category[inside], posterior.shape[1], settings.shrink_rows
+        )
+        rest = score[inside] - posterior[inside] @ cells
+        slopes = _slopes(rest, posterior[inside], factors[inside], penalties)
+        cross = _cross(posterior[outside], factors[outside])
+        mapped = posterior[outside] @ cells + cross @ slopes.reshape(cross.shape[1], -1)
+        loading = loadings(score[inside], true_factors[inside])
+        direct = _means(score[inside]) + factors[outside] @ loading
+        expected_cost = _means(cost[inside])
+        recorded = ~np.isnan(score[outside])
+        for i, power in enumerate(powers):
+            trust = posterior[outside].max(axis=1, keepdims=True) ** power
+            quality = trust * np.clip(mapped, 0, 1) + (1 - trust) * np.clip(direct, 0, 1)
+            for price in prices:
+                utility = np.where(recorded, quality - price * expected_cost, -np.inf)
+                choice = (np.arange(len(outside)), utility.argmax(axis=1))
+                got = score[outside][choice] - price * cost[outside][choice]
+                gained[i, outside] += np.nan_to_num(got) / len(prices)
+    lost = gained[int(gained.mean(axis=1).argmax())] - gained
+    error = lost.std(axis=1) / np.sqrt(max(len(score), 1))
+    return powers[int(np.flatnonzero(lost.mean(axis=1) <= _LOSS_ERRORS * error)[-1])]
+
+
+def _means(values: Floats) -> Floats:
+    """Mean of each column (R,), NaNs left out; 0 for a column without any value."""
+    known = ~np.isnan(values)
+    return np.asarray(np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
+
+
+def _difference_error(miss: Floats) -> Floats:
+    """Squared error of each row (N,) in the differences between columns, NaNs left out."""
+    known = ~np.isnan(miss)
+    shared = np.where(known, miss, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    return np.asarray(np.nansum((miss - shared[:, None]) ** 2, axis=1))
+
+
+def loadings(values: Floats, factors: Floats) -> Floats:
+    """Loadings (F, R) of the columns of `values` on factors; NaNs count as the column's mean."""
+    if not factors.shape[1]:
+        return np.zeros((0, values.shape[1]))
+    centred = np.nan_to_num(values - _means(values))
+    x = factors - factors.mean(axis=0)
+    penalty = _LOADING_PENALTY * np.eye(x.shape[1])
+    return np.asarray(np.linalg.solve(x.T @ x + penalty, x.T @ centred))
 
 
 def _cross(posterior: Floats, factors: Floats) -> Floats:

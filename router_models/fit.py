@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.evaluation import compared_lines, default_budgets, report, with_errors
-from router_models.linear_models import calibration_error, known_bitmap
+from router_models.linear_models import calibration_error
 from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.settings import Settings
 from router_models.training import Fitted, Predicted, Problem
@@ -132,6 +132,8 @@ def settings_from_json(data: dict[str, Any]) -> Settings:
     given = {k: v for k, v in data.items() if k in known}
     given["spec"] = FeatureSpec.from_json(given["spec"])
     given["slope_penalties"] = tuple((float(a), float(b)) for a, b in given["slope_penalties"])
+    if "trust_powers" in given:
+        given["trust_powers"] = tuple(float(power) for power in given["trust_powers"])
     return Settings(**given)
 
 
@@ -154,9 +156,7 @@ def write(
             np.float16
         ),
         "classifier.factor_bias": stage.bias_factor.astype(np.float32),
-        "classifier.known": known_bitmap(
-            [problem.corpus.marks[i] for i in fitted.train], s.spec.known_bits
-        ),
+        "classifier.known": fitted.known,
         "map.prior": found.prior.astype(np.float32),
         "map.score": found.score.astype(np.float32),
         "map.count": found.count.astype(np.float32),
@@ -164,6 +164,11 @@ def write(
         "map.reach": found.reach.astype(np.float32),
         "map.score_slope": found.score_slope.astype(np.float32),
         "map.cost_slope": found.cost_slope.astype(np.float32),
+        "map.direct_score": found.direct.score.astype(np.float32),
+        "map.direct_cost": found.direct.cost.astype(np.float32),
+        "map.direct_reach": found.direct.reach.astype(np.float32),
+        "map.direct_score_slope": found.direct.score_slope.astype(np.float32),
+        "map.direct_cost_slope": found.direct.cost_slope.astype(np.float32),
         "fit.rows": prompt_hashes([problem.table.prompts[i] for i in fitted.train]),
     }
     manifest: dict[str, Any] = {
@@ -174,11 +179,12 @@ def write(
             "categories": list(problem.labels),
             "factors": factors,
             "calibration": {"method": "matrix, within the weights", "temperature": 1.0},
-            "thresholds": {"min_confidence": s.min_confidence, "max_novelty": s.max_novelty},
+            "thresholds": {"min_confidence": s.min_confidence, "max_novelty": fitted.max_novelty},
         },
         "map": {
             "recipes": [problem.played.recipes[r].to_json() for r in found.kept],
             "factors": factors,
+            "trust_power": found.trust_power,
         },
         "fit": settings_to_json(s),
         "data": data,
@@ -224,6 +230,7 @@ of single experts at the same cost.
 
 ## Limits
 
-Scores are of the recorded experts on prompts like these; on prompts far from
-them every recipe is taken at its average.
+Scores are of the recorded experts on prompts like these. Where the category is
+doubtful, or the prompt far from all of them, what the n-grams say of each recipe
+without a category counts; that is its average where no n-gram is known.
 """

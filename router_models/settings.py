@@ -17,7 +17,9 @@ class Settings:
 
     `l2_*` are ridge penalties, `shrink_rows` pseudo-rows of the prior.
     `slope_penalties` are pairs (of the slopes shared by all categories, of each
-    category's own) of which the training rows choose one.
+    category's own) of which the training rows choose one, and `trust_powers` the
+    powers of `ExpertMap.trust_power` to choose from. `min_max_novelty` is the least
+    threshold of novelty; it is greater where ordinary rows are more novel.
     """
 
     spec: FeatureSpec = field(default_factory=FeatureSpec)
@@ -37,5 +39,6 @@ class Settings:
     inner_folds: int = 5
     max_recipes: int = MAX_RECIPES
     min_confidence: float = 0.3
-    max_novelty: float = 0.5
+    trust_powers: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    min_max_novelty: float = 0.5
     seed: int = 0

@@ -20,7 +20,15 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
 from router_models.expert_map_fit import MapFit, fit_map
-from router_models.linear_models import Corpus, design, featurize, fit_logistic, softmax
+from router_models.linear_models import (
+    Corpus,
+    design,
+    featurize,
+    fit_logistic,
+    known_bitmap,
+    novelty,
+    softmax,
+)
 from router_models.outcomes import NO_ANSWER, Table
 from router_models.recipes import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
@@ -31,6 +39,9 @@ Rows = NDArray[np.int64]
 
 
 _MAX_CLUSTERS = 16
+# So many of the rows that the fit did not see count as ordinary, unless they are wholly new.
+_ORDINARY_SHARE = 0.995
+_MOST_NOVELTY = 0.95
 # Outputs lie within 0..1; the logits are some ten times as wide.
 _CALIBRATION_SCALE = 10.0
 
@@ -64,6 +75,9 @@ class Fitted:
     train: Rows
     stage1: Stage1
     map: MapFit
+    known: NDArray[np.uint8]
+    """The bitmap of the marks of these rows."""
+    max_novelty: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +152,14 @@ class Problem:
         inner = self.fold_of(s.inner_folds, "inner")[train]
         outputs = np.zeros((len(train), len(self.labels)))
         unseen = np.zeros_like(factor)
+        strange = np.zeros(len(train))
         for k in range(s.inner_folds):
             inside, outside = np.flatnonzero(inner != k), np.flatnonzero(inner == k)
             if not len(inside) or not len(outside):
                 continue
             stage = _stage1(kernel, train[inside], onehot[inside], factor[inside], s)
             outputs[outside], unseen[outside] = _apply(kernel, train[inside], stage, train[outside])
+            strange[outside] = self.novelty(train[outside], self.known(train[inside]))
         matrix, bias = _calibration(outputs, onehot, s)
         stage = _stage1(kernel, train, onehot, factor, s).calibrated(matrix, bias)
         fitted_map = fit_map(
@@ -151,15 +167,28 @@ class Problem:
             category,
             softmax(outputs @ matrix + bias),
             unseen,
+            factor,
             s,
         )
-        return Fitted(train, stage, fitted_map)
+        # Texts without spaces between words have more grams that nobody used before.
+        ordinary = float(np.quantile(strange, _ORDINARY_SHARE))
+        max_novelty = float(np.clip(ordinary, s.min_max_novelty, _MOST_NOVELTY))
+        return Fitted(train, stage, fitted_map, self.known(train), max_novelty)
+
+    def known(self, rows: Rows) -> NDArray[np.uint8]:
+        """The bitmap of the marks of `rows`."""
+        return known_bitmap([self.corpus.marks[i] for i in rows], self.settings.spec.known_bits)
+
+    def novelty(self, rows: Rows, known: NDArray[np.uint8]) -> Floats:
+        """The novelty of `rows` for this bitmap, (len(rows),)."""
+        return novelty([self.corpus.marks[i] for i in rows], known)
 
     def predict(self, fitted: Fitted, rows: Rows) -> Predicted:
         """Return the predictions of `fitted` for `rows`."""
         outputs, factors = _apply(self.kernel, fitted.train, fitted.stage1, rows)
         posterior = softmax(outputs)
-        quality, cost = fitted.map.estimate(posterior, factors)
+        novel = self.novelty(rows, fitted.known) > fitted.max_novelty
+        quality, cost = fitted.map.estimate(posterior, factors, novel)
         shape = (len(rows), len(self.played.recipes))
         full_quality, full_cost = np.full(shape, -np.inf), np.zeros(shape)
         full_quality[:, fitted.map.kept] = quality

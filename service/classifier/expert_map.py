@@ -8,8 +8,15 @@ recipe r is
 
     Q[r] = Σ_c p[c] · (W[c, r] + Σ_k f[k] · V[c, k, r])
 
-The expected cost has the same form. The map is immutable. Online learning adds its corrections
-elsewhere.
+The expected cost has the same form.
+
+A category that is doubtful misleads. So there is a second estimate that uses no category, the
+*direct* one: Q'[r] = d[r] + Σ_k f[k] · L[k, r], a ridge regression of the recipe's score on the
+n-grams. The map is trusted with t = (max p)**trust_power, the direct estimate with the rest; with
+too novel prompts the direct estimate alone counts. It ends at the recipe's mean on a prompt that
+shares no n-gram with the fit.
+
+The map is immutable. Online learning adds its corrections elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from service.types import MAX_LATER, Recipe
 Floats = NDArray[np.float64]
 
 MAX_RECIPES = 256
+MAX_TRUST_POWER = 64.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,36 @@ class Estimate:
     quality: Floats
     cost: Floats
     reach: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class DirectEstimate:
+    """Estimates for R recipes from F factors, without categories.
+
+    Attributes:
+        score: (R,), mean quality.
+        cost: (R,), mean cost.
+        reach: (R, MAX_LATER), mean probability that each later expert is called.
+        score_slope: (F, R), loadings of the factors for quality.
+        cost_slope: (F, R), loadings of the factors for cost.
+    """
+
+    score: Floats
+    cost: Floats
+    reach: Floats
+    score_slope: Floats
+    cost_slope: Floats
+
+    def only(self, recipes: Sequence[int]) -> DirectEstimate:
+        """Return the estimates of these recipes, in this order."""
+        at = list(recipes)
+        return DirectEstimate(
+            self.score[at],
+            self.cost[at],
+            self.reach[at],
+            self.score_slope[:, at],
+            self.cost_slope[:, at],
+        )
 
 
 class ExpertMap:
@@ -62,6 +100,8 @@ class ExpertMap:
         score_slope: Floats,
         cost_slope: Floats,
         max_novelty: float,
+        direct: DirectEstimate | None = None,
+        trust_power: float = 0.0,
     ) -> None:
         """Create a map for C categories, R recipes and F factors.
 
@@ -75,7 +115,9 @@ class ExpertMap:
             reach: (C, R, MAX_LATER), probability that each later expert is called.
             score_slope: (C, F, R), loadings of the factors for quality.
             cost_slope: (C, F, R), loadings of the factors for cost.
-            max_novelty: Prompts with more novelty count as average prompts.
+            max_novelty: For prompts with more novelty the direct estimate alone counts.
+            direct: The estimate without categories. Without one it is the mean over all categories.
+            trust_power: How fast a doubtful category loses to the direct estimate; 0 is never.
         """
         self.categories = categories
         self.recipes = recipes
@@ -85,11 +127,19 @@ class ExpertMap:
         self.cost = cost
         self.reach = reach
         self.max_novelty = max_novelty
+        self.trust_power = trust_power
         factors = score_slope.shape[1]
         flat = (len(categories) * factors, len(recipes))
         self._slopes = np.concatenate(
             (score_slope.reshape(flat), cost_slope.reshape(flat)), axis=1
         ).astype(np.float32)
+        self.direct = direct or DirectEstimate(
+            prior @ score,
+            prior @ cost,
+            np.asarray(np.tensordot(prior, reach, axes=1), dtype=np.float64),
+            np.zeros((factors, len(recipes))),
+            np.zeros((factors, len(recipes))),
+        )
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -99,7 +149,11 @@ class ExpertMap:
     @property
     def memory_bytes(self) -> int:
         """Size of the arrays in bytes."""
-        arrays = (self.score, self.count, self.cost, self.reach, self._slopes)
+        direct = self.direct
+        arrays = (
+            *(self.score, self.count, self.cost, self.reach, self._slopes),
+            *(direct.score, direct.cost, direct.reach, direct.score_slope, direct.cost_slope),
+        )
         return sum(array.nbytes for array in arrays)
 
     @classmethod
@@ -124,12 +178,17 @@ class ExpertMap:
             recipes = tuple(Recipe.from_json(r) for r in section["recipes"])
             factors = int(section["factors"])
             max_novelty = float(artifact.section("classifier")["thresholds"]["max_novelty"])
+            trust_power = float(section.get("trust_power", 0.0))
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{artifact.path}: manifest, map: {error!r}") from error
         if not 1 <= len(recipes) <= MAX_RECIPES or len(set(recipes)) != len(recipes):
             raise ArtifactError(
                 f"{artifact.path}: manifest, map: 1..{MAX_RECIPES} distinct recipes are allowed, "
                 f"found {len(recipes)}"
+            )
+        if not 0 <= trust_power <= MAX_TRUST_POWER:
+            raise ArtifactError(
+                f"{artifact.path}: manifest, map: trust_power must be 0..{MAX_TRUST_POWER:g}"
             )
         cells = (len(categories), len(recipes))
 
@@ -147,27 +206,40 @@ class ExpertMap:
             score_slope=read("score_slope", cells[0], factors, cells[1]),
             cost_slope=read("cost_slope", cells[0], factors, cells[1]),
             max_novelty=max_novelty,
+            direct=DirectEstimate(
+                score=read("direct_score", cells[1]),
+                cost=read("direct_cost", cells[1]),
+                reach=read("direct_reach", cells[1], MAX_LATER),
+                score_slope=read("direct_score_slope", factors, cells[1]),
+                cost_slope=read("direct_cost_slope", factors, cells[1]),
+            )
+            if "trust_power" in section
+            else None,
+            trust_power=trust_power,
         )
 
     def estimate(self, assessment: Assessment) -> Estimate:
         """Estimate quality, cost and reach of every recipe for one prompt.
 
-        A prompt with too much novelty counts as an average prompt. Its posterior is replaced by the
-        shares of the categories, and its factors by 0.
+        The categories count as far as they are trusted, and the direct estimate for the rest. Both
+        are bounded before they are joined.
         """
-        scores = assessment.scores
+        scores, direct = assessment.scores, self.direct
         p = np.asarray(scores.probabilities)
         factors = assessment.factors
-        if scores.novelty > self.max_novelty:
-            p, factors = self.prior, np.zeros_like(factors)
+        trust = 0.0 if scores.novelty > self.max_novelty else float(p.max()) ** self.trust_power
         both = np.concatenate((p @ self.score, p @ self.cost))
         if len(factors):
             both += (p[:, None] * factors).ravel().astype(np.float32) @ self._slopes
         count = len(self.recipes)
+        quality, cost = np.clip(both[:count], 0.0, 1.0), np.maximum(both[count:], 0.0)
+        own_quality = np.clip(direct.score + factors @ direct.score_slope, 0.0, 1.0)
+        own_cost = np.maximum(direct.cost + factors @ direct.cost_slope, 0.0)
+        reach = np.tensordot(p, self.reach, axes=1)
         return Estimate(
-            quality=np.clip(both[:count], 0.0, 1.0),
-            cost=np.maximum(both[count:], 0.0),
-            reach=np.tensordot(p, self.reach, axes=1),
+            quality=trust * quality + (1 - trust) * own_quality,
+            cost=trust * cost + (1 - trust) * own_cost,
+            reach=trust * reach + (1 - trust) * direct.reach,
         )
 
     def only(self, experts: Sequence[str]) -> ExpertMap:
@@ -193,4 +265,6 @@ class ExpertMap:
             score_slope=slopes[:, :, 0].astype(np.float64),
             cost_slope=slopes[:, :, 1].astype(np.float64),
             max_novelty=self.max_novelty,
+            direct=self.direct.only(keep),
+            trust_power=self.trust_power,
         )

@@ -78,9 +78,50 @@ def test_expert_map_quality_stays_within_bounds(folder: Path) -> None:
     assert estimate.cost.min() >= 0
 
 
-def test_expert_map_novel_prompt_gets_the_average(folder: Path) -> None:
+def test_expert_map_without_direct_estimate_novel_prompt_gets_the_average(folder: Path) -> None:
     estimate = ExpertMap.load(folder).estimate(assessed(0.0, 9.0, novelty=0.9))
     assert estimate.quality == pytest.approx([0.45, 0.65, 0.65])
+
+
+DIRECT: dict[str, Any] = {
+    "map.direct_score": np.array([0.5, 0.3, 0.9], np.float32),
+    "map.direct_cost": np.array([2, 8, 3], np.float32),
+    "map.direct_reach": np.array([[0] * 3, [0] * 3, [0.1, 0, 0]], np.float32),
+    "map.direct_score_slope": np.array([[0.2, -0.1, 0]], np.float32),
+    "map.direct_cost_slope": np.array([[0, 0, 1]], np.float32),
+}
+
+
+def with_direct(path: Path, power: float) -> ExpertMap:
+    changed = manifest()
+    changed["map"]["trust_power"] = power
+    save_artifact(path, changed, tensors() | DIRECT, "")
+    return ExpertMap.load(path)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("p", [0.5, 0.8, 1.0])
+def test_expert_map_direct_estimate_counts_as_far_as_the_category_is_doubtful(
+    tmp_path: Path, power: float, p: float
+) -> None:
+    whole, alone = with_direct(tmp_path / "d@1", power), with_direct(tmp_path / "a@1", 0.0)
+    found, mapped = whole.estimate(assessed(p, 1.0)), alone.estimate(assessed(p, 1.0))
+    novel = whole.estimate(assessed(p, 1.0, novelty=0.9))
+    assert novel.quality == pytest.approx([0.7, 0.2, 0.9])
+    assert novel.cost == pytest.approx([2, 8, 4])
+    assert novel.reach[2, 0] == pytest.approx(0.1)
+    trust = p**power
+    for name in ("quality", "cost", "reach"):
+        expected = trust * getattr(mapped, name) + (1 - trust) * getattr(novel, name)
+        assert getattr(found, name) == pytest.approx(expected), name
+    part = whole.only(["b"])
+    assert part.estimate(assessed(p, 1.0)).quality == pytest.approx(found.quality[1:2])
+    assert part.estimate(assessed(p, 1.0)).cost == pytest.approx(found.cost[1:2])
+
+
+def test_expert_map_negative_trust_power_raises(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"trust_power must be 0\.\.64"):
+        with_direct(tmp_path / "d@1", -1.0)
 
 
 def test_expert_map_subset_of_recipes_computes_the_same(folder: Path) -> None:

@@ -111,12 +111,16 @@ def test_fit_and_service_compute_the_same_quality(folder: Path) -> None:
     assert outside.cost == pytest.approx(inside.cost[:, kept], abs=5e-2)
 
 
-def test_fit_unusual_prompt_gets_the_average(folder: Path) -> None:
+def test_fit_unusual_prompt_gets_the_direct_estimate(folder: Path) -> None:
     artifact = load_artifact(folder / "toy@1")
     classifier, found = Classifier.from_artifact(artifact), ExpertMap.from_artifact(artifact)
     assessment = classifier.assess("我爱北京天安门" * 3)
     assert assessment.scores.category == "general"
-    assert found.estimate(assessment).quality == pytest.approx(found.prior @ found.score)
+    quality = found.estimate(assessment).quality
+    direct = found.direct.score + assessment.factors @ found.direct.score_slope
+    assert quality == pytest.approx(np.clip(direct, 0, 1), abs=1e-6)
+    # No gram of it is known, so only collisions of hashes keep it from the mean.
+    assert quality == pytest.approx(found.direct.score, abs=0.05)
 
 
 def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
