@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from service.broker.prices import MICRO, micro
+from service.broker.savings import Saving
 from service.config import BudgetConfig, Config, LimitsConfig
 from service.errors import RateLimitExceededError
 from service.store.protocol import (
@@ -181,6 +182,7 @@ class Ledger:
         ended_s: float = 0.0,
         counts: bool = True,
         noted: bool = True,
+        savings: Sequence[Saving] = (),
     ) -> None:
         """Charge what was used, and release the rest.
 
@@ -191,10 +193,11 @@ class Ledger:
             ended_s: When it ended, in seconds since 1970.
             counts: Whether it counts as a request; not where its failure is this service's fault.
             noted: Whether this is the reservation of the request with which its usage is noted.
+            savings: What it saved against each baseline.
         """
         granted = reservation.granted
         used = [_used(line, usage, counts) for line in granted.claim.lines]
-        note = _note(reservation.tenant, usage, expert, ended_s) if noted else None
+        note = _note(reservation.tenant, usage, expert, ended_s, savings) if noted else None
         await self._store.settle(granted, used, note)
 
     @property
@@ -237,7 +240,7 @@ class Ledger:
         """Usage on each of the last `days` days (UTC), by day; days without usage are left out.
 
         Keys: requests, prompt_tokens, completion_tokens, cost_micro, and the same per
-        expert as `NAME/requests` and so on.
+        expert as `NAME/requests` and so on; `savings.totals` reads the others.
         """
         starts = [int(now_s // _DAY_S) * _DAY_S - i * _DAY_S for i in range(days)]
         found = await self._store.counts([_usage_name(tenant, start) for start in starts])
@@ -368,7 +371,9 @@ def _day(start_s: float) -> str:
     return datetime.fromtimestamp(start_s, UTC).strftime("%Y-%m-%d")
 
 
-def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> UsageNote:
+def _note(
+    tenant: Tenant, usage: Usage, expert: str, ended_s: float, savings: Sequence[Saving]
+) -> UsageNote:
     counts: Mapping[str, int] = {
         "requests": 1,
         "prompt_tokens": usage.prompt_tokens,
@@ -377,4 +382,6 @@ def _note(tenant: Tenant, usage: Usage, expert: str, ended_s: float) -> UsageNot
     }
     if expert:
         counts = {**counts, **{f"{expert}/{name}": count for name, count in counts.items()}}
+    for saving in savings:
+        counts = {**counts, **saving.counts()}
     return UsageNote(_usage_name(tenant, int(ended_s)), counts, _KEEP_USAGE_S)

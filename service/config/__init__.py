@@ -16,6 +16,7 @@ from service.config.loader import load_config, parse_config, read_config
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
+from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config
 from service.config.server import RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
@@ -49,6 +50,7 @@ __all__ = [
     "RemoteConfig",
     "RequestLimits",
     "RouterConfig",
+    "SavingsConfig",
     "ServerConfig",
     "SimulatedOptions",
     "SpendConfig",

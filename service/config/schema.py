@@ -29,6 +29,7 @@ from service.config.presets import (
 )
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
+from service.config.savings import SavingsConfig
 from service.config.server import EncoderConfig, RouterConfig, ServerConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
@@ -74,6 +75,7 @@ class Config(Section):
     prices: PricesConfig = Field(default_factory=lambda: PricesConfig())
     budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
     feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
+    savings: SavingsConfig = Field(default_factory=lambda: SavingsConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
@@ -313,6 +315,9 @@ def _check_names(config: Config) -> None:
             raise ValueError(f"experts.{name}: the prefix 'auto' is reserved")
     _check_recipes(config, names)
     _check_spaces(config)
+    for name in config.savings.against or ():
+        if name not in names and name not in config.recipes:
+            raise ValueError(f"savings.against: {_unknown(name, names | {*config.recipes})}")
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
     placed: set[str] = set()
@@ -439,6 +444,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("recipes", "*"): RecipeConfig,
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
+    ("savings",): SavingsConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,

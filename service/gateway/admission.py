@@ -21,6 +21,7 @@ import orjson
 
 from service.broker.ledger import Ledger, Reservation, UsageBound
 from service.broker.prices import Price, cost, prices_of
+from service.broker.savings import Saving
 from service.config import Config
 from service.errors import (
     CoeError,
@@ -52,6 +53,7 @@ _FRAME_TOKENS = 64
 
 
 Charged = Callable[[Tenant, str, Sequence[ExpertCall]], None]
+Compared = Callable[[Tenant, Sequence[Saving]], None]
 
 
 @dataclass(slots=True)
@@ -114,6 +116,7 @@ class Admission:
         context: Returns an expert's context in tokens, 0 where it is unknown.
         charged: Called at the end of each request, with its tenant, its outcome and its calls.
         defaults: The defaults of the experts.
+        compared: Called with what each request saved, for the requests that the router decided.
     """
 
     def __init__(
@@ -124,12 +127,14 @@ class Admission:
         context: Callable[[str], int],
         charged: Charged,
         defaults: RequestDefaults,
+        compared: Compared,
     ) -> None:
         self.authenticator = authenticator
         self.ledger = ledger
         self._prices = prices_of(config)
         self._context = context
         self._charged = charged
+        self._compared = compared
         self._defaults = defaults
         self._counts = bool(config.tenants or config.budgets)
         self._settling: set[asyncio.Task[None]] = set()
@@ -167,7 +172,10 @@ class Admission:
         log_fields(tenant=tenant.name, key=tenant.key)
         entry = Entry(secrets.token_hex(12), tenant, record, self._counts or bool(tenant.key))
         if not entry.counts:
-            yield entry
+            try:
+                yield entry
+            finally:
+                self._savings(entry, record.calls)
             return
         try:
             entry.held.append(await self.ledger.arrive(entry.id, tenant))
@@ -299,6 +307,7 @@ class Admission:
             sum(call.cost for call in calls),
         )
         self._charged(entry.tenant, entry.outcome, calls)
+        savings = self._savings(entry, calls)
         # The usage is written to the store in the same step as a reservation is settled there.
         kept = [held for held in entry.held if held.granted.claim.lines] or entry.held
         settled = await asyncio.gather(
@@ -310,6 +319,7 @@ class Admission:
                     ended_s=time.time(),
                     counts=not entry.ours,
                     noted=held is kept[-1] and not entry.ours,
+                    savings=savings,
                 )
                 for held in entry.held
             ),
@@ -320,6 +330,21 @@ class Admission:
                 log.error("settlement of a request failed: %s", error.code)
             elif error is not None:
                 log.error("settlement of a request failed", exc_info=error)
+
+    def _savings(self, entry: Entry, calls: Sequence[ExpertCall]) -> tuple[Saving, ...]:
+        """Compare a request with the baselines."""
+        comparison = entry.record.comparison
+        answered = [call for call in calls if call.expert == entry.record.expert]
+        if comparison is None or not answered:
+            return ()
+        tokens = answered[-1].prompt_tokens
+        spent = sum(call.cost for call in calls)
+        if tokens is None:
+            # A stream without usage, where nobody is charged.
+            spent += cost(answered[-1].price, comparison.prompt_tokens, 0)
+        savings = comparison.settle(tokens, spent)
+        self._compared(entry.tenant, savings)
+        return savings
 
     async def _calls(self, entry: Entry, expert: str) -> list[ExpertCall]:
         if entry.meter is None:

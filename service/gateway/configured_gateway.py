@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.broker.ledger import Ledger
+from service.broker.savings import Saving, SavingsTotal
 from service.capabilities import with_capabilities
 from service.config import Config
 from service.default_prices import with_default_prices
@@ -163,6 +164,7 @@ class ConfiguredGateway:
             self.dispatcher.context,
             self._count_charged,
             defaults,
+            self._count_savings,
         )
         self.services = GatewayServices(
             config=config,
@@ -178,6 +180,7 @@ class ConfiguredGateway:
                 resources.budget_prices,
                 state.prefix_affinity,
                 self.feedback,
+                routing.savings,
             ),
             sessions=self.sessions,
             feedback=self.feedback,
@@ -199,6 +202,7 @@ class ConfiguredGateway:
             state.recent,
             resources.budget_prices.prices,
             state.history,
+            state.savings,
             self._frontier(routing),
         )
         self.app = build_app(
@@ -272,3 +276,14 @@ class ConfiguredGateway:
         for call in calls:
             tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)
             self._registry.add(metrics.TENANT_TOKENS, tokens, tenant.name)
+
+    def _count_savings(self, tenant: Tenant, savings: Sequence[Saving]) -> None:
+        """Count what a request saved, for the tenant's metrics and the operator's console."""
+        for saving in savings:
+            self._resources.state.savings.setdefault(saving.baseline, SavingsTotal()).add(saving)
+            labels = tenant.name, saving.baseline
+            self._registry.add(metrics.SAVINGS_REQUESTS, 1, *labels)
+            self._registry.add(metrics.SAVINGS_COST, saving.cost, *labels)
+            self._registry.add(metrics.SAVINGS_BASELINE_COST, saving.baseline_cost, *labels)
+            self._registry.add(metrics.SAVINGS_QUALITY, saving.quality, *labels)
+            self._registry.add(metrics.SAVINGS_BASELINE_QUALITY, saving.baseline_quality, *labels)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.broker.pool_state import BootId, Place
 from service.broker.prices import Price, cost
+from service.broker.savings import Comparison
 from service.broker.sessions import SessionOutcome
 from service.engine.base import Send
 from service.errors import CoeError
@@ -145,6 +146,7 @@ class RequestRecord:
         failed: Attempts that failed before the first byte, as (expert, code).
         trace: Its trace, where requests are traced.
         calls: Its calls of experts.
+        comparison: What it is compared with in the savings ledger; None where it is not.
         unfinished: Calls that were given up because the client left or its deadline passed.
         tried: How often each place, as (expert, pool), was tried.
         session: How the conversation's session took part in the choice; None without one.
@@ -184,6 +186,7 @@ class RequestRecord:
     failed: list[tuple[str, str]] = field(default_factory=list)
     trace: Trace | None = None
     calls: list[ExpertCall] = field(default_factory=list)
+    comparison: Comparison | None = None
     unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[Place] = field(default_factory=Counter)
     session: SessionOutcome | None = None

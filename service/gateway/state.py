@@ -16,6 +16,7 @@ from typing import Any
 
 from service.broker.breaker import BreakerPolicy, Breakers, RetryBudget
 from service.broker.cost_model import Lengths
+from service.broker.savings import SavingsTotal
 from service.config import BreakerConfig, Config, ExpertConfig
 from service.gateway.console.event_stream import HISTORY
 from service.gateway.console.request_history import RequestHistory
@@ -50,6 +51,7 @@ class GatewayState:
         sessions: The conversations of each tenant, with the experts that answered them.
         lengths: Learned lengths of answers.
         escalations: Learned frequency of calls of cascades' later experts.
+        savings: What requests saved since the gateway's start, by baseline, of all tenants.
         created_s: When the gateway was started, in seconds since 1970.
     """
 
@@ -62,6 +64,7 @@ class GatewayState:
     sessions: SessionMemory = field(default_factory=SessionMemory)
     lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
+    savings: dict[str, SavingsTotal] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 # The bound of each label's values. `MAX_SERIES` limits every metric as well.
 LABELS = {
     "action": "passed, flagged, redacted, refused",
+    "baseline": "an expert or recipe of `savings.against`, or the one of best quality",
     "budget": "name of a budget in the config, or tenant/NAME for a tenant's own",
     "category": "a category of the router's artifact or the config; empty where none was found",
     "decision": "of a conversation's next turn: locked, kept, switched, released",

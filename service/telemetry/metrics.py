@@ -329,6 +329,37 @@ TENANT_TOKENS = counter(
     ("tenant",),
     "Charged tokens of prompts and answers, by tenant.",
 )
+SAVINGS_REQUESTS = counter(
+    "coe_savings_requests_total",
+    Side.GATEWAY,
+    ("tenant", "baseline"),
+    "Answered requests that the router decided and that were compared with a baseline.",
+)
+SAVINGS_COST = counter(
+    "coe_savings_cost_total",
+    Side.GATEWAY,
+    ("tenant", "baseline"),
+    "What the compared requests cost, in units of cost.",
+)
+SAVINGS_BASELINE_COST = counter(
+    "coe_savings_baseline_cost_total",
+    Side.GATEWAY,
+    ("tenant", "baseline"),
+    "What the baseline would be expected to cost for the same requests; less "
+    "`coe_savings_cost_total` it is what was saved.",
+)
+SAVINGS_QUALITY = counter(
+    "coe_savings_quality_total",
+    Side.GATEWAY,
+    ("tenant", "baseline"),
+    "Sum of the expected qualities of the recipes that answered the compared requests.",
+)
+SAVINGS_BASELINE_QUALITY = counter(
+    "coe_savings_baseline_quality_total",
+    Side.GATEWAY,
+    ("tenant", "baseline"),
+    "Sum of the expected qualities of the baseline on the same requests.",
+)
 STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
@@ -441,6 +472,11 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         SHADOW_PRICE,
         TENANT_REQUESTS,
         TENANT_TOKENS,
+        SAVINGS_REQUESTS,
+        SAVINGS_COST,
+        SAVINGS_BASELINE_COST,
+        SAVINGS_QUALITY,
+        SAVINGS_BASELINE_QUALITY,
         STORE_UP,
         STORE_OUTAGES,
         STORE_PENDING_SETTLEMENTS,

@@ -58,6 +58,33 @@ TENANTS = Board(
                     "stacked",
                     "Prompts and answers, per second.",
                 ),
+                Chart(
+                    "Saved against always asking the baseline",
+                    (
+                        Query(
+                            f"1 - {rate('coe_savings_cost_total', 'tenant, baseline')} / "
+                            f"{rate('coe_savings_baseline_cost_total', 'tenant, baseline')}",
+                            "{{tenant}} against {{baseline}}",
+                        ),
+                    ),
+                    "percentunit",
+                    "lines",
+                    "Share of the baseline's expected cost. Below 0 the router paid more.",
+                ),
+                Chart(
+                    "Expected quality gained over the baseline",
+                    (
+                        Query(
+                            f"({rate('coe_savings_quality_total', 'tenant, baseline')} - "
+                            f"{rate('coe_savings_baseline_quality_total', 'tenant, baseline')}) / "
+                            f"{rate('coe_savings_requests_total', 'tenant, baseline')}",
+                            "{{tenant}} against {{baseline}}",
+                        ),
+                    ),
+                    "percentunit",
+                    "lines",
+                    "Mean difference for each compared request. Below 0 the router saved cost.",
+                ),
             ),
         ),
         (

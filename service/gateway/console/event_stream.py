@@ -17,6 +17,7 @@ import orjson
 
 from service import __version__
 from service.broker.pool_state import PoolView
+from service.broker.savings import SavingsTotal
 from service.config import Config
 from service.errors import OverCapacityError, PoolUnavailableError
 from service.gateway.console.request_history import RequestHistory
@@ -53,6 +54,7 @@ class EventStream:
         budgets: Returns (name, shadow price, share that is left) of each budget.
         history: The points of the graphs, at most `HISTORY`. They outlive a config.
         routing: What `auto` chooses at which price (`Frontier.to_json`); None without a router.
+        savings: What requests saved, by baseline.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class EventStream:
         recent: RequestHistory,
         budgets: Callable[[], list[tuple[str, float, float]]],
         history: deque[dict[str, Any]],
+        savings: Mapping[str, SavingsTotal],
         routing: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
@@ -81,6 +84,7 @@ class EventStream:
         self._rates: dict[tuple[str, str], float] = {}
         self._counted: deque[tuple[float, dict[tuple[str, str], int]]] = deque(maxlen=_OVER)
         self._history = history
+        self._savings = savings
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events.
@@ -129,6 +133,9 @@ class EventStream:
             "budgets": [
                 {"name": name, "price": price, "left": round(left, 4)}
                 for name, price, left in self._budgets()
+            ],
+            "savings": [
+                {"against": name, **total.to_json()} for name, total in self._savings.items()
             ],
             "totals": self._recent.totals(now_s),
             "flows": self._recent.flows(now_s),

@@ -26,6 +26,7 @@ from service.broker.cost_model import CostModel
 from service.broker.demand import can_serve, failure_reason
 from service.broker.pool_state import Place, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.savings import Comparison, SavingsModel
 from service.broker.selection import Candidate, Selection, select
 from service.engine.base import EngineRequest
 from service.errors import (
@@ -100,6 +101,7 @@ class RecipeExecutor:
         budget_prices: Knows how much of each budget is left.
         prefix_affinity: Remembers which engine has a conversation in its prefix cache.
         feedback: Remembers replies, so that clients can vote on them.
+        savings: Compares the choices with always asking the same recipe.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class RecipeExecutor:
         budget_prices: BudgetPrices,
         prefix_affinity: PrefixAffinity,
         feedback: FeedbackService,
+        savings: SavingsModel,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalog = catalog
@@ -119,6 +122,7 @@ class RecipeExecutor:
         self._budget_prices = budget_prices
         self._prefix_affinity = prefix_affinity
         self._feedback = feedback
+        self._savings = savings
 
     async def execute(
         self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
@@ -135,6 +139,7 @@ class RecipeExecutor:
             CoeError: The request failed, and nothing has been sent.
         """
         record = reply.record
+        asked = request
         select_began_s = reply.began_s = time.monotonic()
         deadline_s = record.arrived_s + request.deadline_ms / 1000
         if select_began_s >= deadline_s:
@@ -195,11 +200,31 @@ class RecipeExecutor:
                 expected = plan.reach[best]
                 self._quality_model.observe_escalations(row, expected, ensemble.escalations)
         finally:
+            if complete and row >= 0 and record.status == 200:
+                record.comparison = self._compare(asked, plan, row, record.expert)
             self._learn_lengths(plan, reply, complete=complete)
             if row >= 0 and record.status == 200:
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)
                 ids = (request.request_id, request.client_id)
                 self._feedback.record_answer(request.tenant, ids, plan.category, row)
+
+    def _compare(
+        self, request: InferenceRequest, plan: RoutePlan, row: int, expert: str
+    ) -> Comparison | None:
+        """Compare an answered request with the savings ledger's baselines."""
+        if plan.estimates is None:
+            return None
+        return self._savings.compare(
+            row,
+            expert,
+            plan.estimates,
+            category=plan.category,
+            prompt_tokens=request.prompt_tokens,
+            most_tokens=request.most_tokens,
+            answers=request.answers,
+            added_tokens=self._dispatcher.defaults.added_tokens(request, self._catalog.experts),
+            max_cost=request.max_cost,
+        )
 
     def within_bounds(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Drop the candidates that break the request's own bounds.

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.broker.prices import MICRO
+from service.broker.savings import is_saving, totals
 from service.config import Config
 from service.errors import InvalidRequestError
 from service.gateway.dependencies import CountedTenant, Services, json_response
@@ -42,6 +43,9 @@ async def usage(request: Request, services: Services, tenant: CountedTenant) -> 
                 for account, balance in limits.values()
             ],
             "days": {day: _day(counts) for day, counts in days.items()},
+            "savings": {
+                name: total.to_json() for name, total in totals(list(days.values())).items()
+            },
         }
     )
 
@@ -79,7 +83,11 @@ def _limit(account: Account, balance: AccountBalance, *, shared: bool = False) -
 def _day(counts: dict[str, int]) -> dict[str, Any]:
     """One day's counts, in total and by expert."""
     day: dict[str, Any] = {"experts": {}}
+    if savings := totals([counts]):
+        day["savings"] = {name: total.to_json() for name, total in savings.items()}
     for name, count in sorted(counts.items()):
+        if is_saving(name):
+            continue
         expert, _, unit = name.rpartition("/")
         value = count / MICRO if unit == "cost_micro" else count
         place = day["experts"].setdefault(expert, {}) if expert else day

@@ -17,6 +17,7 @@ from service.broker.pool_state import Floats, Place
 from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.reference import best_shares
+from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.sessions import SessionTerms
 from service.classifier.artifact import load_artifact
@@ -74,6 +75,7 @@ class RoutePlan:
         session: The terms of the conversation's session; None without one, or where the client
             names another category or an expert.
         prefix_cache: The pool that has the conversation in its prefix cache, by its session.
+        estimates: What is expected of every recipe, where the client left the choice to the router.
     """
 
     rows: Ints
@@ -92,6 +94,7 @@ class RoutePlan:
     stage: str = ""
     session: SessionTerms | None = None
     prefix_cache: PrefixCacheHint | None = None
+    estimates: RecipeEstimates | None = None
 
     def only(self, keep: NDArray[np.bool_], reason: str | None = None) -> RoutePlan:
         """Keep some of the rows.
@@ -393,6 +396,7 @@ class SemanticRouter:
             scores.stage if scores is not None else "",
             terms,
             None if terms is None else _prefix_cache(session),
+            RecipeEstimates(quality, reach, possible & (quality >= request.min_quality)),
         )
 
     def _terms(
@@ -565,6 +569,7 @@ class RoutingSetup:
         stages: The stages of the classifier. They are started and stopped with the gateway.
         has_map: Whether the artifact's map knows experts of the config.
         shares: Category → its share of the prompts of the map's fit.
+        savings: What the choices are compared with.
 
     Raises:
         ArtifactError: The router's artifact can't be used.
@@ -604,6 +609,7 @@ class RoutingSetup:
         self.cost_model = CostModel(
             self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
         )
+        self.savings = self._savings_model(config)
         assess = self.stages.assess if self.stages.classifies else None
         self.router = SemanticRouter(
             config,
@@ -613,6 +619,26 @@ class RoutingSetup:
             self.cost_model.per_token,
             self.stages.refine,
         )
+
+    def _savings_model(self, config: Config) -> SavingsModel:
+        catalog = self.catalog
+        named = dict(catalog.index)
+        named |= {
+            name: catalog.recipe_index[recipe.recipe()] for name, recipe in config.recipes.items()
+        }
+        against = config.savings.against
+        if against is None:
+            silent = np.array(
+                ["chat" not in config.experts[name].capabilities for name in catalog.experts]
+            )
+            able = ~(catalog.uses & silent).any(axis=1)
+            best = best_baseline(self.quality_model.by_category(), able)
+            names = {row: name for name, row in reversed(named.items())}
+            if best is not None and best not in names:
+                names[best] = catalog.recipes[best].name.replace("→", "->")
+                named[names[best]] = best
+            against = () if best is None else (names[best],)
+        return SavingsModel(catalog, self.cost_model, against, named)
 
 
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:

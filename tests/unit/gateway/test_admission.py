@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from service.broker.ledger import Ledger
+from service.broker.savings import Saving
 from service.config import Config
 from service.errors import (
     DeadlineExceededError,
@@ -51,6 +52,7 @@ class Door:
         self.tenant = Tenant("acme", "a")
         self.ledger = Ledger(config, MemoryStore(clock))
         self.told: list[tuple[str, list[ExpertCall]]] = []
+        self.saved: list[Saving] = []
 
         class NoBook:
             async def records(self) -> list[Any]:
@@ -63,6 +65,7 @@ class Door:
             lambda expert: context,
             lambda tenant, outcome, calls: self.told.append((outcome, list(calls))),
             RequestDefaults(config),
+            lambda tenant, savings: self.saved.extend(savings),
         )
 
     def asked(self, path: str = CHAT, **data: Any) -> InferenceRequest:

@@ -55,3 +55,16 @@ export function drawBudgets(budgets) {
       el("span", {}, `${Math.max(0, one.left * 100).toFixed(0)} % left`),
       el("span", { class: "note" }, one.price ? `a unit is worth ${one.price.toPrecision(2)}` : "not short"))));
 }
+
+export function drawSavings(savings) {
+  byId("savings-card").hidden = !savings?.length;
+  if (!savings?.length) return;
+  byId("savings").replaceChildren(...savings.map((one) => {
+    const share = one.baseline_cost > 0 ? one.saved_cost / one.baseline_cost : 0;
+    const points = 100 * one.quality_gain;
+    return el("div", { class: "budget" }, el("span", {}, one.against),
+      el("span", { class: "meter" }, el("b", { style: { width: `${Math.max(0, Math.min(1, share)) * 100}%` } })),
+      el("span", {}, `${(share * 100).toFixed(0)} % of the cost`),
+      el("span", { class: "note" }, `expected quality ${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points · ${one.requests} requests`));
+  }));
+}
