@@ -28,7 +28,7 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
-    /opt/coe/bin/python -m service.launch.haproxy /opt/coe/haproxy
+    /opt/coe/bin/python -m service.launch.haproxy_config /opt/coe/haproxy
 COPY Dockerfile NOTICE ./
 COPY deploy/packages.py deploy/sbom.py deploy/
 RUN /opt/coe/bin/python -m deploy.sbom -o /opt/coe/sbom.cdx.json && \
@@ -44,7 +44,7 @@ COPY service service
 COPY router_models router_models
 RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
-    /opt/coe/bin/python -m service.launch.haproxy /opt/coe/haproxy
+    /opt/coe/bin/python -m service.launch.haproxy_config /opt/coe/haproxy
 COPY Dockerfile ./
 COPY deploy/packages.py deploy/notice.py deploy/sbom.py deploy/
 RUN /opt/coe/bin/python -m deploy.sbom --gpu -o /opt/coe/sbom.cdx.json && \

@@ -26,7 +26,7 @@ from service.broker.selection import Selection
 from service.config import Config
 from service.errors import RateLimitExceededError
 from service.gateway.budget_prices import RENEW_IDLE_S, BudgetPrices
-from service.store.memory import MemoryStore
+from service.store.memory_store import MemoryStore
 from service.types import NOBODY, Usage
 
 GATEWAYS = (1, 2, 4, 8)

@@ -7,7 +7,7 @@ from pathlib import Path
 from service.config import Config, ExpertConfig
 from service.errors import CoeError, ConfigError
 from service.models.expert_folders import folder_here
-from service.models.senses import Senses, senses_of
+from service.models.input_modalities import Senses, senses_of
 
 
 def with_capabilities(config: Config) -> Config:

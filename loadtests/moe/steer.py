@@ -16,8 +16,8 @@ from loadtests.moe.model import random_mixtral
 from loadtests.swap.engine import SharedEngine, ask
 from service.config import Config, VllmOptions
 from service.engine.vllm.swapping import Weights
-from service.moe.profiles import steering_of
-from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.virtual_expert_profiles import steering_of
 
 EXCHANGE_MS = 30.0
 _BASE = "base"

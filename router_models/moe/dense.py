@@ -21,7 +21,7 @@ from router_models.moe.gates import read as read_statistics
 from service.errors import ArtifactError, CoeError
 from service.models import AdapterInfo, inspect_model
 from service.models.lora_merge import LoraDelta
-from service.models.store import MANIFEST, read_manifest
+from service.models.model_store import MANIFEST, read_manifest
 
 STATISTICS = Path("upcycle/statistics.safetensors")
 """Beside the checkpoint, in a folder of its own: engines read every safetensors file they see."""

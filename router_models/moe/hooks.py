@@ -1,9 +1,9 @@
 """Hooks into the gates of a transformers model: find, record and steer them.
 
 The hooks check every assumption about a model's class. A router must choose as
-`service.moe.steering.steer` does, the experts' outputs must equal the outputs computed here expert
-by expert, and their sum must be added to the residual stream. A model that computes its layers in
-another way is refused by the name of its class.
+`service.moe.steering_profile.steer` does, the experts' outputs must equal the outputs computed here
+expert by expert, and their sum must be added to the residual stream. A model that computes its
+layers in another way is refused by the name of its class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.errors import ArtifactError
-from service.moe.steering import LayerSteering, MoeShape, steer
+from service.moe.steering_profile import LayerSteering, MoeShape, steer
 
 _CLOSE = 2e-2
 """Relative to the largest value: bfloat16 keeps eight bits, and sums come in another order."""
@@ -234,7 +234,7 @@ def _steering_hook(layer: LayerSteering, shape: MoeShape) -> Callable[..., Any]:
 def _check_gate(
     model: Any, layer: RoutedLayer, given: Tensor, ids: Tensor, weights: Tensor, shape: MoeShape
 ) -> None:
-    """Check that an unsteered gate chooses as `service.moe.steering` defines it."""
+    """Check that an unsteered gate chooses as `service.moe.steering_profile` defines it."""
     logits = _logits(layer.router, given)
     ours = steer(logits, LayerSteering.of(shape.experts), shape)
     if tuple(ids.shape) != ours[1].shape:

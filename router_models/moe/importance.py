@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_models.moe.hooks import LayerActivations, RoutedLayer, capture_activations
-from service.moe.steering import MoeShape
+from service.moe.steering_profile import MoeShape
 
 Floats = NDArray[np.float64]
 

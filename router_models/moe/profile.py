@@ -22,7 +22,7 @@ from router_models.moe.importance import Importance, keep_best, measure
 from router_models.moe.profile_evaluation import ExpertReads, Judged, QualityLoss
 from router_models.moe.profile_prompts import ProfileError, read_texts, tokenized
 from service.models import inspect_model, locate
-from service.moe.steering import (
+from service.moe.steering_profile import (
     LayerSteering,
     MoeShape,
     SteeringProfile,

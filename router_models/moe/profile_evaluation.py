@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from router_models.experts.evaluate import RowScore, compare
 from router_models.moe.hooks import RoutedLayer, capture_choices, steer_gates
 from router_models.moe.profile_prompts import Text
-from service.moe.steering import MoeShape, SteeringProfile
+from service.moe.steering_profile import MoeShape, SteeringProfile
 
 BATCHES = (1, 8, 32)
 """Tokens that are decoded side by side, for which reads are counted."""

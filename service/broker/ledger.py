@@ -18,7 +18,8 @@ from service.broker.prices import MICRO, micro
 from service.broker.savings import Saving
 from service.config import BudgetConfig, Config, LimitsConfig
 from service.errors import RateLimitExceededError
-from service.store.protocol import (
+from service.store.limit_windows import DAY, MINUTE, MONTH, NOW, Window, fixed
+from service.store.store_interface import (
     Account,
     AccountBalance,
     Charge,
@@ -28,7 +29,6 @@ from service.store.protocol import (
     StoreClaim,
     UsageNote,
 )
-from service.store.windows import DAY, MINUTE, MONTH, NOW, Window, fixed
 from service.types import Limits, Tenant, Usage
 
 _KEEP_USAGE_S = 400 * 86_400

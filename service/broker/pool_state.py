@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from service.rpc.expert_speed import PRIOR
+from service.rpc.expert_latency import PRIOR
 from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
 from service.types import Residency
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from service.cli.http import admin, url_option
-from service.cli.output import size
+from service.cli.http_client import admin, url_option
+from service.cli.table_output import size
 
 
 @click.group(invoke_without_command=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from service.cli.output import size, table
+from service.cli.table_output import size, table
 from service.errors import CoeError
 
 
@@ -30,9 +30,9 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     It fetches nothing; `coe serve` fetches the models that the config names.
     """
     import router_models
-    from service.cli.compose.shipped import shipped_map, write_composed
-    from service.cli.machine import inspect_machine
-    from service.cli.presets import config_text, describe, propose
+    from service.cli.compose.shipped_composition import shipped_map, write_composed
+    from service.cli.init_proposals import config_text, describe, propose
+    from service.cli.machine_resources import inspect_machine
     from service.models import model_root
 
     if output.exists() and not force:

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from service.cli.http import admin, url_option
-from service.cli.output import table
+from service.cli.http_client import admin, url_option
+from service.cli.table_output import table
 from service.errors import CoeError
 
 _DURATION = re.compile(r"^(\d+)([smhd])$")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.http import ask
-from service.cli.output import table
+from service.cli.http_client import ask
 from service.cli.serve import CONFIG
+from service.cli.table_output import table
 
 if TYPE_CHECKING:
     from service.gateway.request.parsing import InferenceRequest

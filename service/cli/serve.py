@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.output import size, table
+from service.cli.table_output import size, table
 from service.errors import ModelStoreError
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import click
 
-from service.cli.http import admin_headers, url_option
-from service.cli.output import size
-from service.cli.sse import events, open_stream
+from service.cli.event_client import events, open_stream
+from service.cli.http_client import admin_headers, url_option
+from service.cli.table_output import size
 from service.errors import CoeError
 
 
@@ -196,7 +196,7 @@ def make_app(url: str) -> Any:
         def _operate(self, operation: str, name: str) -> None:
             from urllib.parse import quote
 
-            from service.cli.http import admin
+            from service.cli.http_client import admin
 
             try:
                 result = admin(url, "POST", f"/admin/experts/{quote(name)}/{operation}")

@@ -4,17 +4,17 @@ One YAML file describes a composition. Unknown keys are refused. Each error name
 path in it, the fault, and the allowed values.
 """
 
+from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.base import parse_bytes
 from service.config.breaker import BreakerConfig
-from service.config.cache import CacheConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
 from service.config.limits import RequestLimits
 from service.config.loader import load_config, parse_config, read_config
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
-from service.config.prices import PricesConfig
+from service.config.price_unit import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config

@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
-from service.config.cache import CacheConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
 from service.config.defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
@@ -27,7 +27,7 @@ from service.config.presets import (
     FastPresetConfig,
     PresetsConfig,
 )
-from service.config.prices import PricesConfig
+from service.config.price_unit import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
 from service.config.server import EncoderConfig, RouterConfig, ServerConfig

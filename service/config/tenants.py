@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from service.config.answer_cache import CacheConfig
 from service.config.base import Bytes, Name, Section
-from service.config.cache import CacheConfig
 from service.config.guard import GuardConfig
 
 Period = Literal["day", "month"]

@@ -25,7 +25,7 @@ from service.gateway.auth import configured
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions
-from service.moe.profiles import profile_digests
+from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.memory_plan import check_plan, folders_of, plan_pool
 from service.pool.weight_sharing import share_weights
 

@@ -31,7 +31,7 @@ from service.errors import UnavailableError
 from service.gateway.runtime import GatewayRuntime
 from service.pool.process import PoolProcess
 from service.rpc import pool_addresses
-from service.rpc.auth import node_folder, read_secret
+from service.rpc.cluster_secret import node_folder, read_secret
 from service.telemetry.logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_exporter import own_folder
 

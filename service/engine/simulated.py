@@ -47,7 +47,7 @@ from service.errors import (
     UnknownEndpointError,
 )
 from service.http.asgi import body_message, send_json, start_response
-from service.http.endpoints import TABLE
+from service.http.prompt_endpoints import TABLE
 
 _GENERATING = frozenset({CHAT, COMPLETIONS, MESSAGES, RESPONSES})
 ENDPOINTS = _GENERATING | {"/v1/embeddings", "/tokenize", "/detokenize"}

@@ -1,6 +1,6 @@
 """The plain data of a steered expert for an engine: its base, and the changes of each layer.
 
-`service.moe.steering.steer` defines the effect.
+`service.moe.steering_profile.steer` defines the effect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RECORD_CHOICES_KEY = "coe_record_choices"
 
 @dataclass(frozen=True, slots=True)
 class SteeredLayer:
-    """The changes of one decoder layer's gate, as in `service.moe.steering.LayerSteering`."""
+    """One decoder layer's changed gate, as in `service.moe.steering_profile.LayerSteering`."""
 
     layer: int
     mask: tuple[bool, ...]

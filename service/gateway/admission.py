@@ -36,8 +36,8 @@ from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import UsageMeter
 from service.http.asgi import ClientDisconnectedError
-from service.http.endpoints import TABLE, UNCHARGED
 from service.http.openai_errors import status_of
+from service.http.prompt_endpoints import TABLE, UNCHARGED
 from service.telemetry.logging import log_fields
 from service.types import Tenant, Usage
 

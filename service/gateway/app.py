@@ -31,8 +31,8 @@ from service.gateway.routes import (
 )
 from service.gateway.routes.inference import InferenceEndpoint
 from service.http.asgi import Message, Receive, Send, send_response
-from service.http.endpoints import ENDPOINTS
 from service.http.openai_errors import ErrorResponse, dialect_of, error_response
+from service.http.prompt_endpoints import ENDPOINTS
 from service.telemetry.metrics import REQUESTS_REJECTED
 
 log = logging.getLogger("coe.api")

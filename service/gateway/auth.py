@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.gateway.audit_log import REFUSALS
 from service.store.keys import KeyRecord, KeyRepository, KeyTable, digest_of
-from service.tasks import cancel_and_wait
+from service.task_cancellation import cancel_and_wait
 from service.types import NOBODY, Tenant
 
 log = logging.getLogger("coe.keys")

@@ -20,9 +20,9 @@ from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot
 from service.broker.ledger import BudgetState, Ledger
 from service.broker.selection import Selection
 from service.errors import StoreUnavailableError
-from service.store.names import join_name
-from service.store.protocol import Granted, Store, StoreClaim, UsageNote
-from service.tasks import cancel_and_wait
+from service.store.record_names import join_name
+from service.store.store_interface import Granted, Store, StoreClaim, UsageNote
+from service.task_cancellation import cancel_and_wait
 from service.types import Tenant
 
 log = logging.getLogger("coe.spending")

@@ -36,7 +36,7 @@ from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
 from service.store.keys import KeyService
-from service.store.protocol import Store
+from service.store.store_interface import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
 from service.telemetry.tracing import Traces

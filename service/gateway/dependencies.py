@@ -21,7 +21,7 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.routing.sessions import SessionService
 from service.gateway.state import GatewayState
-from service.rpc.auth import same
+from service.rpc.cluster_secret import same
 from service.rpc.pool_directory import PoolDirectory
 from service.store.keys import KeyService
 from service.types import Tenant

@@ -20,7 +20,6 @@ from service.errors import CoeError, UpstreamError
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.http.asgi import STREAM_HEADERS, LineBuffer, body_message
-from service.http.endpoints import TABLE
 from service.http.openai_errors import (
     Dialect,
     codes_of_ours,
@@ -29,7 +28,8 @@ from service.http.openai_errors import (
     status_of,
     stream_error,
 )
-from service.http.usage import estimate_tokens, reply_usage, token_counts, usage_of
+from service.http.prompt_endpoints import TABLE
+from service.http.token_usage import estimate_tokens, reply_usage, token_counts, usage_of
 from service.rpc.call_headers import QUEUE_MS, SWAP_MS
 
 # What lines must hold to be looked at.

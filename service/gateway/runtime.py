@@ -22,9 +22,9 @@ from service.gateway.guard.screen import Screen
 from service.gateway.state import GatewayState, replaced
 from service.gateway.store_setup import open_store, open_volatile
 from service.models.expert_folders import file_versions
-from service.moe.profiles import profile_digests
+from service.moe.virtual_expert_profiles import profile_digests
 from service.rpc.pool_directory import PoolDirectory
-from service.store.protocol import Store
+from service.store.store_interface import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
 from service.telemetry.setup import node_target, traces_of

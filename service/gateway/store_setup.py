@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from service.config import Config
 from service.errors import ConfigError
 from service.gateway.auth import any_key
-from service.rpc.auth import admin_key_path, keys_path
+from service.rpc.cluster_secret import admin_key_path, keys_path
 from service.store.keys import FileKeyRepository, KeyRepository, KeyService, StoreKeyRepository
-from service.store.memory import MemoryStore
-from service.store.protocol import Store
+from service.store.memory_store import MemoryStore
+from service.store.store_interface import Store
 from service.store.volatile import MemoryVolatileStore, VolatileStore
 
 log = logging.getLogger("coe.app")
@@ -36,7 +36,7 @@ def open_store(config: Config, owner: str) -> Store:
     if given.kind == "memory":
         return MemoryStore()
     # This import is local, because it is slow, and only a service with Redis needs the client.
-    from service.store.redis_client import RedisClient
+    from service.store.redis_commands import RedisClient
     from service.store.redis_store import RedisStore
 
     url = _url(given.url, given.url_env, "url_env")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from service.config import ServerConfig
 from service.errors import CoeError
-from service.launch.haproxy import write_wrapper
-from service.rpc.auth import make_secret
+from service.launch.haproxy_config import write_wrapper
+from service.rpc.cluster_secret import make_secret
 
 # Serve's default range for gateway ports. Each cluster on a machine takes a block of its own.
 _GATEWAY_PORTS = range(30000, 31000)

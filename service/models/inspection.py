@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.adapters import CONFIG_NAME as ADAPTER_CONFIG
-from service.models.adapters import AdapterInfo, inspect_adapter
+from service.models.lora_adapters import CONFIG_NAME as ADAPTER_CONFIG
+from service.models.lora_adapters import AdapterInfo, inspect_adapter
 from service.models.model_config import (
     CONTEXT,
     HEADS,
@@ -31,7 +31,7 @@ from service.models.model_config import (
     optional_integer,
     read_json,
 )
-from service.models.safetensors_file import DTYPE_BITS, TensorInfo, main_dtype, read_header
+from service.models.safetensors_headers import DTYPE_BITS, TensorInfo, main_dtype, read_header
 from service.models.tokenizer_files import has_chat_template, has_tokenizer
 
 _INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from service.errors import ModelStoreError
-from service.models.adapters import CONFIG_NAME, keys_not_merged, refuse_variants
+from service.models.lora_adapters import CONFIG_NAME, keys_not_merged, refuse_variants
 
 # The dtypes of base weights that a merge supports. Weights of other dtypes are quantised and need
 # their scales.

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from service.errors import ModelStoreError
 from service.models.builtin_models import CatalogueEntry, WheelEntry
-from service.models.progress import Progress, watch_folder
-from service.models.store import one_line_errors, sha256_of
+from service.models.model_store import one_line_errors, sha256_of
+from service.models.pull_progress import Progress, watch_folder
 
 _BLOCK_BYTES = 1 << 20
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)

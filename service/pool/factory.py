@@ -10,7 +10,7 @@ from functools import partial
 from service.config import Config, PoolConfig
 from service.engine.base import EngineObserver, SwappingEngine
 from service.models.expert_folders import file_versions
-from service.moe.profiles import profile_digests
+from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
 from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool

@@ -16,9 +16,9 @@ from pathlib import Path
 from service.config import Config, ExpertConfig, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo
-from service.models.adapters import FOLLOWED, find_misfit, name_another_base
-from service.moe.kernels import check_kernels
-from service.moe.profiles import profile_of
+from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
+from service.moe.kernel_check import check_kernels
+from service.moe.virtual_expert_profiles import profile_of
 from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

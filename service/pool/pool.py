@@ -38,7 +38,7 @@ from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
 from service.pool.units import Unit
 from service.rpc.call_headers import Call, Times
-from service.rpc.expert_speed import LatencyEstimator
+from service.rpc.expert_latency import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
 from service.telemetry.logging import log_fields
 

@@ -10,7 +10,7 @@ from service.config import Config
 from service.errors import CoeError
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
-from service.moe.profiles import profile_bytes
+from service.moe.virtual_expert_profiles import profile_bytes
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.rpc.server import PoolApp

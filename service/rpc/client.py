@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 
 from service.errors import PoolUnavailableError, PoolUnreachableError
-from service.rpc import auth as secrets
+from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
 from service.rpc.snapshot import GONE_S, Snapshot, decode
 

@@ -25,7 +25,7 @@ from service.http.asgi import (
     until_gone,
 )
 from service.http.openai_errors import error_response, sse_event
-from service.rpc import auth as secrets
+from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call, parse_call
 
 log = logging.getLogger("coe.link")

@@ -22,7 +22,7 @@ from typing import Protocol
 import orjson
 
 from service.errors import ConfigError, ConflictError, UnknownModelError
-from service.store.protocol import Store
+from service.store.store_interface import Store
 from service.types import Limits
 
 _PREFIX = "coe-"

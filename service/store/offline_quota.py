@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.store.protocol import Account, Granted, Refused, StoreClaim
+from service.store.store_interface import Account, Granted, Refused, StoreClaim
 
 _MAX_ACCOUNTS = 256
 _IDLE_S = 120.0

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.errors import StoreUnavailableError
+from service.store.limit_windows import Window
 from service.store.offline_quota import OfflineQuotas
-from service.store.protocol import (
+from service.store.redis_commands import Lines, RedisClient
+from service.store.store_interface import (
     Account,
     AccountBalance,
     Granted,
@@ -26,9 +28,7 @@ from service.store.protocol import (
     StoreClaim,
     UsageNote,
 )
-from service.store.redis_client import Lines, RedisClient
-from service.store.windows import Window
-from service.tasks import cancel_and_wait
+from service.task_cancellation import cancel_and_wait
 
 log = logging.getLogger("coe.store")
 

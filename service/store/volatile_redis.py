@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from service.errors import StoreUnavailableError
-from service.store.redis_client import RedisConnections
+from service.store.redis_commands import RedisConnections
 
 log = logging.getLogger("coe.store")
 

@@ -10,8 +10,11 @@ from itertools import count
 import pytest
 import pytest_asyncio
 
-from service.store.memory import MemoryStore
-from service.store.protocol import (
+from service.store.limit_windows import DAY, MINUTE, NOW, fixed
+from service.store.memory_store import MemoryStore
+from service.store.redis_commands import RedisClient
+from service.store.redis_store import RedisStore
+from service.store.store_interface import (
     Account,
     AccountBalance,
     Charge,
@@ -21,9 +24,6 @@ from service.store.protocol import (
     StoreClaim,
     UsageNote,
 )
-from service.store.redis_client import RedisClient
-from service.store.redis_store import RedisStore
-from service.store.windows import DAY, MINUTE, NOW, fixed
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until
 

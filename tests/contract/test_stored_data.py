@@ -18,10 +18,10 @@ from redis import Redis
 
 from service.classifier.classifier import Classifier
 from service.store.keys import FileKeyRepository, KeyRepository, KeyTable, StoreKeyRepository
-from service.store.protocol import Account
-from service.store.redis_client import RedisClient
+from service.store.limit_windows import DAY, MONTH
+from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
-from service.store.windows import DAY, MONTH
+from service.store.store_interface import Account
 from tests.support.redis import RedisServer, redis_server
 
 ROOT = Path(__file__).parents[2]

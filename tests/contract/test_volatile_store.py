@@ -13,12 +13,12 @@ from redis import Redis
 
 from service.errors import StoreUnavailableError
 from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
-from service.store.protocol import Account, Charge, Granted, StoreClaim
-from service.store.redis_client import RedisClient
+from service.store.limit_windows import DAY
+from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
+from service.store.store_interface import Account, Charge, Granted, StoreClaim
 from service.store.volatile import MemoryVolatileStore, VolatileStore
 from service.store.volatile_redis import RedisVolatileStore
-from service.store.windows import DAY
 from tests.support.redis import RedisServer, redis_server
 
 _ids = count()

@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import ModelStoreError
 from service.models import inspect_model
-from service.models.adapters import AdapterInfo
+from service.models.lora_adapters import AdapterInfo
 from tests.unit.models.test_model_folders import make_lora
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -83,8 +83,8 @@ def test_adapter_patterns_are_applied_as_by_vllm(tmp_path: Path) -> None:
 def test_adapter_variants_of_vllm_are_all_known() -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
-    from service.models import adapters
+    from service.models import lora_adapters
 
-    known = {*adapters._UNSERVED, *adapters._NEUTRAL, *adapters.FOLLOWED}
+    known = {*lora_adapters._UNSERVED, *lora_adapters._NEUTRAL, *lora_adapters.FOLLOWED}
     own = {field.name for field in fields(PEFTHelper) if not field.name.startswith("vllm_")}
     assert own - known == set(), "a new version of vLLM reads more of adapter_config.json"

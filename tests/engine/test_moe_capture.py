@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from service.config import Config, MoeCapture
 from service.engine.vllm.swapping import SwappingVllmEngine, Weights
-from service.moe.profiles import steering_of
-from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.virtual_expert_profiles import steering_of
 from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
 from tests.support.engine.observer import Watch
 from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, metric_values

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadtests.loop_hold_meter import HoldMeter
-from service.http.endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS
 from tests.support.gateway_thread import GatewayThread, gateway_in_thread
 from tests.support.serving import simulated
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from ray.serve._private import haproxy_templates
 
-from service.launch.haproxy import write_wrapper
+from service.launch.haproxy_config import write_wrapper
 
 # The lines of Serve's own file that we change, and those between.
 CONFIG = """global

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.rpc.auth import node_folder
+from service.rpc.cluster_secret import node_folder
 from service.telemetry import node_exporter
 from service.telemetry.node_exporter import NodeTarget
 from tests.support.waiting import until

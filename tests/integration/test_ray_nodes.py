@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from service.rpc.auth import make_secret
+from service.rpc.cluster_secret import make_secret
 from tests.support.cluster import free_port, wait_until
 from tests.support.ray_nodes import HEAD, ROOT, RayCluster, ray_cluster, up
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from service.errors import StoreUnavailableError
-from service.store.protocol import Account, Charge, Granted, Refused, StoreClaim, UsageNote
-from service.store.redis_client import RedisClient
+from service.store.limit_windows import DAY, MINUTE, NOW
+from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
-from service.store.windows import DAY, MINUTE, NOW
+from service.store.store_interface import Account, Charge, Granted, Refused, StoreClaim, UsageNote
 from tests.support.redis import RedisServer, redis_server
 from tests.support.waiting import until
 

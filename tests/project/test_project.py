@@ -58,7 +58,7 @@ ONLY_IN = {
         "service/deployment/external_cluster_app.py",
         "service/deployment/replica_discovery.py",
         "service/deployment/drain_node.py",
-        "service/deployment/local.py",
+        "service/deployment/local_cluster.py",
         "service/deployment/replicas.py",
     },
     "fastapi": {
@@ -79,7 +79,7 @@ ONLY_IN = {
             )
         ),
     },
-    "redis": {"service/store/redis_client.py"},
+    "redis": {"service/store/redis_commands.py"},
     "pickle": set(),
 }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from service.errors import ModelStoreError
 from service.models import inspect_model
-from service.models.safetensors_file import encode_header, read_header
+from service.models.safetensors_headers import encode_header, read_header
 from tests.unit.models.test_model_folders import LLAMA, llama_tensors, make_llama, make_lora
 
 FILES = settings(

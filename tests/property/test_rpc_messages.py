@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.errors import CoeError
 from service.gateway.request.parsing import parse_request
-from service.http.endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS
 from service.rpc.call_headers import Call, parse_call
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
 from service.types import Residency

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.moe.steering import (
+from service.moe.steering_profile import (
     LayerSteering,
     MoeShape,
     SteeringProfile,

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.store.memory import MemoryStore
-from service.store.protocol import Account, Charge, Granted, Refused, StoreClaim, UsageNote
-from service.store.redis_client import RedisClient
+from service.store.limit_windows import DAY, MINUTE, MONTH, NOW, fixed
+from service.store.memory_store import MemoryStore
+from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
-from service.store.windows import DAY, MINUTE, MONTH, NOW, fixed
+from service.store.store_interface import Account, Charge, Granted, Refused, StoreClaim, UsageNote
 from tests.support.redis import RedisServer, redis_server
 
 _ids = count()

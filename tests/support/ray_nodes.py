@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from service.launch.haproxy import write_wrapper
-from service.rpc.auth import make_secret
+from service.launch.haproxy_config import write_wrapper
+from service.rpc.cluster_secret import make_secret
 from tests.support.cluster import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     haproxy = folder / "h"
     haproxy.mkdir()
     stats, metrics = _free_port(), _free_port()
-    # As `python -m service.launch.haproxy` does it for Serve's own ports.
+    # As `python -m service.launch.haproxy_config` does it for Serve's own ports.
     wrapper = write_wrapper(
         folder / "w", own_ports=(stats, metrics), header_timeout_s=10, fallback_socket=None
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from router_models.composition.estimates import Estimates
     from router_models.composition.problem import Accelerators, Problem
     from router_models.composition.solution import Composition
-    from service.cli.compose.units import Candidates, Size
+    from service.cli.compose.candidate_units import Candidates, Size
     from service.config import Config, PoolConfig
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -33,7 +33,7 @@ _DEFAULT_KV_BYTES = 2 * _GIB
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    from service.cli.compose.units import bytes_of
+    from service.cli.compose.candidate_units import bytes_of
 
     if value is None:
         return None
@@ -46,7 +46,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 def _accelerators(
     _: click.Context, __: click.Parameter, values: tuple[str, ...]
 ) -> list[tuple[int, int]]:
-    from service.cli.compose.units import bytes_of
+    from service.cli.compose.candidate_units import bytes_of
 
     found = []
     for value in values:
@@ -204,7 +204,7 @@ def run(options: Mapping[str, Any]) -> Composition:
     """Run the command; with the option `quiet` nothing but the config is written."""
     from router_models.composition.report import Report, analyse, readable, to_json
     from router_models.composition.solver import solve
-    from service.cli.compose.units import candidates, read_sizes
+    from service.cli.compose.candidate_units import candidates, read_sizes
     from service.config import load_config, read_config
     from service.default_prices import with_default_prices
 
@@ -285,7 +285,7 @@ def _template(config: Config, kind: str | None, on_gpu: bool) -> tuple[str | Non
 
 def _measured(url: str | None) -> dict[str, float]:
     """Return the measured swap seconds of a running service's experts."""
-    from service.cli.http import admin
+    from service.cli.http_client import admin
 
     if url is None:
         return {}
@@ -302,7 +302,7 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     from router_models.outcomes import read_costs, read_outcomes
     from service.broker.prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
-    from service.cli.compose.traffic import read_traffic
+    from service.cli.compose.traffic_shares import read_traffic
 
     source = options["traffic"] or options["live"]
     traffic = read_traffic(source) if source else None
@@ -507,7 +507,7 @@ def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None
     if not options["live"]:
         click.echo(f"wrote {out}: coe check {out}", err=True)
         return
-    from service.cli.http import admin
+    from service.cli.http_client import admin
 
     try:
         done = admin(options["live"], "POST", "/admin/reload")

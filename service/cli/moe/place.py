@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.cli.output import table
+from service.cli.table_output import table
 
 if TYPE_CHECKING:
     from router_models.moe.placement_plan import Plan

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from service.cli.output import size, table
+from service.cli.table_output import size, table
 
 if TYPE_CHECKING:
     from router_models.moe.profile import LearnedProfile

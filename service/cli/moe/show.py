@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from service.cli.http import admin, url_option
+from service.cli.http_client import admin, url_option
 from service.errors import CoeError
 
 # (least load of a cell divided by the layer's mean, its mark, its colour of 256).

@@ -34,9 +34,9 @@ from service.gateway.cache.text_similarity import (
 )
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi import STREAM_HEADERS, send_response
-from service.http.usage import reply_usage, usage_of
-from service.moe.profiles import profile_digests
-from service.store.names import join_name
+from service.http.token_usage import reply_usage, usage_of
+from service.moe.virtual_expert_profiles import profile_digests
+from service.store.record_names import join_name
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
 from service.telemetry.registry import MetricsRegistry

@@ -76,8 +76,8 @@ from service.gateway.routing.quality import QualityModel
 from service.gateway.routing.request_bounds import infeasible_error, within_bounds
 from service.gateway.routing.semantic_router import RoutePlan, selection_request
 from service.http.asgi import body_message, send_response, start_response
-from service.http.endpoints import TABLE
 from service.http.openai_errors import FAULT_HEADER
+from service.http.prompt_endpoints import TABLE
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
 from service.rpc.client import PoolReply
 from service.rpc.pool_directory import PoolDirectory

@@ -12,7 +12,7 @@ from service.broker.pool_state import REMOTE, PoolView
 from service.engine.base import Engine, EngineRequest, Message, Send
 from service.errors import CoeError, ExpertFailedError
 from service.pool.queue import Ticket, TicketQueue
-from service.rpc.expert_speed import LatencyEstimator, ResponseTimer
+from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import NOBODY, Residency, Tenant
 

@@ -16,8 +16,8 @@ from service.broker.pool_state import Floats
 from service.config import Config
 from service.config.defaults import DefaultsConfig
 from service.gateway.request.parsing import InferenceRequest
-from service.http.endpoints import TABLE
-from service.http.usage import estimate_tokens
+from service.http.prompt_endpoints import TABLE
+from service.http.token_usage import estimate_tokens
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

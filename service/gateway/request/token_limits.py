@@ -8,7 +8,7 @@ from service.broker.cost_model import CostModel
 from service.config.limits import RequestLimits
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest
-from service.http.endpoints import TABLE
+from service.http.prompt_endpoints import TABLE
 
 
 def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:

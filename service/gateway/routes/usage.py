@@ -12,7 +12,7 @@ from service.broker.savings import is_saving, totals
 from service.config import Config
 from service.errors import InvalidRequestError
 from service.gateway.dependencies import CountedTenant, Services, json_response
-from service.store.protocol import Account, AccountBalance
+from service.store.store_interface import Account, AccountBalance
 
 router = APIRouter()
 

@@ -30,10 +30,10 @@ from service.errors import (
     StoreUnavailableError,
 )
 from service.gateway.routing.quality import QualityModel
-from service.store.names import join_name
-from service.store.protocol import Granted, Store, StoreClaim, UsageNote
+from service.store.record_names import join_name
+from service.store.store_interface import Granted, Store, StoreClaim, UsageNote
 from service.store.volatile import VolatileStore
-from service.tasks import cancel_and_wait
+from service.task_cancellation import cancel_and_wait
 from service.types import Tenant
 
 log = logging.getLogger("coe.feedback")

@@ -12,7 +12,7 @@ from typing import Any
 from service.broker.pool_state import BootId, Place
 from service.broker.selection import PrefixCacheHint
 from service.gateway.request.parsing import InferenceRequest
-from service.http.usage import estimate_tokens
+from service.http.token_usage import estimate_tokens
 
 _MOST = 20_000
 

@@ -16,7 +16,7 @@ from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.errors import InfeasibleBoundsError, InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest
-from service.http.endpoints import TABLE
+from service.http.prompt_endpoints import TABLE
 
 if TYPE_CHECKING:
     from service.gateway.routing.semantic_router import RoutePlan

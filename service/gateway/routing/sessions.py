@@ -37,10 +37,10 @@ from service.gateway.routing.session_memory import (
     merged,
     to_value,
 )
-from service.http.endpoints import TABLE
-from service.store.names import join_name
+from service.http.prompt_endpoints import TABLE
+from service.store.record_names import join_name
 from service.store.volatile import VolatileStore
-from service.tasks import cancel_and_wait
+from service.task_cancellation import cancel_and_wait
 
 log = logging.getLogger("coe.sessions")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from service.config import Config
 from service.engine.vllm.swapping import Canary, Weights
-from service.moe.profiles import steering_of
-from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.virtual_expert_profiles import steering_of
 from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
 from tests.support.engine.real import greedy
 from tests.support.engine.steering_reference import Reference

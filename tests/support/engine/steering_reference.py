@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from service.moe.steering import LayerSteering, SteeringProfile
+from service.moe.steering_profile import LayerSteering, SteeringProfile
 
 
 class Reference:

@@ -9,7 +9,7 @@ import pytest
 from service.broker.ledger import BudgetState, Ledger, UsageBound
 from service.config import Config
 from service.errors import RateLimitExceededError
-from service.store.memory import MemoryStore
+from service.store.memory_store import MemoryStore
 from service.types import NOBODY, Limits, Tenant, Usage
 
 NOW_S = 1_700_000_000.0

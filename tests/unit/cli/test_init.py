@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import router_models
 from service.cli import cli, main
-from service.cli.machine import Gpu, Machine, read_gpus
-from service.cli.presets import config_text, propose
+from service.cli.init_proposals import config_text, propose
+from service.cli.machine_resources import Gpu, Machine, read_gpus
 from service.config import load_config
 from service.pool.memory_plan import check_plan, plan_pool
 from tests.unit.pool.test_memory_plan import model as model_info

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import Config, load_config, parse_config
-from service.config.pinning import pin_models
+from service.config.commit_pinning import pin_models
 from service.config.yaml_loader import ConfigLoader
 from service.errors import ConfigError
 

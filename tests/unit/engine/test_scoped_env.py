@@ -106,7 +106,7 @@ def test_without_secrets_does_not_hide_the_hub_token_from_a_concurrent_pull() ->
     code = """
 import huggingface_hub
 from service.engine.scoped_env import without_secrets
-from service.models import hub
+from service.models import hub_download
 class Api:
     def __init__(self, token=None):
         print("asked with", token)
@@ -114,7 +114,7 @@ class Api:
 huggingface_hub.HfApi = Api
 with without_secrets():
     try:
-        hub.fetch_snapshot("org/name", None, None, None)
+        hub_download.fetch_snapshot("org/name", None, None, None)
     except Exception as error:
         print(type(error).__name__)
 """

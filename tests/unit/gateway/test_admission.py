@@ -26,7 +26,7 @@ from service.gateway.request.defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.store.keys import digest_of
-from service.store.memory import MemoryStore
+from service.store.memory_store import MemoryStore
 from service.types import Tenant
 
 CHAT = "/v1/chat/completions"

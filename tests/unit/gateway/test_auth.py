@@ -36,7 +36,7 @@ from service.store.keys import (
     digest_of,
     new_key,
 )
-from service.store.memory import MemoryStore
+from service.store.memory_store import MemoryStore
 from service.types import NOBODY, Limits
 
 WANTED = KeyRecord("", "acme", "", limits=Limits(requests_per_min=5), experts=("general",))

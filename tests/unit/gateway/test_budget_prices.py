@@ -14,8 +14,8 @@ from service.config import Config
 from service.errors import StoreUnavailableError
 from service.gateway import budget_prices as module
 from service.gateway.budget_prices import BudgetPrices
-from service.store.memory import MemoryStore
-from service.store.protocol import Account, AccountBalance
+from service.store.memory_store import MemoryStore
+from service.store.store_interface import Account, AccountBalance
 from service.types import NOBODY, Limits, Tenant, Usage
 
 DAY = 86_400.0

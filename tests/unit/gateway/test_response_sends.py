@@ -19,7 +19,7 @@ from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import ResponseSend, UsageMeter
 from service.http.openai_errors import Dialect
-from service.http.usage import reply_usage, token_counts, usage_of
+from service.http.token_usage import reply_usage, token_counts, usage_of
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5),

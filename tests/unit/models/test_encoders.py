@@ -11,7 +11,7 @@ import pytest
 
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ModelStoreError
-from service.models import pip_wheel, store
+from service.models import model_store, pip_wheel
 from service.models.builtin_models import ENCODERS, EncoderEntry
 from service.models.encoders import (
     QUANTISED,
@@ -37,9 +37,11 @@ def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncoderEntry:
         archive.writestr("enc/setup.py", "raise SystemExit('code of the wheel was run')")
     found = replace(
         ENCODERS[NAME],
-        wheel_sha256=store.sha256_of(wheel),
+        wheel_sha256=model_store.sha256_of(wheel),
         wheel_bytes=wheel.stat().st_size,
-        members={member: (file.name, store.sha256_of(file)) for member, file in files.items()},
+        members={
+            member: (file.name, model_store.sha256_of(file)) for member, file in files.items()
+        },
     )
     monkeypatch.setitem(ENCODERS, NAME, found)
 
@@ -58,7 +60,7 @@ def test_pull_makes_a_quantised_folder_once(entry: EncoderEntry, tmp_path: Path)
         QUANTISED,
         "tokenizer.json",
     ]
-    assert store.verify(folder).licence == "Apache-2.0"
+    assert model_store.verify(folder).licence == "Apache-2.0"
     assert not (root / ".downloads" / NAME).exists()
     assert require_encoder(NAME, root=root) == folder
     full = OnnxEncoder(tmp_path / "made").encode(["court lawyer", "garlic soup"])

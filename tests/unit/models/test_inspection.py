@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import ModelStoreError
 from service.models import AdapterInfo, ModelInfo, inspect_model
-from service.models.safetensors_file import encode_header, read_header
+from service.models.safetensors_headers import encode_header, read_header
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402  # needs torch
 
 from service.errors import ModelStoreError  # noqa: E402
-from service.models.adapters import inspect_adapter  # noqa: E402
+from service.models.lora_adapters import inspect_adapter  # noqa: E402
 from service.models.lora_merge import LoraDelta  # noqa: E402
 
 _NAME = "model.layers.0.q"

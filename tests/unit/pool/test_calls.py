@@ -9,7 +9,7 @@ import pytest
 
 from service.engine.base import Message
 from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
-from service.rpc.expert_speed import ResponseTimer
+from service.rpc.expert_latency import ResponseTimer
 
 
 def test_acknowledge_out_of_order_calls_keeps_the_highest_sequence() -> None:

@@ -14,13 +14,13 @@ from service.config import Config
 from service.engine.base import Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, UnknownModelError
-from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.support.waiting import until
-from tests.unit.moe.test_steering import gates
+from tests.unit.moe.test_steering_profile import gates
 
 
 def config(names: str, slots: int | None, **changed: Any) -> Config:

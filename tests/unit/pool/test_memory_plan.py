@@ -10,7 +10,7 @@ import pytest
 from service.config import Config
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo, MoeInfo
-from service.moe.steering import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.memory_plan import (
     ENGINE_BYTES,
     REPLICA_BYTES,
@@ -19,7 +19,7 @@ from service.pool.memory_plan import (
     folders_of,
     plan_pool,
 )
-from tests.unit.moe.test_steering import gates
+from tests.unit.moe.test_steering_profile import gates
 
 MIB = 1024**2
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"

@@ -11,8 +11,8 @@ import pytest
 
 from service.errors import CoeError, ConflictError
 from service.http.asgi import Message, Send, body_message, start_response
-from service.rpc.auth import HEADER
 from service.rpc.call_headers import Call
+from service.rpc.cluster_secret import HEADER
 from service.rpc.server import PoolApp
 
 SECRET = "secret"

@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
+from service.store.limit_windows import NOW
 from service.store.offline_quota import OfflineQuotas
-from service.store.protocol import Account, Charge, Granted, StoreClaim
 from service.store.redis_store import RedisStore
-from service.store.windows import NOW
+from service.store.store_interface import Account, Charge, Granted, StoreClaim
 from tests.support.waiting import until
 
 AT_ONCE = Account("acme/concurrent", 10, NOW)

@@ -68,7 +68,11 @@ class SteeringRule:
         )
 
     def steered(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose as `service.moe.steering.steer` does. Return weights and ids, each (T, places)."""
+        """Choose as `service.moe.steering_profile.steer` does.
+
+        Returns:
+            Weights and ids, each (T, places).
+        """
         probability = torch.softmax(logits.float() + self.barred, dim=-1)
         weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
         weights, ids = weights[:, : len(self.rank)], ids[:, : len(self.rank)]

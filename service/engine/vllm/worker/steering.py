@@ -56,7 +56,7 @@ class GateRule:
 
 
 def choose(logits: torch.Tensor, rule: GateRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose routed experts as `service.moe.steering.steer` does, in torch.
+    """Choose routed experts as `service.moe.steering_profile.steer` does, in torch.
 
     Only the ids that top-p leaves with weight 0 differ. Here they repeat the token's first choice.
 

@@ -13,8 +13,8 @@ import pytest
 from router_models.composition.problem import Accelerators, Bounds, Problem, SwapMethod
 from router_models.composition.solution import Composition
 from router_models.composition.solver import CompositionError, solve
+from service.cli.compose.candidate_units import Candidates, Size, candidates
 from service.cli.compose.composed_config import compose_config, rebased, size_text
-from service.cli.compose.units import Candidates, Size, candidates
 from service.config import Config, read_config
 from service.errors import ConfigError
 from service.models import AdapterInfo, ModelInfo

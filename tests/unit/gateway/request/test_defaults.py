@@ -24,7 +24,7 @@ from service.gateway.request.defaults import (
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import within_context
-from service.http.endpoints import TABLE
+from service.http.prompt_endpoints import TABLE
 
 USER = {"role": "user", "content": "q"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}

@@ -30,7 +30,7 @@ from service.gateway.request.media import (
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.routing.semantic_router import RoutingSetup, selection_request
-from service.models.senses import Senses, senses_of
+from service.models.input_modalities import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
 from service.types import Residency
 

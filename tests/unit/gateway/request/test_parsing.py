@@ -10,7 +10,7 @@ import pytest
 
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.http.endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS
 from service.types import Tenant
 
 CHAT = "/v1/chat/completions"

@@ -6,7 +6,7 @@ from service.broker.pool_state import PoolView
 from service.config import Config
 from service.gateway.openapi import describe
 from service.gateway.routes import models
-from service.http.endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS
 from service.rpc.snapshot import ExpertState, Snapshot
 from service.types import Residency
 

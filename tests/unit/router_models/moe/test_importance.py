@@ -11,7 +11,7 @@ import torch
 
 from router_models.moe.hooks import NotSteerableError, capture_choices, find_routed, steer_gates
 from router_models.moe.importance import Importance, keep_best, measure
-from service.moe.steering import LayerSteering, MoeShape, moe_shape, steer
+from service.moe.steering_profile import LayerSteering, MoeShape, moe_shape, steer
 from tests.support.tiny_moe import EXPERTS, LAYERS, TOP_K, WORDS, save, tiny_moe
 
 KINDS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")

@@ -17,7 +17,7 @@ from router_models.moe.profile_evaluation import distinct
 from router_models.moe.profile_prompts import ProfileError, read_texts
 from service.cli.moe import moe
 from service.errors import CoeError
-from service.moe.steering import check_profile, moe_shape, read_profile
+from service.moe.steering_profile import check_profile, moe_shape, read_profile
 from tests.support.tiny_moe import EXPERTS, LAYERS, TOP_K, save, tiny_moe
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from service.engine.steering_data import PLACES_KEY, SteeredLayer, Steering
-from service.moe.steering import LayerSteering, MoeShape, steer
+from service.moe.steering_profile import LayerSteering, MoeShape, steer
 
 torch = pytest.importorskip("torch")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.safetensors_file import TensorInfo, read_header
+from service.models.safetensors_headers import TensorInfo, read_header
 
 # Mixtral, Qwen2/3-MoE, OLMoE and others have `mlp.gate`. Granite has
 # `block_sparse_moe.router.layer`.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.progress import Progress
+from service.models.pull_progress import Progress
 
 MANIFEST = "coe-model.json"
 _MANIFEST_FORMAT = 1

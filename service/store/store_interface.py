@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from service.store.windows import Window
+from service.store.limit_windows import Window
 
 MOST_WINDOWS_OWED = 1440
 """Most sliding windows that a debt is spread over: a day of minutes."""

@@ -42,7 +42,7 @@ def fetch_metrics(url: str) -> str:
     """Fetch Prometheus' text from a service, with the admin key where there is one."""
     from urllib.parse import urlsplit
 
-    from service.cli.http import admin_headers, open_reply
+    from service.cli.http_client import admin_headers, open_reply
 
     parts = urlsplit(url)
     root = f"{parts.scheme}://{parts.netloc}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.cli.http import admin, admin_headers, ask, is_loopback
+from service.cli.http_client import admin, admin_headers, ask, is_loopback
 from service.errors import CoeError
 from tests.support.http_server import QuietHandler, serve
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from service.cli.http import open_reply
+from service.cli.http_client import open_reply
 from service.errors import CoeError
 
 

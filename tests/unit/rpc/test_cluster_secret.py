@@ -6,22 +6,22 @@ import os
 import stat
 from pathlib import Path
 
-from service.rpc import auth
+from service.rpc import cluster_secret
 
 
 def test_make_secret_is_readable_by_its_owner_only_and_new_each_time(tmp_path: Path) -> None:
     path = tmp_path / "run" / "secret"
     before = os.umask(0)
     try:
-        first = auth.make_secret(path)
+        first = cluster_secret.make_secret(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         path.chmod(0o644)
-        second = auth.make_secret(path)
+        second = cluster_secret.make_secret(path)
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert auth.read_secret(path) == second != first
+    assert cluster_secret.read_secret(path) == second != first
     assert len(second) >= 43
 
 
@@ -29,11 +29,11 @@ def test_make_secret_does_not_follow_a_symlink(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("untouched")
     (tmp_path / "secret").symlink_to(victim)
-    auth.make_secret(tmp_path / "secret")
+    cluster_secret.make_secret(tmp_path / "secret")
     assert victim.read_text() == "untouched"
 
 
 def test_same_compares_whole_secrets() -> None:
-    assert auth.same(b"abc", b"abc")
-    assert not auth.same(b"ab", b"abc")
-    assert not auth.same(b"", b"abc")
+    assert cluster_secret.same(b"abc", b"abc")
+    assert not cluster_secret.same(b"ab", b"abc")
+    assert not cluster_secret.same(b"", b"abc")

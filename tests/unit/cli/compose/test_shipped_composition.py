@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from router_models import fit
 from service.cli import cli
-from service.cli.compose.shipped import EXPERTS, shipped_map, write_composed
-from service.cli.machine import Gpu, Machine
+from service.cli.compose.shipped_composition import EXPERTS, shipped_map, write_composed
+from service.cli.machine_resources import Gpu, Machine
 from service.config import load_config
 
 GIB = 1024**3
@@ -99,9 +99,11 @@ def test_write_composed_machine_that_is_too_small_gets_none(
 def test_init_writes_the_bought_composition_where_a_map_is_shipped(
     artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("service.cli.compose.shipped.shipped_map", lambda _: artifacts / "public@2")
+    monkeypatch.setattr(
+        "service.cli.compose.shipped_composition.shipped_map", lambda _: artifacts / "public@2"
+    )
     machine = Machine((Gpu("a", 24 * GIB),), 64 * GIB, 0, 8)
-    monkeypatch.setattr("service.cli.machine.inspect_machine", lambda _: machine)
+    monkeypatch.setattr("service.cli.machine_resources.inspect_machine", lambda _: machine)
     done = CliRunner().invoke(cli, ["init", "--yes", "-o", str(tmp_path / "c.yaml"), *words])
     assert done.exit_code == 0, done.output
     if words:

@@ -10,7 +10,7 @@ from typing import Any
 
 from service.errors import ModelStoreError
 from service.models.model_config import integer, read_json
-from service.models.safetensors_file import TensorInfo, main_dtype, read_header
+from service.models.safetensors_headers import TensorInfo, main_dtype, read_header
 
 CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"

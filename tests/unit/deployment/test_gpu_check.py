@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.deployment.gpus import check_gpus
+from service.deployment.gpu_check import check_gpus
 from service.errors import ConfigError
 
 

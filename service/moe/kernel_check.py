@@ -11,8 +11,8 @@ from pathlib import Path
 
 from service.config import Config, VllmOptions
 from service.errors import ConfigError
-from service.models.adapters import AdapterInfo
 from service.models.inspection import ModelInfo, MoeInfo
+from service.models.lora_adapters import AdapterInfo
 
 # vLLM's backends for unquantised weights. vLLM refuses to start with other backends.
 _UNQUANTIZED = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from service.config import Config
 from service.engine.steering_data import SteeredLayer, Steering
 from service.errors import ConfigError, InvalidProfileError
-from service.moe.steering import (
+from service.moe.steering_profile import (
     SteeringProfile,
     check_profile,
     moe_shape,

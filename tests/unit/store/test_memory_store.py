@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from service.store.memory import MemoryStore
-from service.store.protocol import Account, Charge, Granted, StoreClaim
-from service.store.windows import DAY, MINUTE
+from service.store.limit_windows import DAY, MINUTE
+from service.store.memory_store import MemoryStore
+from service.store.store_interface import Account, Charge, Granted, StoreClaim
 
 DAY_S = 86_400.0
 

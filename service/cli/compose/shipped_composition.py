@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.cli.machine import Machine
+from service.cli.machine_resources import Machine
 from service.errors import ConfigError
 
 EXPERTS = "experts.yaml"

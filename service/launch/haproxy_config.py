@@ -161,7 +161,7 @@ def write_wrapper(
 
 
 def main() -> None:
-    """Write the wrapper for an external cluster: `python -m service.launch.haproxy FOLDER`.
+    """Write the wrapper for an external cluster: `python -m service.launch.haproxy_config FOLDER`.
 
     It binds Serve's default ports for statistics and metrics to loopback and has no fallback
     socket. Prints the value of $RAY_SERVE_HAPROXY_BINARY_PATH for every node.

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as dump_tensors
 
 from service.errors import InvalidProfileError
-from service.moe.gates import MoeShape, moe_shape, why_not_steerable
+from service.moe.gate_shapes import MoeShape, moe_shape, why_not_steerable
 
 __all__ = [
     "LayerSteering",

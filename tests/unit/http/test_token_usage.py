@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from service.http.usage import reply_usage, token_counts
+from service.http.token_usage import reply_usage, token_counts
 
 
 @pytest.mark.parametrize("count", [-5, True, 2**31 + 1, 10**18, 1.5, "7", None, [], {}])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.cli.output import table
+from service.cli.table_output import table
 
 
 def test_output_prints_square_brackets_literally(capsys: pytest.CaptureFixture[str]) -> None:

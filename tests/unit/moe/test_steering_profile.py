@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from service.errors import InvalidProfileError, ModelStoreError
-from service.moe.gates import STEERABLE
-from service.moe.steering import (
+from service.moe.gate_shapes import STEERABLE
+from service.moe.steering_profile import (
     LayerSteering,
     MoeShape,
     SteeringProfile,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.cli.compose.traffic import read_traffic, shares_of_metrics
+from service.cli.compose.traffic_shares import read_traffic, shares_of_metrics
 from service.errors import ConfigError
 from service.telemetry.metrics import REQUESTS
 

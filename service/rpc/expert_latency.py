@@ -7,7 +7,7 @@ measurements therefore decay toward the prior, and the expert gets requests agai
 
 from __future__ import annotations
 
-from service.http.usage import reply_usage
+from service.http.token_usage import reply_usage
 from service.rpc.snapshot import Speed
 
 _EWMA = 0.2

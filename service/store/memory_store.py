@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from service.store.protocol import (
+from service.store.limit_windows import Window
+from service.store.store_interface import (
     MOST_WINDOWS_OWED,
     Account,
     AccountBalance,
@@ -16,7 +17,6 @@ from service.store.protocol import (
     StoreClaim,
     UsageNote,
 )
-from service.store.windows import Window
 
 Clock = Callable[[], float]
 _BUSY_RETRY_S = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.rpc.expert_speed import PRIOR, LatencyEstimator
+from service.rpc.expert_latency import PRIOR, LatencyEstimator
 from service.rpc.snapshot import Speed
 
 

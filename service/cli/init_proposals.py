@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.cli.machine import Machine
-from service.cli.output import size
-from service.models.presets import TRIOS, Trio
+from service.cli.machine_resources import Machine
+from service.cli.table_output import size
+from service.models.public_models import TRIOS, Trio
 from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES
 
 _GIB = 1024**3

@@ -28,7 +28,8 @@ from redis.exceptions import (
 )
 
 from service.errors import ConfigError, StoreUnavailableError
-from service.store.protocol import (
+from service.store.redis_scripts import load_scripts
+from service.store.store_interface import (
     MOST_WINDOWS_OWED,
     Account,
     AccountBalance,
@@ -37,7 +38,6 @@ from service.store.protocol import (
     StoreClaim,
     UsageNote,
 )
-from service.store.redis_scripts import load_scripts
 
 log = logging.getLogger("coe.store")
 
