@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_models.composition.estimates import mixture
 from router_models.expert_map_fit import select_recipes
 from router_models.fit import prompt_hashes
 from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
@@ -41,6 +42,8 @@ FOLDS = 5
 MOST_RECIPES = 24
 # A category with less than this much of the rows has no evidence of its own.
 LEAST_ROWS = 5.0
+# A recipe of several experts has to beat its own experts by so many standard errors.
+LEAST_ERRORS = 2.0
 PRESETS = {"auto:fast": "fast", "auto": "", "auto:best": "best"}
 
 
@@ -155,6 +158,9 @@ def fit_map(
     known = ~np.isnan(played.score)
     judged = np.flatnonzero(known.any(axis=0))
     alone = int((judged < alone).sum())
+    count = posterior.T @ known
+    sure = _surely_better(played.recipes, score, cost, count + shrink_rows)
+    judged = judged[sure[judged]]
     limit = alone + most_recipes
     kept = judged[select_recipes(score[:, judged], cost[:, judged], limit, alone)]
     reach = np.zeros((posterior.shape[1], len(kept), MAX_LATER))
@@ -167,12 +173,34 @@ def fit_map(
         score=score[:, kept],
         cost=cost[:, kept],
         reach=reach,
-        count=posterior.T @ known[:, kept],
+        count=count[:, kept],
         prior=posterior.sum(axis=0) / total
         if total > 0
         else np.full(posterior.shape[1], 1.0 / posterior.shape[1]),
         shrink_rows=shrink_rows,
     )
+
+
+def _surely_better(
+    recipes: Sequence[Recipe], score: Floats, cost: Floats, rows: Floats
+) -> NDArray[np.bool_]:
+    """Which recipes beat every mixture of their own experts somewhere by `LEAST_ERRORS` errors.
+
+    Of many recipes, the best on few rows is mostly lucky. A single expert always passes.
+    """
+    single = {r.members[0]: i for i, r in enumerate(recipes) if r.kind == "single"}
+    error = np.sqrt(score * (1 - score) / np.maximum(rows, 1.0))
+    found = np.ones(len(recipes), dtype=np.bool_)
+    for r, recipe in enumerate(recipes):
+        if recipe.kind == "single":
+            continue
+        own = [single[name] for name in recipe.experts]
+        found[r] = any(
+            score[c, r] - mixture(score[c, own], cost[c, own], float(cost[c, r]))
+            > LEAST_ERRORS * error[c, r]
+            for c in range(len(score))
+        )
+    return found
 
 
 def held_out_gains(
@@ -408,7 +436,8 @@ Expected score in %. A category without rows of its own has about the overall me
 {chr(10).join(lines)}
 
 Shrunk toward each recipe's overall mean by {found.shrink_rows:.0f} rows in each category, which
-predicted other rows best.
+predicted other rows best. Cascades and votes are kept where they beat every mixture of their own
+experts by {LEAST_ERRORS:.0f} standard errors in some category.
 
 ## Limits
 

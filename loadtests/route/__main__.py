@@ -4,7 +4,6 @@ It measures the time to classify, the memory of the artifact, and the time to se
 `--outcomes` and `--costs` it also compares the online choice under a budget with the exact optimum.
 With `--share` it shows how traffic shifts in the running service as load grows. With `--stages`
 and `--test` it measures accuracy, time, memory and throughput of the stages of the classifier.
-With `--sessions` it simulates how often agents in tool loops change their expert.
 
 It uses one core, the demo's artifact unless another is named, and prompts of the given size from
 many different words. Each figure is the median over prompts, each of which is timed alone, as in
@@ -25,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 from loadtests.lib.cli import parser, tell
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, TargetCheck, at_most
-from loadtests.route import agent_sessions, replay, selection_latency, share, stages
+from loadtests.route import replay, selection_latency, share, stages
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.conversation import assess_turns
@@ -131,9 +130,6 @@ def main() -> int:
         "--share", action="store_true", help="measure each expert's share of traffic by load"
     )
     words.add_argument("--stages", action="store_true", help="what each stage costs and is worth")
-    words.add_argument(
-        "--sessions", action="store_true", help="simulate agents in tool loops, with sessions"
-    )
     words.add_argument("--encoder", default="all-minilm-l6-v2", help="with --stages: the encoder")
     words.add_argument("--test", type=Path, nargs="+", help="with --stages: labelled prompts")
     words.add_argument("--seconds", type=float, default=5.0, help="with --stages: each round")
@@ -160,8 +156,6 @@ def _measured(given: argparse.Namespace) -> Report:
         )
     elif given.share:
         share.measure(report, given.port, given.plot)
-    elif given.sessions:
-        agent_sessions.measure(report)
     elif given.outcomes:
         replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
     else:

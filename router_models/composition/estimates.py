@@ -176,7 +176,7 @@ def _promising(given: Estimates) -> list[int]:
             continue
         alone = [single[expert] for expert in recipe.experts if expert in single]
         gain = max(
-            float(given.quality[c, r] - _mixture(given.quality[c, alone], given.cost[c, alone], x))
+            float(given.quality[c, r] - mixture(given.quality[c, alone], given.cost[c, alone], x))
             for c, x in enumerate(given.cost[:, r])
         )
         if gain > 0:
@@ -185,7 +185,7 @@ def _promising(given: Estimates) -> list[int]:
     return sorted([*single.values(), *combined])
 
 
-def _mixture(quality: Floats, cost: Floats, budget: float) -> float:
+def mixture(quality: Floats, cost: Floats, budget: float) -> float:
     """Return the best expected quality of a random choice among recipes at a mean cost."""
     best = -np.inf
     for i in range(len(cost)):

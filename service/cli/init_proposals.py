@@ -89,6 +89,11 @@ def _on_cpu(trio: Trio, machine: Machine) -> Proposal | None:
     return Proposal(trio, False, 1, _GIB, required_bytes, trio.total_bytes)
 
 
+def _artifact(proposal: Proposal) -> str:
+    """The demo's map is of the demo's own experts; for others its classifier alone."""
+    return "demo@2" if proposal.trio is None else "demo@1"
+
+
 def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
     """Write the config file's text.
 
@@ -116,7 +121,7 @@ def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
         "",
         "# The classifier of prompts. `coe router fit` fits one to your prompts.",
         "router:",
-        f"  artifact: {_text(artifacts / 'artifacts' / 'demo@1')}",
+        f"  artifact: {_text(artifacts / 'artifacts' / _artifact(proposal))}",
         "",
         "experts:",
     ]

@@ -52,15 +52,10 @@ def check(path: Path, as_json: bool) -> None:
         for line in routing["warnings"]:
             click.echo(f"warning: {line}", err=True)
     plans = _plans(config)
-    unchecked = _check_arguments(config)
     if as_json:
         found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
-        if unchecked is not None:
-            found["unchecked"] = unchecked
         click.echo(json.dumps(found | {"routing": routing}))
         return
-    if unchecked is not None:
-        click.echo(f"warning: {unchecked}", err=True)
     _print_plans(config, plans)
 
 
@@ -73,8 +68,6 @@ def _with_models(config: Config) -> Config:
 
     root = Path(config.models_dir) if config.models_dir else None
     _check_artifacts(config)
-    if (unchecked := _check_arguments(config)) is not None:
-        click.echo(f"coe: warning: {unchecked}", err=True)
     _fetch_encoder(config, root)
     try:
         for name, source in config.model_sources().items():
@@ -110,12 +103,6 @@ def _check_artifacts(config: Config) -> None:
 
     RoutingSetup(config)
     with_capabilities(config)
-
-
-def _check_arguments(config: Config) -> str | None:
-    from service.engine.vllm.argument_check import check_arguments
-
-    return check_arguments(config)
 
 
 def _plans(config: Config) -> list[Any]:
@@ -199,7 +186,7 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
                 (
                     plan.kind,
                     names,
-                    size(engine.weight_bytes + engine.adapter_bytes + engine.draft_bytes),
+                    size(engine.weight_bytes + engine.adapter_bytes),
                     kv,
                     size(engine.total_bytes),
                 )

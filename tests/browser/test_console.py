@@ -71,7 +71,7 @@ async def test_console_prompt_shows_explanation_answer_and_times(chromium: Brows
         await page.fill("#prompt", MATH)
         await expect(page.locator("#posterior .first")).to_contain_text("math")
         await expect(page.locator("tr.chosen")).to_contain_text("math")
-        await expect(page.locator("#formula")).to_contain_text("U = Q − 0.01")
+        await expect(page.locator("#formula")).to_contain_text("U = Q − 0.05")
         await page.press("#prompt", "Control+Enter")
         answer = page.locator(".answer:not(.busy)")
         await expect(answer.locator("pre")).to_contain_text("math:")
@@ -100,6 +100,41 @@ async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None
         for _ in range(3):
             await s.ask(chat("word " * 60, model="math"))
         await expect(page.locator(".budget")).not_to_contain_text("100 % left")
+        seen.clean()
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+async def test_console_shows_what_quality_costs(chromium: Browser, theme: str) -> None:
+    given = TURNS.model_dump(exclude_defaults=True)
+    figures = {"general": (0.5, 1), "math": (0.6, 2), "intents": (0.4, 1), "code": (0.9, 40)}
+    for name, (quality, price) in figures.items():
+        given["experts"][name] |= {
+            "quality": {label: quality for label in figures} | {name: 0.95},
+            "price": {"prompt": price, "completion": price},
+        }
+    config = Config.model_validate(given)
+    async with run_gateway(config) as s, watched(chromium, s.url, theme=theme) as seen:
+        page = await opened(seen, s.url)
+        await expect(page.locator("#presets tr")).to_have_count(3)
+        await expect(page.locator("#frontier .preset")).not_to_have_count(0)
+        await expect(page.locator("#frontier-note")).to_contain_text("auto is expected at")
+        await expect(page.locator("#frontier-mix")).to_contain_text("fitted on")
+        # Saving everything is worth less than a wide lead: the presets differ in quality.
+        shown = await page.locator("#presets td:nth-child(2)").all_inner_texts()
+        quality = [float(text.removesuffix(" %")) for text in shown]
+        assert quality == sorted(quality)
+        assert quality[0] < quality[2]
+        await page.fill("#prompt", MATH)
+        await page.press("#prompt", "Control+Enter")
+        other = page.locator(".answer:not(.busy) .elsewhere")
+        await expect(other).to_contain_text("code")
+        await expect(other).to_contain_text("general")
+        row = page.locator("#routes tr")
+        await expect(row).to_have_count(1)
+        assert re.search(r" to ", await row.locator("td").nth(10).inner_text())
+        # From now on the mix is that of the traffic.
+        await expect(page.locator("#frontier-mix")).to_contain_text("1 prompt")
+        assert await faults(page) == []
         seen.clean()
 
 

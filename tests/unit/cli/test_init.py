@@ -35,7 +35,7 @@ def test_config_text_quotes_any_path_so_that_it_reads_back(tmp_path: Path, folde
     path = tmp_path / "coe.yaml"
     path.write_text(config_text(propose(SMALL)[0], SMALL, artifacts), encoding="utf-8")
     config = load_config(path)
-    assert config.router.artifact == str(artifacts / "artifacts" / "demo@1")
+    assert config.router.artifact == str(artifacts / "artifacts" / "demo@2")
     assert config.experts["math"].adapter == str(artifacts / "experts" / "artifacts" / "math")
 
 

@@ -66,7 +66,7 @@ export function drawFrontier(flows, budgets) {
     .map(({ recipe, r }) => ({ name: recipe.name, quality: routing.quality.reduce((sum, row, c) => sum + share[c] * row[r], 0), cost: routing.cost[r] }));
   const best = singles.reduce((a, b) => (b.quality > a.quality || (b.quality === a.quality && b.cost < a.cost) ? b : a));
   picture(box, width, curve, presets, singles);
-  byId("frontier-mix").textContent = measured ? `for the mix of the last five minutes, ${measured} prompts` : "for the mix that the router was fitted on";
+  byId("frontier-mix").textContent = measured ? `for the mix of the last five minutes, ${measured} ${measured === 1 ? "prompt" : "prompts"}` : "for the mix that the router was fitted on";
   byId("frontier-note").textContent = note(presets.find((one) => one.name === "auto"), best, curve);
   const relative = (cost) => (best.cost > 0 ? `${Math.round((100 * cost) / best.cost)} %` : "–");
   byId("presets").replaceChildren(...presets.map((one) => el("tr", {},
