@@ -20,9 +20,9 @@ from typing import Any
 import aiohttp
 import psutil
 
-from loadtests.lib.cli import parser, tell
+from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import serving
-from loadtests.lib.process import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
 
 _POOL = "ray::ServeReplica:coe:pool-main"

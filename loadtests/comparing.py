@@ -27,9 +27,9 @@ from loadtests.comparing_pairs import (
     different_questions,
     paraphrases,
 )
-from loadtests.lib.cli import parser, tell
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
-from service.broker.agreement import agreed, final_answer
+from service.broker.answer_agreement import agreed, final_answer
 from service.config import CacheConfig
 from service.gateway.cache.text_similarity import (
     MOST_CHARACTERS,

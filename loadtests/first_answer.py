@@ -23,8 +23,8 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loadtests.lib.cli import parser, tell
 from loadtests.lib.coe_service import ROOT
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import Estimate
 from loadtests.lib.targets import Report, Table, at_most
 

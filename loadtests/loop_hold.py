@@ -19,14 +19,14 @@ from typing import Any
 
 import orjson
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import say
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
 from loadtests.loop_hold_meter import HoldMeter
 from service.config import Config
 from service.engine.base import EngineRequest, Message
 from service.errors import CoeError, InvalidRequestError
-from service.gateway.request.limits import RequestLimitChecker
+from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.parsing import parse_request
 from service.http.openai_errors import error_response
 from service.models import locate

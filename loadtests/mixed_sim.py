@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import say
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import percentile
 from loadtests.lib.targets import Report, Table, TargetCheck
-from loadtests.mixed.trace import Ask, mean_tokens, trace
+from loadtests.mixed.traffic_trace import Ask, mean_tokens, trace
 from loadtests.mixed.virtual_slot import Costs, FcfsSlot, SimSlot, SlotStatistics
-from service.pool.planner import SlotView, SwapPolicy, UnitView, next_fetch, units_to_evict
+from service.pool.swap_planner import SlotView, SwapPolicy, UnitView, next_fetch, units_to_evict
 from service.types import Residency
 
 GIB = 1024**3

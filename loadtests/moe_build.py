@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.machine import Watch
+from loadtests.lib.command_line import parser, tell
+from loadtests.lib.machine_load import Watch
 from loadtests.lib.targets import Report, Table, TargetCheck
-from router_models.experts.data import EXPERTS
+from router_models.experts.conversation_packing import Conversation, pack, shared_beginning
 from router_models.experts.evaluate import ARTIFACTS, RowScore
-from router_models.experts.packing import Conversation, pack, shared_beginning
-from router_models.moe import dense_loading, domain_texts, expert_answers, perplexity, upcycle
-from router_models.moe.dense import Dense, read_config
+from router_models.experts.training_texts import EXPERTS
+from router_models.moe import bits_per_byte, dense_loading, domain_texts, expert_answers, upcycle
+from router_models.moe.dense_reader import Dense, read_config
 from service.errors import ModelStoreError
 from service.models import locate
 
@@ -55,7 +55,7 @@ def build(out: Path, data: Path | None, *, top_k: int = upcycle.TOP_K) -> float:
 
 def judge(
     model: Path, data: Path, rows: Mapping[str, int]
-) -> tuple[dict[str, perplexity.GainRetention], dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[str, bits_per_byte.GainRetention], dict[str, NDArray[np.float64]]]:
     """Return the mixture's retained gain by field, and its expert's tokens by layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,12 +73,12 @@ def judge(
         field = domain_texts.read(name, data)
         short = domain_texts.Field(name, (), field.held_out, field.source, field.licence)
         done = domain_texts.answered(short, ask, rows[name])
-        fields[name] = perplexity.conversations(done.held_out, tokenizer)
+        fields[name] = bits_per_byte.conversations(done.held_out, tokenizer)
     for name, held_out in fields.items():
-        scores[name, "base"] = perplexity.measure(dense, held_out)
+        scores[name, "base"] = bits_per_byte.measure(dense, held_out)
     for name in EXPERTS:
         dense_loading.fill(dense, Dense(name, base, ARTIFACTS / name))
-        scores[name, "expert"] = perplexity.measure(dense, fields[name])
+        scores[name, "expert"] = bits_per_byte.measure(dense, fields[name])
     scores[domain_texts.GENERAL, "expert"] = scores[domain_texts.GENERAL, "base"]
     mixture = AutoModelForCausalLM.from_pretrained(
         str(model), dtype=torch.float32, local_files_only=True
@@ -86,9 +86,9 @@ def judge(
     result, shares = {}, {}
     for index, (name, held_out) in enumerate(fields.items()):
         shares[name] = right_share(mixture, held_out, index)
-        scores[name, "model"] = perplexity.measure(mixture, held_out)
+        scores[name, "model"] = bits_per_byte.measure(mixture, held_out)
         three = (scores[name, part] for part in ("base", "expert", "model"))
-        result[name] = perplexity.kept(*three, seed=0)
+        result[name] = bits_per_byte.kept(*three, seed=0)
     return result, shares
 
 
@@ -123,7 +123,7 @@ def right_share(model: Any, held_out: list[Conversation], expert: int) -> NDArra
     return np.array([np.mean(layer) for layer in chosen])
 
 
-def reach(kept: Mapping[str, perplexity.GainRetention]) -> list[TargetCheck]:
+def reach(kept: Mapping[str, bits_per_byte.GainRetention]) -> list[TargetCheck]:
     """Return a target per expert: the retained gain on its field."""
     return [
         TargetCheck(

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import psutil
 
 from loadtests.chaos.__main__ import MIX, calm
-from loadtests.chaos.site import Site, site
-from loadtests.chaos.traffic import LEFT, RIGHT, Traffic
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import say
+from loadtests.chaos.disturbed_site import Site, site
+from loadtests.chaos.judged_traffic import LEFT, RIGHT, Traffic
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
 
 _ROLES = {"gateways": "coe:gateway", "pools": "coe:pool-", "HAProxy": "bin/haproxy"}

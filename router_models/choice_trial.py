@@ -16,7 +16,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.evaluation import comparison, gains, singles, sweep
+from router_models.frontier_evaluation import comparison, gains, singles, sweep
 from router_models.linear_models import design, featurize
 from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.ridge_regression import TextKernel

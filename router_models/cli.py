@@ -119,7 +119,7 @@ def fit(**options: Any) -> None:
 @click.option("--plot", "plot_to", type=_FILE, help="Draw the frontier into this PNG.")
 def evaluate(as_json: bool, **options: Any) -> None:
     """Judge an artifact on rows that it was not fitted on."""
-    from router_models import evaluate as work
+    from router_models import evaluate_command as work
 
     options["outcomes"] = list(options["outcomes"])
     result = _guarded(lambda: work.run(**options, say=_note))
@@ -142,7 +142,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json: bool) -> None:
     """Derive from recorded outcomes what a point of quality may cost in each preset."""
-    from router_models import calibrate as work
+    from router_models import preset_calibration as work
 
     sets = [
         work.DataSet(name, outcomes, costs, None if experts == "all" else tuple(experts.split(",")))
@@ -213,7 +213,7 @@ def add_map(**options: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
 def fit_categories(**options: Any) -> None:
     """Fit a classifier of categories to labelled prompts and write it as an artifact."""
-    from router_models import category_fit_run as work
+    from router_models import fit_categories_command as work
 
     _guarded(lambda: work.run(**options, say=_note))
 
@@ -230,7 +230,7 @@ def fit_categories(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def try_categories(path: Path, encoder: str | None, test: tuple[Path, ...], as_json: bool) -> None:
     """Show how well the categories of the config FILE are told apart, from examples held out."""
-    from router_models import category_trial as work
+    from router_models import try_categories_command as work
 
     result = _guarded(lambda: work.run(path, encoder=encoder, test=test))
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.evaluation import compared_lines, default_budgets, report, with_errors
+from router_models.frontier_evaluation import compared_lines, default_budgets, report, with_errors
 from router_models.linear_models import calibration_error
 from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.settings import Settings

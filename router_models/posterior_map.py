@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.composition.estimates import mixture
+from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
 from router_models.fit import prompt_hashes
 from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import orjson
 import psutil
 
-from loadtests.chaos.site import GATEWAY, MAIN_REPLICAS, POOL, Site, site
-from loadtests.chaos.traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import fetch, say
+from loadtests.chaos.disturbed_site import GATEWAY, MAIN_REPLICAS, POOL, Site, site
+from loadtests.chaos.judged_traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
+from loadtests.lib.child_processes import fetch, say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
 
 _CALM_S = 30.0
@@ -308,7 +308,7 @@ def _tell(
 async def _measure(given: argparse.Namespace) -> Report:
     report = await simulated(given.port, given.rounds, given.clients, given.settle)
     if given.real:
-        from loadtests.chaos.real import real
+        from loadtests.chaos.engine_kill import real
 
         await real(given.port + 10, report)
     return report

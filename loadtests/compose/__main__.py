@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 
 import numpy as np
 
-from loadtests.compose import recorded
+from loadtests.compose import recorded_outcomes
 from loadtests.compose.brute_force import best_value
-from loadtests.compose.instances import large, small
-from loadtests.lib.cli import parser, tell
+from loadtests.compose.random_problems import large, small
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import Estimate
 from loadtests.lib.targets import Report, Table, at_least, at_most
-from router_models.composition.solver import ROUNDING, CompositionError, solve
+from router_models.composition.highs_solver import ROUNDING, CompositionError, solve
 
 _FILES = ("mmlu_pro_dev", "llmrouter")
 _COSTS = "active_params_b.json"
@@ -115,22 +115,22 @@ def measure_recorded(report: Report, data: Path, folds: int) -> None:
         if not file.is_file():
             report.notes.append(f"{file.name} is not in {data.name}: left out")
             continue
-        rows, sizes = recorded.read(file, data / _COSTS)
-        for budget, cost in recorded.costs_of(rows, _BUDGET_PARTS).items():
-            found = recorded.compare(rows, sizes, folds=folds, seed=0, cost=cost)
+        rows, sizes = recorded_outcomes.read(file, data / _COSTS)
+        for budget, cost in recorded_outcomes.costs_of(rows, _BUDGET_PARTS).items():
+            found = recorded_outcomes.compare(rows, sizes, folds=folds, seed=0, cost=cost)
             table = Table(
                 f"{name}, {len(rows)} prompts, {len(sizes)} experts, budget: {budget}; "
                 f"{folds} folds, held out",
                 ("memory", "way", "score, %", "cost", "predicted, %", "bought gains", "±"),
             )
             for fraction, ways in found.items():
-                bought = ways[recorded.BOUGHT]
+                bought = ways[recorded_outcomes.BOUGHT]
                 for way, one in ways.items():
-                    more, error = recorded.gain(bought.score, one.score)
+                    more, error = recorded_outcomes.gain(bought.score, one.score)
                     if more < worst.value:
                         worst = Estimate(more, more - 1.96 * error, more + 1.96 * error)
                     score = float(np.nanmean(one.score))
-                    same = way == recorded.BOUGHT
+                    same = way == recorded_outcomes.BOUGHT
                     table.rows.append(
                         (
                             f"{100 * fraction:.0f} %",

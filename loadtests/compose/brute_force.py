@@ -10,7 +10,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from router_models.composition.problem import Accelerators, Problem, SwapMethod, Tier, Unit
+from router_models.composition.composition_problem import (
+    Accelerators,
+    Problem,
+    SwapMethod,
+    Tier,
+    Unit,
+)
 
 
 @dataclass(frozen=True, slots=True)

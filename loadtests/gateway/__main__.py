@@ -12,9 +12,9 @@ import sys
 
 import uvloop
 
-from loadtests.gateway import simulated, vs_litellm, vs_vllm
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.machine import Watch
+from loadtests.gateway import gateway_overhead, vs_litellm, vs_vllm
+from loadtests.lib.command_line import parser, tell
+from loadtests.lib.machine_load import Watch
 from loadtests.lib.targets import Report
 
 
@@ -38,7 +38,7 @@ async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
     if given.peer == "litellm":
         return await vs_litellm.run(given.port, watch, quick=given.quick)
     if given.engine == "simulated":
-        return await simulated.run(given.port, watch, quick=given.quick)
+        return await gateway_overhead.run(given.port, watch, quick=given.quick)
     return await vs_vllm.run(given.port, watch, quick=given.quick, threads=given.threads)
 
 

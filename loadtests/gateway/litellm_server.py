@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from loadtests.lib.child_processes import fetch, running, say
 from loadtests.lib.coe_service import ROOT
-from loadtests.lib.process import fetch, running, say
 
 VERSION = "1.106.4"
 _FOLDER = ROOT / ".cache" / "litellm-venv"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtests.lib.process import fetch, running
+from loadtests.lib.child_processes import fetch, running
 
 _START_S = 300.0
 _EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"

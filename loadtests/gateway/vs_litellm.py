@@ -6,13 +6,13 @@ import secrets
 from contextlib import ExitStack
 
 from loadtests.gateway import litellm_server
-from loadtests.gateway.simulated import CHUNKS, STEP_MS, STREAMS, body, rate, streams
+from loadtests.gateway.gateway_overhead import CHUNKS, STEP_MS, STREAMS, body, rate, streams
 from loadtests.lib import stats
+from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import config, serving
-from loadtests.lib.fake_openai import fake_upstream
+from loadtests.lib.fake_openai_start import fake_upstream
 from loadtests.lib.load_client import Asker, Target
-from loadtests.lib.machine import Watch
-from loadtests.lib.process import say
+from loadtests.lib.machine_load import Watch
 from loadtests.lib.prompts import prompts
 from loadtests.lib.targets import Report, Table, at_least, at_most
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from loadtests.gateway.vllm_server import EngineArguments, bare_server, model_folder
 from loadtests.lib import stats
+from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.load_client import Asker, Target, closed_loop, completion_tokens, once
-from loadtests.lib.machine import Ticks, Watch
-from loadtests.lib.process import say
+from loadtests.lib.machine_load import Ticks, Watch
 from loadtests.lib.prompts import prompts
 from loadtests.lib.targets import Report, Table, at_least, at_most
 

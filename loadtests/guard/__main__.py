@@ -10,12 +10,12 @@ import asyncio
 import sys
 import time
 
-from loadtests.guard.examples import ATTACKS, HARMLESS, PERSONAL, fitted, held_out
-from loadtests.lib.cli import parser, tell
+from loadtests.guard.labelled_prompts import ATTACKS, HARMLESS, PERSONAL, fitted, held_out
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets import Report, Table, TargetCheck
-from service.gateway.guard.injection import InjectionScreen
-from service.gateway.guard.pii import PiiScreen
-from service.gateway.guard.screen import Text
+from service.gateway.guard.injection_screen import InjectionScreen
+from service.gateway.guard.pii_screen import PiiScreen
+from service.gateway.guard.screen_interface import Text
 
 _KINDS = ("email", "phone", "card", "iban", "ssn", "ip", "secret")
 _THRESHOLD = 0.5

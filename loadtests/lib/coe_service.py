@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from loadtests.lib.process import admin_key_of, fetch, running
+from loadtests.lib.child_processes import admin_key_of, fetch, running
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTER = ROOT / "router_models" / "artifacts" / "demo@1"

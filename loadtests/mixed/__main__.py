@@ -15,17 +15,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import say
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import percentile
 from loadtests.lib.targets import Report, Table, TargetCheck
-from loadtests.mixed.fcfs import Fcfs
-from loadtests.mixed.trace import Ask, mean_tokens, trace
-from loadtests.swap.engine import SharedEngine, ask, prepare, settings, weights
+from loadtests.mixed.fcfs_baseline import Fcfs
+from loadtests.mixed.traffic_trace import Ask, mean_tokens, trace
+from loadtests.swap.shared_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
-from service.pool.planner import SwapPolicy
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 
 KIND = "cpu"
 _FEWER_SWITCHES, _TIMES, _OF_ALONE = 0.75, 3.0, 0.7

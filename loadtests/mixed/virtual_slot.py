@@ -13,8 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loadtests.mixed.trace import Ask
-from service.pool.planner import (
+from loadtests.mixed.traffic_trace import Ask
+from service.pool.swap_planner import (
     Next,
     SlotView,
     SwapPolicy,

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.machine import Watch
+from loadtests.lib.command_line import parser, tell
+from loadtests.lib.machine_load import Watch
 from loadtests.lib.targets import Report
-from loadtests.swap.engine import prepare
+from loadtests.swap.shared_engine import prepare
 from service.config import MoeCapture
 
 Part = Callable[[], Report]
@@ -85,7 +85,7 @@ def main() -> int:
             )
 
         def steer() -> Report:
-            from loadtests.moe import steer as moe_steer
+            from loadtests.moe import steering_cost as moe_steer
 
             return moe_steer.report(given.model, times=given.exchanges, turns=given.turns)
 

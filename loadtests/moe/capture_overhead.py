@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtests.lib.machine import Watch
-from loadtests.lib.process import say
+from loadtests.lib.child_processes import say
+from loadtests.lib.machine_load import Watch
 from loadtests.lib.stats import median, ratios
 from loadtests.lib.targets import Report, Table, at_least
-from loadtests.moe.model import random_mixtral
-from loadtests.swap.engine import ask
+from loadtests.moe.random_mixtral import random_mixtral
+from loadtests.swap.shared_engine import ask
 from service.config import MoeCapture, VllmOptions
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics

@@ -21,13 +21,18 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what we state
 
-from loadtests.lib.cli import parser, tell
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, TargetCheck, at_most
-from loadtests.route import replay, selection_latency, share, stages
+from loadtests.route import (
+    budget_replay,
+    classifier_stages,
+    selection_latency,
+    traffic_share_by_load,
+)
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
-from service.classifier.conversation import assess_turns
+from service.classifier.conversation_classifier import assess_turns
 from service.classifier.expert_map import ExpertMap
 from service.classifier.static_table import built_in_table
 
@@ -146,7 +151,7 @@ def main() -> int:
 def _measured(given: argparse.Namespace) -> Report:
     report = Report("route")
     if given.stages:
-        stages.measure(
+        classifier_stages.measure(
             report,
             given.artifact,
             given.encoder,
@@ -155,9 +160,9 @@ def _measured(given: argparse.Namespace) -> Report:
             given.seconds,
         )
     elif given.share:
-        share.measure(report, given.port, given.plot)
+        traffic_share_by_load.measure(report, given.port, given.plot)
     elif given.outcomes:
-        replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
+        budget_replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
     else:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

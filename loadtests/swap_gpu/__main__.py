@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtests.lib.cli import parser, tell
-from loadtests.lib.process import say
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import median, ratio_of_medians
 from loadtests.lib.targets import Report, Table, at_least
-from loadtests.swap.engine import ask, prepare
-from loadtests.swap_gpu.models import SHAPES, WORDS, Shape, write_random
+from loadtests.swap.shared_engine import ask, prepare
+from loadtests.swap_gpu.random_llama import SHAPES, WORDS, Shape, write_random
 from service.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine, VllmModel
-from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.engine.weight_cache import SharedWeightCache
 
 _OF_BANDWIDTH = 0.8

@@ -28,13 +28,13 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from loadtests.lib import stats
-from loadtests.lib.cli import parser, tell
+from loadtests.lib.child_processes import admin_key_of, fetch, running, say
 from loadtests.lib.coe_service import config, serving
+from loadtests.lib.command_line import parser, tell
 from loadtests.lib.load_client import Exchange, Target, closed_loop
-from loadtests.lib.process import admin_key_of, fetch, running, say
 from loadtests.lib.prompts import prompts
 from loadtests.lib.targets import Report, Table, TargetCheck
-from loadtests.tenants.client import ENDPOINTS, MANY, PLAIN, Clients
+from loadtests.tenants.tenant_clients import ENDPOINTS, MANY, PLAIN, Clients
 
 CLIENTS = 64
 BUDGET, RATE = 3000, 300

@@ -22,7 +22,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.demo.prompts import DATA, library_functions, templated
+from router_models.demo.prompt_templates import DATA, library_functions, templated
 from router_models.linear_models import (
     Corpus,
     calibration_error,

@@ -25,9 +25,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_models.experts import data, lora
-from router_models.experts.forward import answer_logits
-from router_models.experts.packing import Conversation, pack, shared_beginning, tokenize
+from router_models.experts import lora_adapters, training_texts
+from router_models.experts.answer_logits import answer_logits
+from router_models.experts.conversation_packing import (
+    Conversation,
+    pack,
+    shared_beginning,
+    tokenize,
+)
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 MAX_TOKENS = 640
@@ -139,7 +144,7 @@ def measure(
     expert: str,
     adapter: Path,
     base: Path,
-    held_out: Sequence[data.Example],
+    held_out: Sequence[training_texts.Example],
     *,
     bf16: bool,
     seed: int,
@@ -150,10 +155,10 @@ def measure(
 
     tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
     conversations = tokenize(held_out, tokenizer, max_tokens=MAX_TOKENS)
-    model = lora.load_base(base, fast=bf16)
+    model = lora_adapters.load_base(base, fast=bf16)
     say(f"{expert}: measuring the base on {len(conversations)} held-out rows")
     before = score(model, conversations, bf16=bf16)
-    lora.load_into(model, adapter)
+    lora_adapters.load_into(model, adapter)
     say(f"{expert}: measuring the expert")
     after = score(model, conversations, bf16=bf16)
     return compare(expert, before, after, seed=seed)
@@ -173,7 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m router_models.experts.evaluate", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--expert", choices=data.EXPERTS, action="append", help="default: all")
+    parser.add_argument(
+        "--expert", choices=training_texts.EXPERTS, action="append", help="default: all"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--artifacts", type=Path, default=ARTIFACTS)
@@ -184,8 +191,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     results = []
-    for expert in given.expert or data.EXPERTS:
-        split = data.load(expert, given.data, seed=given.seed)
+    for expert in given.expert or training_texts.EXPERTS:
+        split = training_texts.load(expert, given.data, seed=given.seed)
         result = measure(
             expert,
             given.artifacts / expert,

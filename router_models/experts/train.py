@@ -23,9 +23,15 @@ from typing import Any
 
 import torch
 
-from router_models.experts import card, data, evaluate, lora
-from router_models.experts.forward import answer_logits
-from router_models.experts.packing import Conversation, Row, pack, shared_beginning, tokenize
+from router_models.experts import evaluate, lora_adapters, model_card, training_texts
+from router_models.experts.answer_logits import answer_logits
+from router_models.experts.conversation_packing import (
+    Conversation,
+    Row,
+    pack,
+    shared_beginning,
+    tokenize,
+)
 
 _WARM_UP = 0.03
 _REPORT_EVERY_S = 20.0
@@ -72,7 +78,7 @@ def endless_rows(
 
 def train(
     model: Any,
-    attached: dict[str, lora.LoraLinear],
+    attached: dict[str, lora_adapters.LoraLinear],
     rows: Iterator[Row],
     *,
     peak_lr: float,
@@ -128,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m router_models.experts.train", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--expert", choices=data.EXPERTS, required=True)
+    parser.add_argument("--expert", choices=training_texts.EXPERTS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
@@ -146,12 +152,12 @@ def main() -> None:
     bf16 = given.dtype == "bfloat16"
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
-    split = data.load(given.expert, given.data, seed=given.seed)
+    split = training_texts.load(given.expert, given.data, seed=given.seed)
     tokenizer = AutoTokenizer.from_pretrained(str(given.base), local_files_only=True)
     conversations = tokenize(split.train, tokenizer, max_tokens=recipe.max_tokens)
     say(f"{given.expert}: {len(conversations)} conversations to learn from")
-    model = lora.load_base(given.base, fast=bf16)
-    attached = lora.attach(model, rank=RANK, alpha=ALPHA)
+    model = lora_adapters.load_base(given.base, fast=bf16)
+    attached = lora_adapters.attach(model, rank=RANK, alpha=ALPHA)
     rows = endless_rows(conversations, recipe.row_tokens, given.seed)
     done, examples, tokens, wall_s = train(
         model,
@@ -163,12 +169,12 @@ def main() -> None:
         bf16=bf16,
     )
     base_name = given.base.name
-    lora.save(attached, given.out, base=base_name, rank=RANK, alpha=ALPHA)
+    lora_adapters.save(attached, given.out, base=base_name, rank=RANK, alpha=ALPHA)
     say(f"{given.expert}: {done} steps in {wall_s:.0f} s; measuring")
     result = evaluate.measure(
         given.expert, given.out, given.base, split.held_out, bf16=bf16, seed=given.seed, say=say
     )
-    run = card.TrainingRun(
+    run = model_card.TrainingRun(
         expert=given.expert,
         base=base_name,
         rank=RANK,
@@ -185,7 +191,7 @@ def main() -> None:
         dtype=given.dtype,
         torch_version=torch.__version__,
     )
-    card.write(given.out, run, split, result)
+    model_card.write(given.out, run, split, result)
     (given.out / "metrics.json").write_text(
         json.dumps({"run": asdict(run), "measured": asdict(result)}, indent=2) + "\n",
         encoding="utf-8",

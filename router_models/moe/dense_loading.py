@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from router_models.moe.dense import Dense, UpcycleError
+from router_models.moe.dense_reader import Dense, UpcycleError
 
 
 def blank(config: Mapping[str, Any]) -> Any:

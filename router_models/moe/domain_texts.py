@@ -5,7 +5,8 @@ The sources, in this order:
 - `DIR/<field>.jsonl` or `.jsonl.gz`: rows of `prompt` and, if there is one, `answer`.
   One row in five is held out, by a hash of its prompt.
 - the demo's fields `math`, `intents`, `code`: what its experts learned from, with the
-  same rows held out (`router_models.experts.data`); the first two need their files in DIR.
+  same rows held out (`router_models.experts.training_texts`); the first two need their files in
+  DIR.
 - the demo's fields once more, and `general`: our own prompts, without answers. One
   template in five is held out.
 
@@ -22,14 +23,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from router_models.demo.prompts import template_count, templated
-from router_models.experts import data
-from router_models.experts.data import Example
+from router_models.demo.prompt_templates import template_count, templated
+from router_models.experts import training_texts
+from router_models.experts.training_texts import Example
 from service.errors import ArtifactError
 
 GENERAL = "general"
 """The field of what no expert is for: the base's own."""
-DEMO_FIELDS = (GENERAL, *data.EXPERTS)
+DEMO_FIELDS = (GENERAL, *training_texts.EXPERTS)
 _PROMPTS = 1200
 _SEED = 0  # with this one the demo's experts were trained: it decides what is held out
 
@@ -61,9 +62,9 @@ def read(name: str, folder: Path | None) -> Field:
         for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
             if path.is_file():
                 return _from_file(name, path)
-    if name in data.EXPERTS and (name == "code" or folder is not None):
+    if name in training_texts.EXPERTS and (name == "code" or folder is not None):
         try:
-            split = data.load(name, folder or Path(), seed=_SEED)
+            split = training_texts.load(name, folder or Path(), seed=_SEED)
             return Field(name, split.train, split.held_out, split.source, split.licence)
         except FileNotFoundError:
             pass

@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 
-from router_models.experts.data import Example
-from router_models.experts.forward import answer_logits
-from router_models.experts.packing import Conversation, pack, shared_beginning, tokenize
-from router_models.moe.gates import Moments
+from router_models.experts.answer_logits import answer_logits
+from router_models.experts.conversation_packing import (
+    Conversation,
+    pack,
+    shared_beginning,
+    tokenize,
+)
+from router_models.experts.training_texts import Example
+from router_models.moe.gate_fit import Moments
 
 _ROW_TOKENS = 768
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from router_models.moe.placement import (
+from router_models.moe.expert_placement import (
     Floats,
     Placed,
     copied,

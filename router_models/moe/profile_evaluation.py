@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from router_models.experts.evaluate import RowScore, compare
-from router_models.moe.hooks import RoutedLayer, capture_choices, steer_gates
-from router_models.moe.profile_prompts import Text
+from router_models.moe.gate_hooks import RoutedLayer, capture_choices, steer_gates
+from router_models.moe.profile_text_reader import Text
 from service.moe.steering_profile import MoeShape, SteeringProfile
 
 BATCHES = (1, 8, 32)

@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 
-from router_models.experts.packing import tokenize
-from router_models.moe import card, checkpoint, dense, dense_loading, domain_texts, expert_answers
-from router_models.moe.dense import Dense, UpcycleError
+from router_models.experts.conversation_packing import tokenize
+from router_models.moe import (
+    dense_loading,
+    dense_reader,
+    domain_texts,
+    expert_answers,
+    mixtral_checkpoint,
+    mixture_card,
+)
+from router_models.moe.dense_reader import Dense, UpcycleError
+from router_models.moe.gate_fit import Origin, Statistics
 from router_models.moe.gate_inputs import moments
-from router_models.moe.gates import Origin, Statistics
 
 BASE = "base"
 TEXTS = 200
@@ -57,8 +64,8 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
     Raises:
         ArtifactError: An input does not fit.
     """
-    config = dense.check_base(base)
-    before = dense.statistics_of(base)
+    config = dense_reader.check_base(base)
+    before = dense_reader.statistics_of(base)
     if not experts:
         raise UpcycleError("no experts to join with the base")
     named = {domain_texts.GENERAL: base, **experts} if before is None else dict(experts)
@@ -69,7 +76,7 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
     joined = tuple(
         Dense(name, base)
         if folder is base
-        else dense.check_expert(name, folder, base, dict(config))
+        else dense_reader.check_expert(name, folder, base, dict(config))
         for name, folder in named.items()
     )
     return Plan(
@@ -96,7 +103,7 @@ def build(
         raise UpcycleError(f"top-k {top_k}: there are {count} experts")
     if out.exists():
         raise UpcycleError(f"{out} exists already: remove it or choose another folder")
-    shared = checkpoint.split(Dense(BASE, work.base))
+    shared = mixtral_checkpoint.split(Dense(BASE, work.base))
     for expert in work.experts:
         _tell_lost(expert, shared, say)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,18 +134,18 @@ def _fill(
     layers, hidden = work.config["num_hidden_layers"], work.config["hidden_size"]
     statistics = work.statistics or Statistics.empty(layers, hidden)
     if work.statistics is not None:
-        checkpoint.keep_experts(work.base, folder, len(statistics.experts))
+        mixtral_checkpoint.keep_experts(work.base, folder, len(statistics.experts))
     for expert in work.experts:
         began_s = time.monotonic()
         dense_loading.fill(model, expert)
         statistics = _learn(statistics, expert, work.fields[expert.name], model, tokenizer)
-        checkpoint.write_expert(folder, len(statistics.experts) - 1, expert.weights())
+        mixtral_checkpoint.write_expert(folder, len(statistics.experts) - 1, expert.weights())
         origin = statistics.origins[-1]
         took_s = time.monotonic() - began_s
         say(f"{expert.name}: {origin.rows} texts, {origin.tokens:,} tokens, {took_s:.0f} s")
-    checkpoint.write_shared(folder, shared, statistics.gates(scale=SCALE))
-    text = card.text(statistics, top_k=top_k, hidden=hidden, layers=layers)
-    checkpoint.finish(folder, work.base, work.config, statistics, top_k=top_k, card=text)
+    mixtral_checkpoint.write_shared(folder, shared, statistics.gates(scale=SCALE))
+    text = mixture_card.text(statistics, top_k=top_k, hidden=hidden, layers=layers)
+    mixtral_checkpoint.finish(folder, work.base, work.config, statistics, top_k=top_k, card=text)
     return statistics
 
 
@@ -170,7 +177,9 @@ def _learn(
 
 
 def _tell_lost(expert: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
-    changed, share = dense.lost(expert, shared) if expert.name != domain_texts.GENERAL else (0, 0.0)
+    changed, share = (
+        dense_reader.lost(expert, shared) if expert.name != domain_texts.GENERAL else (0, 0.0)
+    )
     if changed:
         say(
             f"{expert.name}: {changed} weights outside its FFNs differ from the base's by "

@@ -19,7 +19,7 @@ import click
 
 if TYPE_CHECKING:
     from router_models.outcome_recording.recorder import Progress, RecorderSettings
-    from router_models.outcome_recording.tasks import Task
+    from router_models.outcome_recording.task_reader import Task
     from service.broker.prices import Price
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -85,7 +85,7 @@ def record(
     errors, and asked again by the next run.
     """
     from router_models.outcome_recording.recorder import RecorderSettings
-    from router_models.outcome_recording.tasks import builtin_files, read_tasks
+    from router_models.outcome_recording.task_reader import builtin_files, read_tasks
 
     files = [*(builtin_files() if builtin else ()), *prompts]
     if not files:
@@ -136,7 +136,7 @@ class _Asked:
 async def _record(tasks: list[Task], settings: RecorderSettings, asked: _Asked, out: Path) -> None:
     from dataclasses import replace
 
-    from router_models.outcome_recording.endpoint import CallError, Endpoint
+    from router_models.outcome_recording.endpoint_client import CallError, Endpoint
     from router_models.outcome_recording.outcome_file import OutcomeFile
     from router_models.outcome_recording.recorder import Recorder
     from router_models.outcomes import OutcomeError
@@ -187,7 +187,7 @@ async def _possible(tasks: list[Task], judge: str | None) -> list[Task]:
     Raises:
         OutcomeError: None can.
     """
-    from router_models.outcome_recording.unit_tests import probe
+    from router_models.outcome_recording.sandboxed_unit_tests import probe
     from router_models.outcomes import OutcomeError
 
     kinds = {task.check.kind for task in tasks}
@@ -349,7 +349,7 @@ class _ShownProgress:
 def show(file: Path, by: str, as_json: bool) -> None:
     """Show each expert's mean score by category, with 95 % intervals, tokens, cost and time."""
     from router_models.outcome_recording.outcome_file import join_rows, read_rows
-    from router_models.outcome_recording.summary import ALL, summarise
+    from router_models.outcome_recording.outcome_summary import ALL, summarise
 
     cells = _guarded(lambda: summarise(join_rows(read_rows(file)).values()))
     if by == "expert":

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from router_models.outcome_recording import judge as judging
-from router_models.outcome_recording.checks import JudgeCheck, UnitTestsCheck
+from router_models.outcome_recording import judge_prompts as judging
+from router_models.outcome_recording.answer_scoring import Score, ScoringError, score_text, stated
+from router_models.outcome_recording.check_kinds import JudgeCheck, UnitTestsCheck
 from router_models.outcome_recording.cost_bound import (
     CostBound,
     CostBoundReachedError,
     WorstCase,
 )
-from router_models.outcome_recording.endpoint import CallError, Endpoint, Reply, backoff
+from router_models.outcome_recording.endpoint_client import CallError, Endpoint, Reply, backoff
 from router_models.outcome_recording.outcome_file import OutcomeFile, Row
-from router_models.outcome_recording.scoring import Score, ScoringError, score_text, stated
-from router_models.outcome_recording.tasks import Task
-from router_models.outcome_recording.unit_tests import score_code
+from router_models.outcome_recording.sandboxed_unit_tests import score_code
+from router_models.outcome_recording.task_reader import Task
 from router_models.outcomes import OutcomeError
 from service.broker.prices import Price, cost
 

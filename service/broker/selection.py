@@ -11,8 +11,8 @@ Every recipe r, with one pool for each of its experts, has a utility,
 - λ_cost: the preset's price of cost, plus the shadow prices of the budgets
 - λ_time: the preset's price of waiting
 
-A conversation's session (`sessions.py`) adds its terms: an open tool call leaves only the expert
-that made it, and otherwise a hand-over to another recipe has a cost.
+A conversation's session (`service/broker/session_terms.py`) adds its terms: an open tool call
+leaves only the expert that made it, and otherwise a hand-over to another recipe has a cost.
 
 The time of one expert consists of loading or swapping, queue, prefill and decode. Waiting is the
 time to the first token, and then a fifth of the decode: people read while it runs. Where it is
@@ -38,10 +38,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.bounds import FIRST_BROKEN_BOUND, Exclusion, RequestBounds
 from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
+from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, RequestBounds
 from service.broker.recipe_catalog import Ints, RecipeCatalog
-from service.broker.sessions import (
+from service.broker.session_terms import (
     SessionOutcome,
     SessionTerms,
     apply_terms,

@@ -28,11 +28,11 @@ from service.deployment.config_reload import config_file, current_config, follow
 from service.deployment.end_of_service import EndableApp, EndOfService
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
 from service.errors import UnavailableError
-from service.gateway.runtime import GatewayRuntime
-from service.pool.process import PoolProcess
+from service.gateway.gateway_reload import GatewayRuntime
+from service.pool.pool_process import PoolProcess
 from service.rpc import pool_addresses
 from service.rpc.cluster_secret import node_folder, read_secret
-from service.telemetry.logging import ENGINE_LOGS, set_up_logs
+from service.telemetry.json_logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_exporter import own_folder
 
 log = logging.getLogger("coe.deployment")

@@ -31,14 +31,14 @@ from service.errors import (
     StoreUnavailableError,
 )
 from service.gateway.auth import Authenticator
-from service.gateway.request.defaults import RequestDefaults
+from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import UsageMeter
 from service.http.asgi import ClientDisconnectedError
 from service.http.openai_errors import status_of
 from service.http.prompt_endpoints import TABLE, UNCHARGED
-from service.telemetry.logging import log_fields
+from service.telemetry.json_logging import log_fields
 from service.types import Tenant, Usage
 
 log = logging.getLogger("coe.admission")

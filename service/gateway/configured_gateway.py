@@ -23,8 +23,9 @@ from service.gateway.dispatch.circuit_breakers import CircuitBreakers
 from service.gateway.dispatch.dispatcher import Dispatcher, RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
-from service.gateway.guard.screen import Screen
-from service.gateway.request.defaults import RequestDefaults
+from service.gateway.guard.screen_interface import Screen
+from service.gateway.lasting_state import GatewayState
+from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
@@ -32,7 +33,6 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.gateway.routing.sessions import SessionService
-from service.gateway.state import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
 from service.store.keys import KeyService

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 from service.broker.pool_state import BootId, Place
 from service.broker.prices import Price, cost
 from service.broker.savings import Comparison
-from service.broker.sessions import SessionOutcome
+from service.broker.session_terms import SessionOutcome
 from service.engine.base import Send
 from service.errors import CoeError
 from service.http.asgi import ClientDisconnectedError, send_response
 from service.http.openai_errors import codes_of_ours, dialect_of, error_response
 from service.rpc.call_headers import trace_of
-from service.telemetry.logging import log_fields
+from service.telemetry.json_logging import log_fields
 
 if TYPE_CHECKING:
     from service.gateway.console.request_history import RequestHistory
     from service.gateway.guard.guard import GuardResult
-    from service.gateway.metrics import GatewayMetrics
     from service.gateway.request.parsing import InferenceRequest
+    from service.gateway.request_metrics import GatewayMetrics
     from service.gateway.routing.semantic_router import RoutePlan
     from service.telemetry.tracing import Trace, Traces
 

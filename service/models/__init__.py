@@ -4,8 +4,8 @@ Weights are safetensors only, and no code of a model folder is ever run.
 """
 
 from service.models.builtin_models import CATALOGUE, CatalogueEntry
-from service.models.inspection import ModelInfo, MoeInfo, inspect_model
 from service.models.lora_adapters import AdapterInfo
+from service.models.model_inspection import ModelInfo, MoeInfo, inspect_model
 from service.models.model_store import (
     Manifest,
     StoredFile,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.inspection import is_second_copy
+from service.models.model_inspection import is_second_copy
 from service.models.model_store import one_line_errors, require_free, sha256_of
 from service.models.pull_progress import Progress, watch_folder
 

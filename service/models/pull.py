@@ -17,7 +17,7 @@ from service.config.base import is_path
 from service.errors import ModelStoreError
 from service.models import gguf_conversion, hub_download, model_store, pip_wheel
 from service.models.builtin_models import CATALOGUE, ENCODERS, CatalogueEntry
-from service.models.inspection import hub_snapshot, inspect_model, is_second_copy
+from service.models.model_inspection import hub_snapshot, inspect_model, is_second_copy
 from service.models.pull_progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")

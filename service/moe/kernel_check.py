@@ -11,8 +11,8 @@ from pathlib import Path
 
 from service.config import Config, VllmOptions
 from service.errors import ConfigError
-from service.models.inspection import ModelInfo, MoeInfo
 from service.models.lora_adapters import AdapterInfo
+from service.models.model_inspection import ModelInfo, MoeInfo
 
 # vLLM's backends for unquantised weights. vLLM refuses to start with other backends.
 _UNQUANTIZED = (

@@ -23,10 +23,10 @@ from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import folder_here, folder_of
 from service.moe.virtual_expert_profiles import profile_bytes, steering_of
 from service.pool.memory_plan import weights_bytes
-from service.pool.units import Unit
+from service.pool.slot_units import Unit
 
 if TYPE_CHECKING:
-    from service.engine.vllm.swapping import Canary, Weights
+    from service.engine.vllm.swapping_engine import Canary, Weights
 
 log = logging.getLogger("coe.app")
 
@@ -233,7 +233,7 @@ class EngineFactory:
         return SleepingEngines(first, units, build, sizes)
 
     def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:
-        from service.engine.vllm.swapping import SwappingVllmEngine
+        from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
         settings = self._settings
         weights = self._catalog_of(first, _weights(self._config, first), alone=alone)
@@ -302,7 +302,7 @@ class EngineFactory:
 
 
 def _weights(config: Config, expert: str) -> Weights:
-    from service.engine.vllm.swapping import Weights
+    from service.engine.vllm.swapping_engine import Weights
 
     settings = config.experts[expert]
     folder = folder_of(config, expert)

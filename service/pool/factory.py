@@ -12,13 +12,13 @@ from service.engine.base import EngineObserver, SwappingEngine
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
-from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
 from service.pool.pool_diff import PoolDiff, units_of
+from service.pool.slot_units import UnitState
 from service.pool.slots.base import BaseSlot
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import UnitState
+from service.pool.swap_planner import SwapPolicy
 from service.pool.weight_sharing import share_weights
 
 log = logging.getLogger("coe.app")

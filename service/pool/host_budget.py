@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.pool.knapsack import keep
-from service.pool.placement import Place
-from service.pool.planner import SwapPolicy, UnitView, owner_of, retention_values, turn
+from service.pool.swap_planner import SwapPolicy, UnitView, owner_of, retention_values, turn
+from service.pool.unit_placement import Place
 from service.types import Residency
 
 

@@ -27,20 +27,20 @@ from service.errors import (
     UnknownEndpointError,
     UnknownModelError,
 )
-from service.pool.calls import AbandonedCalls, Acknowledgements, TimedSend
+from service.pool.call_records import AbandonedCalls, Acknowledgements, TimedSend
 from service.pool.host_budget import claims, divide, least
 from service.pool.load import LoadMeter, PoolLoad, SlotLoad, pool_load
-from service.pool.placement import next_move
-from service.pool.planner import SwapPolicy
 from service.pool.renamed_send import RenamedSend
+from service.pool.slot_units import Unit
 from service.pool.slots.base import BaseSlot, LeaseRevokedError
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit
+from service.pool.swap_planner import SwapPolicy
+from service.pool.unit_placement import next_move
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_latency import LatencyEstimator
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
-from service.telemetry.logging import log_fields
+from service.telemetry.json_logging import log_fields
 
 log = logging.getLogger("coe.pool")
 

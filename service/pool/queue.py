@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.errors import OverCapacityError
-from service.pool.fairness import CLASSES, Fairness
+from service.pool.tenant_fairness import CLASSES, Fairness
 from service.rpc.snapshot import Queue
 from service.types import NOBODY, Tenant
 

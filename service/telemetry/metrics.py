@@ -8,7 +8,7 @@ declarations. To add a metric: declare it below, list it in its group, feed it w
 
 from __future__ import annotations
 
-from service.telemetry.labels import MAX_SERIES
+from service.telemetry.label_values import MAX_SERIES
 from service.telemetry.metric_types import FAST, MetricSpec, Side, counter, gauge, histogram
 
 # --- requests, as clients see them

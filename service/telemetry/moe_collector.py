@@ -17,8 +17,8 @@ from service.errors import ConflictError
 from service.moe.load_statistics import CACHE_TIMES, Cacheability, cacheability
 from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
-from service.telemetry.labels import MAX_SERIES
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.label_values import MAX_SERIES
+from service.telemetry.metrics_registry import MetricsRegistry
 
 # Token stretches that wait for computation. With more, the oldest are dropped.
 _MAX_PENDING = 64

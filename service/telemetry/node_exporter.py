@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-from service.telemetry.exposition import CONTENT_TYPE, join
+from service.telemetry.prometheus_exposition import CONTENT_TYPE, join
 
 log = logging.getLogger("coe.telemetry")
 

@@ -16,10 +16,10 @@ from service.engine.base import EngineTimings, RoutingSample
 from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import Snapshot
 from service.telemetry import metrics
-from service.telemetry.exposition import text_of
 from service.telemetry.metric_types import Side
+from service.telemetry.metrics_registry import MetricsRegistry
 from service.telemetry.moe_collector import MoeCollector
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.prometheus_exposition import text_of
 from service.types import Residency
 
 

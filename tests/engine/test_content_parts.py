@@ -9,8 +9,8 @@ import pytest
 
 from service.config import Config
 from service.errors import CoeError
-from service.gateway.request.limits import RequestLimitChecker
-from service.gateway.request.media import media_of
+from service.gateway.request.body_limits import RequestLimitChecker
+from service.gateway.request.media_tokens import media_of
 
 LIMITS = RequestLimitChecker(
     Config.model_validate({"experts": {"a": {"model": "m"}}, "pools": {"cpu": {"engine": "vllm"}}})

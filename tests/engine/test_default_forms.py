@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.gateway.request.defaults import FIELDS
-from tests.unit.gateway.request.test_defaults import EVERY, FORMS
+from service.gateway.request.expert_defaults import FIELDS
+from tests.unit.gateway.request.test_expert_defaults import EVERY, FORMS
 
 REQUESTS = {
     "/v1/chat/completions": "openai.chat_completion.protocol:ChatCompletionRequest",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from service.config import Config, VllmOptions
 from service.engine.base import EngineRequest, Message
 from service.engine.vllm.engine import POOLING_ENDPOINTS, VllmEngine, VllmModel
-from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.models import inspect_model
 from service.pool.memory_plan import check_plan, plan_pool
 from tests.support.engine.real import BASE

@@ -139,7 +139,7 @@ async def test_graph_steering_supports_the_gate_class_of_a_gpu(
     from vllm.model_executor.layers.fused_moe.router import fused_topk_router
 
     from service.engine.vllm.worker import graph_steering
-    from service.engine.vllm.worker.gates import RoutedLayer
+    from service.engine.vllm.worker.gate_access import RoutedLayer
 
     def topk_softmax(
         weights: Any, ids: Any, _: Any, logits: Any, renormalize: bool, **_more: Any

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from service.config import Config, MoeCapture
-from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.moe.virtual_expert_profiles import steering_of
 from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from router_models.moe import upcycle
-from service.engine.vllm.swapping import Weights
+from service.engine.vllm.swapping_engine import Weights
 from tests.support import dense_family as family
 from tests.support.engine.real import ENVIRONMENT, Swapping, greedy
 

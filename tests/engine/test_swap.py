@@ -20,12 +20,12 @@ import pytest_asyncio
 
 from service.engine.base import EngineReport
 from service.engine.vllm.engine import VllmEngine, VllmModel
-from service.engine.vllm.swapping import Canary, Weights
+from service.engine.vllm.swapping_engine import Canary, Weights
 from service.errors import EngineDeadError, ExpertFailedError
-from service.pool.planner import SwapPolicy
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 from service.types import Residency
 from tests.support.engine.real import (
     ADAPTERS,

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from service.engine.vllm.engine import VllmEngine, VllmModel
-from service.engine.vllm.swapping import Canary, Weights
+from service.engine.vllm.swapping_engine import Canary, Weights
 from tests.support.engine.mixtral import mixtral
 from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from service.engine.vllm.swapping import Canary, Weights
+from service.engine.vllm.swapping_engine import Canary, Weights
 from tests.support.engine.real import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 
 pytestmark = ON_ONE_ENGINE

@@ -15,7 +15,7 @@ import pytest
 
 from service.config import VllmOptions
 from service.engine.steering_data import RECORD_CHOICES_KEY
-from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
 from tests.support.engine.mixtral import LAYERS
 from tests.support.engine.real import BASE, greedy

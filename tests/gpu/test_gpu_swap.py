@@ -38,7 +38,7 @@ OPTIONS = VllmOptions(
 @pytest.mark.parametrize("eager", [True, False])
 async def test_gpu_swap_copies_weights_into_live_parameters(eager: bool) -> None:
     """With captured graphs, too: outputs are the same before, between and after swaps."""
-    from service.engine.vllm.swapping import SwappingVllmEngine
+    from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
     options = OPTIONS.model_copy(update={"enforce_eager": eager})
     cache = SharedWeightCache(None)
@@ -63,7 +63,7 @@ async def test_gpu_swap_copies_weights_into_live_parameters(eager: bool) -> None
 
 
 async def test_gpu_engines_of_one_pool_share_one_file_per_expert() -> None:
-    from service.engine.vllm.swapping import SwappingVllmEngine
+    from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
     cache = SharedWeightCache(None)
     engines = [

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.broker.breaker import State
+from service.broker.circuit_breaker import State
 from service.broker.pool_state import REMOTE
 from service.config import Config
 from service.errors import ArtifactError

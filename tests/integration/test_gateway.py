@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 from service.errors import ArtifactError, CoeError, ConfigError, ModelStoreError
-from service.telemetry.logging import JsonLines
+from service.telemetry.json_logging import JsonLines
 from tests.support.serving import ADMIN_KEY, CHAT, chat, events, run_gateway, simulated
 
 ONE = simulated({"cpu": {"tokens": 4}}, server={"max_body_bytes": 2000})

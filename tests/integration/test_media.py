@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.serving import chat, run_gateway, simulated
-from tests.unit.gateway.request.test_media import picture, png
+from tests.unit.gateway.request.test_media_tokens import picture, png
 
 _TEXT = {"model": "m", "categories": ["general"], "description": "reads"}
 _SEES = {"model": "m", "capabilities": ["chat", "vision"], "description": "sees"}

@@ -14,10 +14,10 @@ from typing import Any
 
 import aiohttp
 
-from service.broker.demand import pool_for_demand
 from service.broker.pool_state import PoolView
+from service.broker.unmet_demand import pool_for_demand
 from service.config import Config
-from service.gateway.runtime import GatewayRuntime
+from service.gateway.gateway_reload import GatewayRuntime
 from service.types import Residency
 from tests.support.serving import CHAT, SECRET, RunningPool, run_pool, serving, until
 

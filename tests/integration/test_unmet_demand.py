@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import aiohttp
 
 from service.config import Config
-from service.gateway.runtime import GatewayRuntime
+from service.gateway.gateway_reload import GatewayRuntime
 from service.types import Residency
 from tests.support.serving import CHAT, SECRET, run_pool, serving, until
 

@@ -40,16 +40,16 @@ ONLY_IN = {
     "vllm": {
         "service/engine/vllm/handle.py",
         "service/engine/vllm/worker/expert_grammars.py",
-        "service/engine/vllm/worker/loading.py",
+        "service/engine/vllm/worker/shadow_model.py",
         "service/engine/vllm/worker/merged_worker.py",
-        "service/engine/vllm/worker/capture.py",
-        "service/engine/vllm/worker/gates.py",
+        "service/engine/vllm/worker/gate_capture.py",
+        "service/engine/vllm/worker/gate_access.py",
         "service/engine/vllm/worker/graph_capture.py",
         "service/engine/vllm/worker/graph_steering.py",
         "service/engine/vllm/worker/model_access.py",
-        "service/engine/vllm/worker/steering.py",
-        "service/engine/vllm/worker/swap.py",
-        "service/engine/vllm/worker/packing.py",
+        "service/engine/vllm/worker/eager_steering.py",
+        "service/engine/vllm/worker/swap_extension.py",
+        "service/engine/vllm/worker/weight_packing.py",
         "service/engine/vllm/worker/gpu_worker.py",
     },
     "ray": {
@@ -135,7 +135,7 @@ def test_each_heavy_package_is_imported_in_its_modules_only(package: str) -> Non
 def test_importing_the_service_imports_nothing_heavy() -> None:
     """Help is quick, and a gateway holds no engine."""
     code = (
-        "import sys, service.cli, service.gateway.runtime, service.pool.process\n"
+        "import sys, service.cli, service.gateway.gateway_reload, service.pool.pool_process\n"
         "heavy = {'vllm', 'torch', 'transformers', 'ray', 'sklearn'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

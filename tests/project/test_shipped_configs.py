@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from router_models.outcome_recording.tasks import read_tasks
+from router_models.outcome_recording.task_reader import read_tasks
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.loader import read_config

@@ -7,7 +7,7 @@ import random
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.broker.breaker import (
+from service.broker.circuit_breaker import (
     Breaker,
     BreakerPolicy,
     Breakers,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.classifier.classifier import Classifier
-from service.classifier.conversation import assess_body, classify_turns, user_turns
+from service.classifier.conversation_classifier import assess_body, classify_turns, user_turns
 from service.types import CategoryScores
 
 ARTIFACT = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.pool.host_budget import HostMemoryClaim, claims, divide
-from service.pool.placement import Place
-from service.pool.planner import (
+from service.pool.swap_planner import (
     SlotView,
     SwapPolicy,
     UnitView,
@@ -18,6 +17,7 @@ from service.pool.planner import (
     next_fetch,
     units_to_evict,
 )
+from service.pool.unit_placement import Place
 from service.types import Residency
 
 POLICY = SwapPolicy(max_wait_s=10.0)

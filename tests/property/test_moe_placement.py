@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_models.moe.placement import (
+from router_models.moe.expert_placement import (
     Placed,
     copied,
     exact,

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from service.engine.base import Message
 from service.errors import CoeError
-from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
+from service.pool.slot_units import UnitState
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import UnitState
+from service.pool.swap_planner import SwapPolicy
 from service.rpc.call_headers import Call
 from tests.support.clock import FastTime
 from tests.support.swap_stage import (

@@ -19,11 +19,11 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineReport, EngineRequest, LoadResult
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, ExpertFailedError
-from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock
 

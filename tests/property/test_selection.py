@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.bounds import RequestBounds
 from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.quality_cost_bounds import RequestBounds
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed

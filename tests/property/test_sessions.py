@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest, select
-from service.broker.sessions import SessionDecision, SessionTerms
+from service.broker.session_terms import SessionDecision, SessionTerms
 from service.types import MAX_LATER
 from tests.property.test_selection import EXPERTS, TOGETHER, pools
 

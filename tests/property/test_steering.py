@@ -102,7 +102,7 @@ def test_steer_choice_follows_the_definition(data: st.DataObject) -> None:
 @given(st.data())
 def test_steer_engine_choice_equals_the_reference(data: st.DataObject) -> None:
     torch = pytest.importorskip("torch")
-    from service.engine.vllm.worker.steering import choose, rule_of
+    from service.engine.vllm.worker.eager_steering import choose, rule_of
 
     shape = data.draw(shapes())
     layer = data.draw(layers(shape))

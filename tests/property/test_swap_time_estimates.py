@@ -18,11 +18,11 @@ from service.engine.base import EngineReport, LoadResult, SwapResult
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import SleepingEngines
 from service.errors import CoeError, ExpertFailedError
-from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.dedicated import DedicatedSlot
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 from service.types import Residency
 from tests.support.clock import FastTime
 from tests.support.swap_stage import on_clock

@@ -18,9 +18,9 @@ from service.config import Config, SimulatedOptions
 from service.engine.base import EngineObserver, EngineRequest, Send
 from service.engine.simulated import SimulatedEngine
 from service.gateway.dependencies import Reload
-from service.gateway.runtime import GatewayRuntime
+from service.gateway.gateway_reload import GatewayRuntime
 from service.pool import engine_factory
-from service.pool.process import PoolProcess
+from service.pool.pool_process import PoolProcess
 from service.rpc.client import PoolAddress
 from service.rpc.snapshot import Snapshot
 from tests.support.waiting import until

@@ -14,10 +14,10 @@ from service.config import SimulatedOptions
 from service.engine.base import EngineReport, EngineRequest, LoadResult, Message, Send, SwapResult
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
-from service.pool.planner import SwapPolicy
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.base import LeaseRevokedError
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 
 UNITS = (Unit("a", ("a", "a-tuned")), Unit("b", ("b",)), Unit("c", ("c",)), Unit("d", ("d",)))
 UNIT_OF = {expert: unit.name for unit in UNITS for expert in unit.experts}

@@ -15,7 +15,7 @@ from service.default_prices import (
     price_warnings,
     with_default_prices,
 )
-from tests.unit.models.test_inspection import CONFIG, Tensors, make_model
+from tests.unit.models.test_model_inspection import CONFIG, Tensors, make_model
 
 
 def config(experts: dict[str, Any], **sections: Any) -> Config:

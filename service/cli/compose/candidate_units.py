@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from router_models.composition.problem import Unit
+from router_models.composition.composition_problem import Unit
 from service.config import Config
 from service.config.base import parse_bytes
 from service.config.pools import VllmOptions

@@ -17,9 +17,9 @@ from router_models.cli import OutcomeFilesCommand
 from service.errors import CoeError, ConfigError
 
 if TYPE_CHECKING:
-    from router_models.composition.estimates import Estimates
-    from router_models.composition.problem import Accelerators, Problem
-    from router_models.composition.solution import Composition
+    from router_models.composition.composition_problem import Accelerators, Problem
+    from router_models.composition.composition_value import Composition
+    from router_models.composition.recipe_estimates import Estimates
     from service.cli.compose.candidate_units import Candidates, Size
     from service.config import Config, PoolConfig
 
@@ -202,8 +202,8 @@ def compose(**options: Any) -> None:
 
 def run(options: Mapping[str, Any]) -> Composition:
     """Run the command; with the option `quiet` nothing but the config is written."""
-    from router_models.composition.report import Report, analyse, readable, to_json
-    from router_models.composition.solver import solve
+    from router_models.composition.composition_report import Report, analyse, readable, to_json
+    from router_models.composition.highs_solver import solve
     from service.cli.compose.candidate_units import candidates, read_sizes
     from service.config import load_config, read_config
     from service.default_prices import with_default_prices
@@ -298,7 +298,7 @@ def _measured(url: str | None) -> dict[str, float]:
 
 
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
-    from router_models.composition.estimates import estimate, from_map, with_alternatives
+    from router_models.composition.recipe_estimates import estimate, from_map, with_alternatives
     from router_models.outcomes import read_costs, read_outcomes
     from service.broker.prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
@@ -350,8 +350,8 @@ def _problem(
     required: set[str],
     time_price: float,
 ) -> Problem:
-    from router_models.composition.estimates import only
-    from router_models.composition.problem import Bounds, Problem
+    from router_models.composition.composition_problem import Bounds, Problem
+    from router_models.composition.recipe_estimates import only
 
     local = {expert for unit in found.units for expert in unit.experts}
     estimates = only(estimates, [*local, *found.remote])
@@ -386,7 +386,7 @@ def _problem(
 
 
 def _kinds(options: Mapping[str, Any], template: PoolConfig) -> tuple[Accelerators, ...]:
-    from router_models.composition.problem import Accelerators, SwapMethod
+    from router_models.composition.composition_problem import Accelerators, SwapMethod
     from service.pool.memory_plan import ENGINE_BYTES, REPLICA_BYTES
 
     method = template.swap.method
@@ -475,7 +475,7 @@ def _text(data: Mapping[str, Any], notes: str = "") -> str:
 
 
 def _write_reports(options: Mapping[str, Any], found: Mapping[str, Any], report: Any) -> None:
-    from router_models.composition.plot import frontier_svg
+    from router_models.composition.frontier_plot import frontier_svg
 
     text = json.dumps(found, allow_nan=False)
     if options["report_to"]:

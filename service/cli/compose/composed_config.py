@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from router_models.composition.problem import Problem, SwapMethod, Unit
-from router_models.composition.solution import Composition, Holding, shortest_waits
+from router_models.composition.composition_problem import Problem, SwapMethod, Unit
+from router_models.composition.composition_value import Composition, Holding, shortest_waits
 from service.config.base import is_path
 from service.errors import ConfigError
 from service.types import Recipe

@@ -11,7 +11,7 @@ import click
 from service.cli.table_output import size, table
 
 if TYPE_CHECKING:
-    from router_models.moe.profile import LearnedProfile
+    from router_models.moe.profile_learning import LearnedProfile
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -66,8 +66,8 @@ def profile(
     A file of prompts has one prompt per line, or JSON lines with "text", or with "prompt" and
     optionally "answer".
     """
-    from router_models.moe.profile import as_json as plain
-    from router_models.moe.profile import learn
+    from router_models.moe.profile_learning import as_json as plain
+    from router_models.moe.profile_learning import learn
 
     if threads is not None:
         import torch

@@ -9,8 +9,8 @@ import click
 
 
 def _experts(_: click.Context, __: click.Parameter, value: str) -> dict[str, Path]:
-    from router_models.experts.data import EXPERTS
     from router_models.experts.evaluate import ARTIFACTS
+    from router_models.experts.training_texts import EXPERTS
 
     found: dict[str, Path] = {}
     for item in filter(None, (part.strip() for part in value.split(","))):

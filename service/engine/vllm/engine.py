@@ -28,6 +28,7 @@ from service.engine.base import (
 from service.engine.cache_salt import CACHE_SALT
 from service.engine.deferred_start import DeferredStartSend
 from service.engine.steering_data import RECORD_CHOICES_KEY
+from service.engine.vllm.expert_stats import EngineStats
 from service.engine.vllm.grammar_trials import GrammarTrials
 from service.engine.vllm.handle import (
     AdapterError,
@@ -38,7 +39,6 @@ from service.engine.vllm.handle import (
     watch_refusal,
 )
 from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
-from service.engine.vllm.stats import EngineStats
 from service.errors import (
     BodyTooLargeError,
     EngineDeadError,
@@ -62,7 +62,7 @@ POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
 # vLLM writes all tokens of a text into one reply, which blocks the event loop.
 _TOKEN_ENDPOINTS = frozenset({"/tokenize", "/detokenize"})
 _MAX_TOKENIZE_BYTES = 4 * 1024 * 1024
-_CAPTURE_EXTENSION = "service.engine.vllm.worker.capture.CaptureExtension"
+_CAPTURE_EXTENSION = "service.engine.vllm.worker.gate_capture.CaptureExtension"
 GRAPH_STEERING_WORKER = "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
 
 

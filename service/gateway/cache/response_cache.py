@@ -39,7 +39,7 @@ from service.moe.virtual_expert_profiles import profile_digests
 from service.store.record_names import join_name
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 
 log = logging.getLogger("coe.cache")
 

@@ -20,8 +20,8 @@ from service.broker.pool_state import PoolView
 from service.broker.savings import SavingsTotal
 from service.config import Config
 from service.errors import OverCapacityError, PoolUnavailableError
+from service.gateway.console.expert_views import describe_experts, describe_pools
 from service.gateway.console.request_history import RequestHistory
-from service.gateway.console.state import describe_experts, describe_pools
 from service.rpc.pool_directory import PoolDirectory
 
 log = logging.getLogger("coe.api")

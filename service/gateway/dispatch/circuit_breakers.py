@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from random import random
 
-from service.broker.breaker import Breakers, RetryBudget, State, backoff_s
+from service.broker.circuit_breaker import Breakers, RetryBudget, State, backoff_s
 from service.broker.pool_state import REMOTE, BootId, Place
 from service.errors import (
     CircuitOpenError,
@@ -26,7 +26,7 @@ from service.errors import (
     UpstreamError,
 )
 from service.telemetry import metrics
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 
 _OWN = (EngineDeadError, PoolUnavailableError)
 

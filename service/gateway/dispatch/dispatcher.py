@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import numpy as np
 
-from service.broker.bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.cost_model import CostModel
-from service.broker.demand import can_serve, failure_reason
 from service.broker.pool_state import Place, PoolStateTable, PoolView
+from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import Comparison, SavingsModel
 from service.broker.selection import Candidate, Selection, select
+from service.broker.unmet_demand import can_serve, failure_reason
 from service.engine.base import EngineRequest
 from service.errors import (
     CoeError,
@@ -46,7 +46,7 @@ from service.errors import (
 from service.gateway.budget_prices import BudgetPrices
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
 from service.gateway.dispatch.ensemble import EnsembleExecutor
-from service.gateway.dispatch.errors import (
+from service.gateway.dispatch.pool_errors import (
     RETRIED,
     deadline_error,
     error_from_fault,
@@ -62,8 +62,8 @@ from service.gateway.dispatch.retries import (
     tries_per_pool,
     without_option,
 )
-from service.gateway.redaction import without_folders
-from service.gateway.request.defaults import RequestDefaults
+from service.gateway.folder_redaction import without_folders
+from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from service.broker.agreement import FinalAnswer, agreed, confidence, final_answer, majority
+from service.broker.answer_agreement import FinalAnswer, agreed, confidence, final_answer, majority
 from service.broker.cost_model import CostModel
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Selection

@@ -10,10 +10,10 @@ import orjson
 
 from service.config import Config, GuardConfig
 from service.errors import GuardRefusedError, InvalidRequestError
-from service.gateway.guard.injection import InjectionScreen
-from service.gateway.guard.pii import PiiScreen, redacted
-from service.gateway.guard.screen import Finding, Screen, Text
-from service.gateway.guard.texts import check_readable, rewritten, texts_of
+from service.gateway.guard.body_texts import check_readable, rewritten, texts_of
+from service.gateway.guard.injection_screen import InjectionScreen
+from service.gateway.guard.pii_screen import PiiScreen, redacted
+from service.gateway.guard.screen_interface import Finding, Screen, Text
 from service.gateway.request.parsing import InferenceRequest
 
 _RANK = {"passed": 0, "flagged": 1, "redacted": 2}

@@ -11,14 +11,14 @@ from functools import partial
 from service.config import Config
 from service.errors import GuardRefusedError
 from service.gateway.guard.guard import Guard, GuardResult
-from service.gateway.request.defaults import RequestDefaults
-from service.gateway.request.limits import RequestLimitChecker
-from service.gateway.request.media import MediaPrices
+from service.gateway.request.body_limits import RequestLimitChecker
+from service.gateway.request.expert_defaults import RequestDefaults
+from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent
 from service.http.asgi import Receive, read_body
 from service.telemetry import metrics
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
 
 # Larger bodies are parsed in a thread, so that they do not delay running streams.

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from service.errors import PoolUnavailableError
 from service.gateway.dependencies import Services, headers_of
 from service.rpc.client import PoolLink
-from service.telemetry.exposition import CONTENT_TYPE, join
+from service.telemetry.prometheus_exposition import CONTENT_TYPE, join
 
 router = APIRouter()
 

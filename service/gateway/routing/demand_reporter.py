@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from service.broker.demand import pool_for_demand
 from service.broker.pool_state import PoolView
+from service.broker.unmet_demand import pool_for_demand
 from service.errors import PoolUnavailableError
 from service.rpc.pool_directory import PoolDirectory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from service.broker.bounds import Exclusion
+from service.broker.quality_cost_bounds import Exclusion
 from service.broker.selection import Selection
 from service.gateway.routing.semantic_router import RoutePlan
 

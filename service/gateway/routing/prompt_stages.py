@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from service.classifier.artifact import Artifact
 from service.classifier.classifier import GENERAL, Assessment, Classifier, TextClassifier
-from service.classifier.conversation import assess_turns, deciding_turn, user_turns
-from service.classifier.examples import (
+from service.classifier.conversation_classifier import assess_turns, deciding_turn, user_turns
+from service.classifier.example_classifier import (
     ExampleClassifier,
     example_texts,
     example_vectors,
@@ -38,7 +38,7 @@ from service.encoder.encoder_client import (
 from service.encoder.shared_encoders import SharedEncoders
 from service.models.encoders import locate_encoder
 from service.telemetry import metrics
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 
 log = logging.getLogger("coe.routing")
 

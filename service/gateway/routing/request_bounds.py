@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.bounds import Exclusion, RequestBounds, nearest_bounds, worst_costs
 from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats
+from service.broker.quality_cost_bounds import Exclusion, RequestBounds, nearest_bounds, worst_costs
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.errors import InfeasibleBoundsError, InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest

@@ -19,7 +19,7 @@ from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.reference import best_shares
 from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
-from service.broker.sessions import SessionTerms
+from service.broker.session_terms import SessionTerms
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
@@ -32,7 +32,7 @@ from service.gateway.routing.prompt_stages import PromptStages
 from service.gateway.routing.quality import Escalations, QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
 from service.gateway.routing.sessions import NO_SESSION, SessionLookup
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
 log = logging.getLogger("coe.routing")

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from service.broker.pool_state import BootId
-from service.gateway.request.turns import TurnState
+from service.gateway.request.conversation_turns import TurnState
 
 MAX_TURNS = 8
 MAX_CALLS = 64

@@ -24,8 +24,8 @@ import orjson
 from service.config.sessions import SessionsConfig
 from service.engine.base import Message, Send
 from service.errors import CoeError
+from service.gateway.request.conversation_turns import TurnState, digest_of, reply_calls
 from service.gateway.request.parsing import InferenceRequest
-from service.gateway.request.turns import TurnState, digest_of, reply_calls
 from service.gateway.request_record import RequestRecord
 from service.gateway.routing.session_memory import (
     MAX_CALLS,

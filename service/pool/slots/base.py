@@ -25,7 +25,7 @@ from service.errors import (
     UnknownModelError,
 )
 from service.pool.queue import Backlog, Ticket, TicketQueue
-from service.pool.units import Unit
+from service.pool.slot_units import Unit
 from service.rpc.snapshot import ExpertState, Queue
 from service.types import NOBODY, Residency, Tenant
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from service.engine.base import Engine
 from service.errors import CoeError, ConflictError, UnknownModelError
+from service.pool.slot_units import Unit
 from service.pool.slots.base import BaseSlot, E
-from service.pool.units import Unit
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 

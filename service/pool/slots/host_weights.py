@@ -11,7 +11,7 @@ from typing import Protocol
 
 from service.engine.base import LoadResult, SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError
-from service.pool.units import Unit, UnitState
+from service.pool.slot_units import Unit, UnitState
 from service.types import Residency
 
 log = logging.getLogger("coe.pool")

@@ -19,8 +19,11 @@ from typing import Any
 
 from service.engine.base import SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, UnknownModelError
-from service.pool.placement import Place
-from service.pool.planner import (
+from service.pool.queue import Ticket
+from service.pool.slot_units import Swap, Unit, UnitState
+from service.pool.slots.base import BaseSlot, LeaseRevokedError
+from service.pool.slots.host_weights import TICK_S, HostWeights
+from service.pool.swap_planner import (
     LATE,
     CloseGate,
     SlotView,
@@ -33,10 +36,7 @@ from service.pool.planner import (
     next_step,
     units_to_evict,
 )
-from service.pool.queue import Ticket
-from service.pool.slots.base import BaseSlot, LeaseRevokedError
-from service.pool.slots.host_weights import TICK_S, HostWeights
-from service.pool.units import Swap, Unit, UnitState
+from service.pool.unit_placement import Place
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 

@@ -6,9 +6,9 @@ import os
 import resource
 from typing import Any
 
-from service.engine.vllm.worker import memory
-from service.engine.vllm.worker.gates import routed_layers
-from service.engine.vllm.worker.swap import SwapExtension
+from service.engine.vllm.worker import weight_memory
+from service.engine.vllm.worker.gate_access import routed_layers
+from service.engine.vllm.worker.swap_extension import SwapExtension
 
 
 class BreakableExtension(SwapExtension):
@@ -48,7 +48,7 @@ class BreakableExtension(SwapExtension):
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         soft = mapped + 100 * 1024**2 if how == "refused" else hard
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        memory.free_bytes = (lambda: 10**6) if how == "told" else _free_bytes
+        weight_memory.free_bytes = (lambda: 10**6) if how == "told" else _free_bytes
 
 
-_free_bytes = memory.free_bytes
+_free_bytes = weight_memory.free_bytes

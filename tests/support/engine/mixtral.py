@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loadtests.moe.model import MixtralShape, write_mixtral
+from loadtests.moe.random_mixtral import MixtralShape, write_mixtral
 from tests.support.engine.real import BASE
 
 LAYERS, EXPERTS = 2, 4

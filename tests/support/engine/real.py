@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.config import VllmOptions
 from service.engine.base import EngineRequest, Message
 from service.engine.vllm.handle import LaunchSettings
-from service.engine.vllm.swapping import Canary, SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine, Weights
 from service.telemetry.pool_metrics import PoolMetrics
 
 ADAPTERS = Path(__file__).parents[3] / "router_models/experts/artifacts"

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from service.engine.vllm.swapping import Weights
+from service.engine.vllm.swapping_engine import Weights
 from tests.support.engine.real import ADAPTERS, BASE
 
 Spoil = Callable[[Path], object]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.config import Config
-from service.engine.vllm.swapping import Canary, Weights
+from service.engine.vllm.swapping_engine import Canary, Weights
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.moe.virtual_expert_profiles import steering_of
 from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.broker.bounds import Exclusion, RequestBounds
-from service.broker.demand import failure_reason, pool_for_demand
 from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
+from service.broker.quality_cost_bounds import Exclusion, RequestBounds
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import (
     READ_ALONG,
@@ -20,6 +19,7 @@ from service.broker.selection import (
     SelectionRequest,
     select,
 )
+from service.broker.unmet_demand import failure_reason, pool_for_demand
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 

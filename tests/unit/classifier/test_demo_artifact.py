@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from router_models.demo.prompts import templated
+from router_models.demo.prompt_templates import templated
 from service.classifier.classifier import Classifier
-from service.classifier.conversation import classify_turns
+from service.classifier.conversation_classifier import classify_turns
 
 ARTIFACT = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
 

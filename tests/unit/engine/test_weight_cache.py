@@ -9,7 +9,7 @@ import pytest
 
 from service.config import VllmOptions
 from service.engine.shared_memory import write_file
-from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.engine.weight_cache import KEEP_ENDED_S, KEEP_EVICTED_S, SharedWeightCache
 from service.errors import ExpertFailedError
 from tests.unit.engine.test_shared_memory import TENSORS, Clock, a_model, fill
@@ -97,7 +97,7 @@ async def test_weight_cache_failed_load_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_merge_rank_results_takes_the_least_progress() -> None:
-    from service.engine.vllm.swapping import _merge_rank_results
+    from service.engine.vllm.swapping_engine import _merge_rank_results
 
     ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
     assert _merge_rank_results(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}

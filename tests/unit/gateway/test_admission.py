@@ -22,7 +22,7 @@ from service.errors import (
 )
 from service.gateway.admission import Admission
 from service.gateway.auth import Authenticator
-from service.gateway.request.defaults import RequestDefaults
+from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.store.keys import digest_of

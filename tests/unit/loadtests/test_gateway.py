@@ -8,9 +8,9 @@ import pytest
 
 from loadtests.gateway.vllm_server import EngineArguments
 from loadtests.gateway.vs_vllm import TurnResult, judge, unfairness
-from loadtests.lib import machine
+from loadtests.lib import machine_load
 from loadtests.lib.coe_service import config
-from loadtests.lib.machine import Process, Ticks, Watch, describe, ours_of, parse_stat
+from loadtests.lib.machine_load import Process, Ticks, Watch, describe, ours_of, parse_stat
 from loadtests.lib.prompts import prompts
 from loadtests.lib.targets import Report
 from service.config import Config
@@ -93,7 +93,7 @@ def test_ours_of_includes_descendants_in_other_sessions() -> None:
 
 def test_watch_reports_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([Ticks(0, 0, 0), Ticks(1000, 100, 300)])
-    monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
+    monkeypatch.setattr(machine_load.Ticks, "now", classmethod(lambda cls: next(seen)))
     report = Watch.start().report()
     assert report["others_share"] == 0.6
     assert "BUSY" in describe(report)
@@ -101,7 +101,7 @@ def test_watch_reports_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_watch_with_windows_counts_only_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([Ticks(0, 0, 0), Ticks(1000, 0, 0), Ticks(1100, 20, 78)])
-    monkeypatch.setattr(machine.Ticks, "now", classmethod(lambda cls: next(seen)))
+    monkeypatch.setattr(machine_load.Ticks, "now", classmethod(lambda cls: next(seen)))
     watch = Watch.start()
     with watch.window():
         pass

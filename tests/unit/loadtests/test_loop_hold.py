@@ -12,7 +12,7 @@ import pytest
 from loadtests.loop_hold import Case, cases
 from loadtests.loop_hold_meter import HoldMeter
 from service.config import Config
-from service.gateway.request.limits import RequestLimitChecker
+from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.parsing import parse_request
 
 CONFIG = Config.model_validate(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.swap_gpu import __main__ as swap_gpu
-from loadtests.swap_gpu.models import SHAPES, write_random
+from loadtests.swap_gpu.random_llama import SHAPES, write_random
 from service.models import ModelInfo, inspect_model
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from loadtests.tenants.client import ENDPOINTS, MANY, Clients
+from loadtests.tenants.tenant_clients import ENDPOINTS, MANY, Clients
 from service.config import SimulatedOptions
 from service.engine.base import EngineRequest
 from service.engine.simulated import SimulatedEngine

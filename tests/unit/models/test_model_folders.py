@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from service.errors import ModelStoreError
 from service.models import ModelInfo, inspect_model, locate
-from service.models.inspection import hub_snapshot, is_second_copy
-from tests.unit.models.test_inspection import Tensors, write_tensors
+from service.models.model_inspection import hub_snapshot, is_second_copy
+from tests.unit.models.test_model_inspection import Tensors, write_tensors
 
 HIDDEN, FFN, KV, LAYERS, VOCABULARY = 64, 128, 32, 2, 256
 LLAMA: dict[str, Any] = {

@@ -36,7 +36,7 @@ from service.models import (
 )
 from service.models import pull as pull_function
 from service.models.pull_progress import Lines, progress_for
-from tests.unit.models.test_inspection import make_adapter, make_model
+from tests.unit.models.test_model_inspection import make_adapter, make_model
 
 GGUF = b"GGUF not really" * 100
 

@@ -292,7 +292,7 @@ def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Conf
 
 async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from service.engine.vllm.swapping import SwappingVllmEngine
+    from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
     pool = Pool("p")
     assembly = PoolFactory(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())

@@ -8,10 +8,10 @@ from service.config import SimulatedOptions
 from service.engine.simulated import SimulatedEngine
 from service.errors import ConflictError
 from service.pool import pool as module
-from service.pool.planner import SwapPolicy
 from service.pool.pool import Pool
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.shared import SharedSlot
-from service.pool.units import Unit, UnitState
+from service.pool.swap_planner import SwapPolicy
 from tests.support.waiting import until
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from router_models import evaluate, fit
+from router_models import evaluate_command, fit
 from router_models.cli import group
 from router_models.expert_map_fit import shrunk_cells
 from router_models.linear_models import calibration_error, design, featurize, fit_logistic, softmax
@@ -104,7 +104,7 @@ def test_fit_and_service_compute_the_same_quality(folder: Path) -> None:
     inside = problem.predict(problem.fit(np.arange(len(table))), np.arange(len(table)))
     artifact = load_artifact(folder / "toy@1")
     found = ExpertMap.from_artifact(artifact)
-    outside = evaluate.predict(artifact, found, table)
+    outside = evaluate_command.predict(artifact, found, table)
     kept = [problem.played.recipes.index(recipe) for recipe in found.recipes]
     assert outside.posterior == pytest.approx(inside.posterior, abs=5e-3)
     assert outside.quality == pytest.approx(inside.quality[:, kept], abs=5e-3)
@@ -132,7 +132,7 @@ def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
 
 def test_evaluate_scores_unseen_rows(folder: Path) -> None:
     said: list[str] = []
-    result = evaluate.run(
+    result = evaluate_command.run(
         artifact=folder / "toy@1",
         outcomes=[folder / "test.jsonl", folder / "train.jsonl"],
         costs=folder / "costs.json",
@@ -165,7 +165,7 @@ def test_evaluate_scores_unseen_rows(folder: Path) -> None:
 
 def test_evaluate_rows_all_seen_scores_out_of_fold(folder: Path) -> None:
     said: list[str] = []
-    result = evaluate.run(
+    result = evaluate_command.run(
         artifact=folder / "toy@1",
         outcomes=[folder / "train.jsonl"],
         costs=folder / "costs.json",
@@ -205,7 +205,9 @@ def test_fit_works_with_a_handful_of_rows(folder: Path) -> None:
 def test_evaluate_artifact_without_a_map_raises(folder: Path) -> None:
     demo = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
     with pytest.raises(ArtifactError, match="no map"):
-        evaluate.run(artifact=demo, outcomes=[folder / "test.jsonl"], costs=folder / "costs.json")
+        evaluate_command.run(
+            artifact=demo, outcomes=[folder / "test.jsonl"], costs=folder / "costs.json"
+        )
 
 
 def test_fit_and_evaluate_commands_run(folder: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from router_models.general.categories import general_categories
 from router_models.general.held_out import held_out_prompts, paraphrases
-from router_models.outcome_recording.checks import JudgeCheck, UnitTestsCheck
-from router_models.outcome_recording.scoring import score_text
-from router_models.outcome_recording.tasks import Task, builtin_files, read_tasks
-from router_models.outcome_recording.unit_tests import probe, score_code
+from router_models.outcome_recording.answer_scoring import score_text
+from router_models.outcome_recording.check_kinds import JudgeCheck, UnitTestsCheck
+from router_models.outcome_recording.sandboxed_unit_tests import probe, score_code
+from router_models.outcome_recording.task_reader import Task, builtin_files, read_tasks
 
 ANSWERS: dict[str, dict[str, list[str]]] = json.loads(
     Path("tests/data/outcomes_builtin_answers.json").read_text(encoding="utf-8")

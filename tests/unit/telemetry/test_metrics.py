@@ -11,18 +11,18 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.engine.base import EngineTimings
-from service.gateway.metrics import GatewayMetrics
+from service.gateway.request_metrics import GatewayMetrics
 from service.gateway.request_record import RequestRecord
 from service.pool.load import PoolLoad
 from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import metrics as metric_table
-from service.telemetry.exposition import join
-from service.telemetry.labels import LABELS, MAX_SERIES, OTHER
+from service.telemetry.label_values import LABELS, MAX_SERIES, OTHER
 from service.telemetry.metric_types import Kind, MetricSpec, Side
 from service.telemetry.metrics import METRICS
+from service.telemetry.metrics_registry import MetricsRegistry
 from service.telemetry.pool_metrics import PoolMetrics
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.prometheus_exposition import join
 from service.types import Residency
 
 ROOT = Path(__file__).parents[3]

@@ -11,10 +11,10 @@ from service.errors import ConflictError
 from service.moe.load_statistics import cacheability
 from service.moe.routing_counts import RoutingCounts
 from service.telemetry import metrics
-from service.telemetry.labels import MAX_SERIES
+from service.telemetry.label_values import MAX_SERIES
 from service.telemetry.metric_types import Side
+from service.telemetry.metrics_registry import MetricsRegistry
 from service.telemetry.moe_collector import MoeCollector
-from service.telemetry.registry import MetricsRegistry
 
 EXPERTS = 4
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from service.engine.steering_data import RECORD_CHOICES_KEY
-from service.engine.vllm.worker.gates import routed_layers
+from service.engine.vllm.worker.gate_access import routed_layers
 from service.engine.vllm.worker.model_access import scheduled_tokens
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from service.engine.steering_data import PLACES_KEY
-from service.engine.vllm.worker.gates import Choice, RoutedLayer, choice_of, replace_choice
-from service.engine.vllm.worker.steering import gate_for, gates_of
+from service.engine.vllm.worker.eager_steering import gate_for, gates_of
+from service.engine.vllm.worker.gate_access import Choice, RoutedLayer, choice_of, replace_choice
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

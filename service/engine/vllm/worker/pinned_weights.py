@@ -33,10 +33,10 @@ from service.engine.shared_memory import (
     write_file,
 )
 from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
-from service.engine.vllm.worker.loading import ShadowModel
 from service.engine.vllm.worker.model_access import is_attention, weight_method, world_size
-from service.engine.vllm.worker.packing import ScratchBuffers
-from service.engine.vllm.worker.swap import PendingLoad, SwapExtension
+from service.engine.vllm.worker.shadow_model import ShadowModel
+from service.engine.vllm.worker.swap_extension import PendingLoad, SwapExtension
+from service.engine.vllm.worker.weight_packing import ScratchBuffers
 from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 

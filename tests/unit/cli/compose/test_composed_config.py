@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_models.composition.problem import Accelerators, Bounds, Problem, SwapMethod
-from router_models.composition.solution import Composition
-from router_models.composition.solver import CompositionError, solve
+from router_models.composition.composition_problem import Accelerators, Bounds, Problem, SwapMethod
+from router_models.composition.composition_value import Composition
+from router_models.composition.highs_solver import CompositionError, solve
 from service.cli.compose.candidate_units import Candidates, Size, candidates
 from service.cli.compose.composed_config import compose_config, rebased, size_text
 from service.config import Config, read_config

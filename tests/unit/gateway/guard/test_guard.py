@@ -11,11 +11,11 @@ import pytest
 from loadtests.guard.__main__ import measure
 from service.config import Config
 from service.errors import GuardRefusedError, InvalidRequestError
+from service.gateway.guard.body_texts import rewritten, texts_of
 from service.gateway.guard.guard import Guard, GuardResult
-from service.gateway.guard.injection import made_plain
-from service.gateway.guard.pii import PiiScreen
-from service.gateway.guard.screen import Finding, Text
-from service.gateway.guard.texts import rewritten, texts_of
+from service.gateway.guard.injection_screen import made_plain
+from service.gateway.guard.pii_screen import PiiScreen
+from service.gateway.guard.screen_interface import Finding, Text
 from service.gateway.request.parsing import parse_request
 from service.types import Tenant
 

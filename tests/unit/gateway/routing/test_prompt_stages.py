@@ -28,7 +28,7 @@ from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.telemetry import metrics
 from service.telemetry.metric_types import Side
-from service.telemetry.registry import MetricsRegistry
+from service.telemetry.metrics_registry import MetricsRegistry
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 from tests.unit.encoder.test_encoder_client import worker_pid
 

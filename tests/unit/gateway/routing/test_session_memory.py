@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.gateway.request.turns import TurnState
+from service.gateway.request.conversation_turns import TurnState
 from service.gateway.routing.session_memory import (
     MAX_TURNS,
     SessionMemory,

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from loadtests.lib.fake_openai_server import Upstream
 from loadtests.lib.load_client import (
     Asker,
     Exchange,
@@ -17,7 +18,6 @@ from loadtests.lib.load_client import (
     once,
     repeat,
 )
-from loadtests.lib.upstream import Upstream
 
 _BODY = {"model": "m", "messages": [], "max_tokens": 3, "stream": True}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from router_models.experts import data
+from router_models.experts import training_texts
 from service.models import AdapterInfo, inspect_model
 
-ARTIFACTS = Path(data.__file__).parent / "artifacts"
+ARTIFACTS = Path(training_texts.__file__).parent / "artifacts"
 
 
-@pytest.mark.parametrize("expert", data.EXPERTS)
+@pytest.mark.parametrize("expert", training_texts.EXPERTS)
 def test_demo_adapter_is_small_and_changes_the_mlp_only(expert: str) -> None:
     info = inspect_model(ARTIFACTS / expert)
     assert isinstance(info, AdapterInfo)
@@ -22,13 +22,13 @@ def test_demo_adapter_is_small_and_changes_the_mlp_only(expert: str) -> None:
     assert info.weight_bytes <= 5_000_000
 
 
-@pytest.mark.parametrize("expert", data.EXPERTS)
+@pytest.mark.parametrize("expert", training_texts.EXPERTS)
 def test_demo_expert_beats_the_base_on_its_domain(expert: str) -> None:
     measured = json.loads((ARTIFACTS / expert / "metrics.json").read_text())["measured"]
     assert measured["gain"] > 3 * measured["gain_error"]
 
 
-@pytest.mark.parametrize("expert", data.EXPERTS)
+@pytest.mark.parametrize("expert", training_texts.EXPERTS)
 def test_demo_expert_card_has_the_measured_figures(expert: str) -> None:
     card = (ARTIFACTS / expert / "README.md").read_text()
     metrics = json.loads((ARTIFACTS / expert / "metrics.json").read_text())

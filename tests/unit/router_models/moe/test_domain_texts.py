@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from router_models.experts import data
-from router_models.experts.data import Example
+from router_models.experts import training_texts
 from router_models.experts.evaluate import RowScore
-from router_models.moe import domain_texts, perplexity
+from router_models.experts.training_texts import Example
+from router_models.moe import bits_per_byte, domain_texts
 
 
 def _write(folder: Path, name: str, rows: int) -> None:
@@ -73,7 +73,7 @@ def test_demo_domains_hold_out_the_evaluation_prompts(tmp_path: Path) -> None:
     rows = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(400)]
     (tmp_path / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     field = domain_texts.read("math", tmp_path)
-    assert field.held_out == data.load("math", tmp_path, seed=0).held_out
+    assert field.held_out == training_texts.load("math", tmp_path, seed=0).held_out
     assert len(field.train) == 100
 
 
@@ -100,15 +100,15 @@ def _scores(*row_bits: float) -> list[RowScore]:
 
 def test_kept_returns_the_share_of_a_gain_with_its_error() -> None:
     base, expert = _scores(40, 60, 50, 50), _scores(20, 30, 30, 20)
-    half = perplexity.kept(base, expert, _scores(30, 45, 40, 35), seed=0)
+    half = bits_per_byte.kept(base, expert, _scores(30, 45, 40, 35), seed=0)
     assert (half.rows, half.base, half.expert, half.model) == (4, 5.0, 2.5, 3.75)
     assert half.share == pytest.approx(0.5)
     assert half.share_error == pytest.approx(0.0, abs=1e-12)
-    assert perplexity.kept(base, expert, expert, seed=0).share == pytest.approx(1.0)
-    assert perplexity.kept(base, expert, base, seed=0).share == pytest.approx(0.0)
-    uneven = perplexity.kept(base, expert, _scores(20, 30, 50, 50), seed=0)
+    assert bits_per_byte.kept(base, expert, expert, seed=0).share == pytest.approx(1.0)
+    assert bits_per_byte.kept(base, expert, base, seed=0).share == pytest.approx(0.0)
+    uneven = bits_per_byte.kept(base, expert, _scores(20, 30, 50, 50), seed=0)
     assert 0.2 < uneven.share_error < 0.6
-    nothing = perplexity.kept(base, base, expert, seed=0)
+    nothing = bits_per_byte.kept(base, base, expert, seed=0)
     assert (nothing.base, nothing.model) == (5.0, 2.5)
     assert math.isnan(nothing.share)
     assert math.isnan(nothing.share_error)

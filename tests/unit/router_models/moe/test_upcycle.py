@@ -12,8 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loadtests.moe_build import right_share
-from router_models.moe import dense, dense_loading, domain_texts, gates, perplexity, upcycle
-from router_models.moe.dense import UpcycleError
+from router_models.moe import (
+    bits_per_byte,
+    dense_loading,
+    dense_reader,
+    domain_texts,
+    gate_fit,
+    upcycle,
+)
+from router_models.moe.dense_reader import UpcycleError
 from service.models import ModelInfo, inspect_model, locate
 from tests.support import dense_family as family
 
@@ -101,7 +108,7 @@ def test_upcycle_each_expert_computes_as_its_dense_model_when_chosen(
         folder = made / name if name != "general" else made / "base"
         adapter = None if name == "general" else folder
         merged = dense_loading.blank(family.config())
-        dense_loading.fill(merged, dense.Dense(name, made / "base", adapter))
+        dense_loading.fill(merged, dense_reader.Dense(name, made / "base", adapter))
         torch.testing.assert_close(
             _logits(model, _tokens()), _logits(merged, _tokens()), rtol=0, atol=2e-5
         )
@@ -122,7 +129,7 @@ def test_upcycle_gates_separate_the_domains(made: Path) -> None:
     model = _model(made / "moe")
     for index, name in enumerate(("general", "sums", "law")):
         held_out = domain_texts.read(name, made / "texts").held_out
-        share = right_share(model, perplexity.conversations(held_out, tokenizer), index)
+        share = right_share(model, bits_per_byte.conversations(held_out, tokenizer), index)
         right = float(share.mean())
         assert right > 0.8, f"{name}: {right}"
 
@@ -150,10 +157,10 @@ def test_upcycle_adding_an_expert_later_equals_building_at_once(made: Path, tmp_
 def test_upcycle_gates_are_the_ridge_regression() -> None:
     draw = np.random.default_rng(0)
     fields = [draw.normal(size=(50, 8)) + draw.normal(size=8) for _ in range(3)]
-    statistics = gates.Statistics.empty(1, 8)
+    statistics = gate_fit.Statistics.empty(1, 8)
     for i, x in enumerate(fields):
-        origin = gates.Origin(f"e{i}", "w", "s", "l", 1, len(x))
-        own = gates.Moments((x.T @ x / len(x))[None], x.mean(axis=0)[None])
+        origin = gate_fit.Origin(f"e{i}", "w", "s", "l", 1, len(x))
+        own = gate_fit.Moments((x.T @ x / len(x))[None], x.mean(axis=0)[None])
         statistics = statistics.added(origin, own)
     x, y = np.concatenate(fields) / 50**0.5, np.repeat(np.eye(3), 50, axis=0) / 50**0.5
     solved = np.linalg.inv(x.T @ x + 1e-2 * np.eye(8)) @ x.T @ y
@@ -162,20 +169,20 @@ def test_upcycle_gates_are_the_ridge_regression() -> None:
 
 
 def test_upcycle_statistics_round_trip_and_damaged_files_raise(made: Path, tmp_path: Path) -> None:
-    path = made / "moe" / dense.STATISTICS
-    read = gates.read(path)
-    gates.write(read, tmp_path / "again.safetensors")
-    again = gates.read(tmp_path / "again.safetensors")
+    path = made / "moe" / dense_reader.STATISTICS
+    read = gate_fit.read(path)
+    gate_fit.write(read, tmp_path / "again.safetensors")
+    again = gate_fit.read(tmp_path / "again.safetensors")
     assert again.origins == read.origins
     np.testing.assert_array_equal(again.gram, read.gram)
     np.testing.assert_array_equal(again.cross, read.cross)
     assert read.experts == ("general", "sums", "law")
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:200])
-    with pytest.raises(gates.ArtifactError, match=r"cut\.safetensors: can't be read"):
-        gates.read(tmp_path / "cut.safetensors")
+    with pytest.raises(gate_fit.ArtifactError, match=r"cut\.safetensors: can't be read"):
+        gate_fit.read(tmp_path / "cut.safetensors")
     save_file({"x": torch.ones(1)}, str(tmp_path / "other.safetensors"))
-    with pytest.raises(gates.ArtifactError, match="format None"):
-        gates.read(tmp_path / "other.safetensors")
+    with pytest.raises(gate_fit.ArtifactError, match="format None"):
+        gate_fit.read(tmp_path / "other.safetensors")
 
 
 def test_upcycle_reports_changes_outside_the_ffns_as_lost(made: Path, tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_upcycle_base_that_can_not_be_a_mixtral_raises(
 
 def test_upcycle_experts_that_do_not_fit_raise_with_their_names(made: Path, tmp_path: Path) -> None:
     def refused(experts: dict[str, Path], base: Path = made / "base") -> str:
-        with pytest.raises(dense.ArtifactError) as error:
+        with pytest.raises(dense_reader.ArtifactError) as error:
             upcycle.build(upcycle.plan(base, experts, made / "texts"), tmp_path / "m", top_k=1)
         assert not (tmp_path / "m").exists()
         assert not list(tmp_path.glob(".m*"))

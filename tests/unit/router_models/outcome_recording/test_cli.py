@@ -183,7 +183,7 @@ async def test_record_leaves_out_what_can_t_be_checked_here(
     async def no_sandbox() -> str:
         return "namespaces are not allowed"
 
-    monkeypatch.setattr("router_models.outcome_recording.unit_tests.probe", no_sandbox)
+    monkeypatch.setattr("router_models.outcome_recording.sandboxed_unit_tests.probe", no_sandbox)
     words = words_of(upstream, tmp_path, 2)
     other = tmp_path / "more.jsonl"
     prompts(other, 3, check={"kind": "unit_tests", "tests": ["assert f() == 1"]})

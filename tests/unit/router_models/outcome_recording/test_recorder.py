@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_models.outcome_recording.endpoint import Endpoint
+from router_models.outcome_recording.endpoint_client import Endpoint
 from router_models.outcome_recording.outcome_file import OutcomeFile, join_rows, read_rows
 from router_models.outcome_recording.recorder import Progress, Recorder, RecorderSettings, spent_of
-from router_models.outcome_recording.tasks import Task
+from router_models.outcome_recording.task_reader import Task
 from router_models.outcomes import OutcomeError, costs_of, read_outcomes
 from service.broker.prices import Price
 from tests.support.waiting import until
@@ -275,7 +275,7 @@ async def test_recorder_unit_tests_and_grades_are_scored(
     given = tasks(1, check={"kind": "unit_tests", "tests": ["assert f(1) == 2"]})
     given += tasks(1, id="g", check={"kind": "judge", "rubric": "short"})
     out = tmp_path / "out.jsonl"
-    from router_models.outcome_recording.unit_tests import probe
+    from router_models.outcome_recording.sandboxed_unit_tests import probe
 
     if reason := await probe():
         pytest.skip(f"no sandbox here: {reason}")

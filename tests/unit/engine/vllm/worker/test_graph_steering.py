@@ -72,7 +72,7 @@ def standing(
 ) -> Any:
     """Rules in those routers, by layer."""
     from service.engine.vllm.worker import graph_steering
-    from service.engine.vllm.worker.gates import RoutedLayer
+    from service.engine.vllm.worker.gate_access import RoutedLayer
 
     gates = {layer: RoutedLayer(layer, E, K, router, kernel) for layer, router in routers.items()}
     monkeypatch.setattr(graph_steering, "gates_of", lambda _: gates)
@@ -257,7 +257,7 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from service.engine.vllm.worker import graph_steering, pinned_weights
-    from service.engine.vllm.worker.gates import RoutedLayer
+    from service.engine.vllm.worker.gate_access import RoutedLayer
 
     router, logits = FusedTopKRouter(), some_logits()
     own, own_ids = router.choose(logits)
@@ -314,7 +314,7 @@ def test_graph_steering_unsupported_model_runs_and_gives_the_reason(
 
 def test_swappable_experts_depend_on_how_the_engine_was_started() -> None:
     from service.config import VllmOptions
-    from service.engine.vllm.swapping import SwappingVllmEngine, Weights
+    from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 
     def steered(base: str, k: int) -> Weights:
         layer = SteeredLayer(0, (False,), (0.0,), (1.0,), k, None)

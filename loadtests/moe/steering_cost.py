@@ -1,0 +1,166 @@
+"""Measures steering in one running engine whose profiles are swapped in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loadtests.lib.child_processes import say
+from loadtests.lib.stats import median, ratios
+from loadtests.lib.targets import Report, Table, at_most
+from loadtests.moe.random_mixtral import random_mixtral
+from loadtests.swap.shared_engine import SharedEngine, ask
+from service.config import Config, VllmOptions
+from service.engine.vllm.swapping_engine import Weights
+from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.moe.virtual_expert_profiles import steering_of
+
+EXCHANGE_MS = 30.0
+_BASE = "base"
+_IN_FLIGHT, _PROMPT, _ANSWER = 8, 48, 24
+# The demo's layers, fewer of them: what steering costs and saves is of each layer, as its work.
+_LAYERS, _EXPERTS, _TOP_K = 12, 4, 2
+
+
+@dataclass(slots=True)
+class Found:
+    """Exchanges in s, and tokens per s by name."""
+
+    exchange_s: list[float] = field(default_factory=list)
+    tokens_per_s: dict[str, list[float]] = field(default_factory=dict)
+
+
+def _profiles(folder: Path) -> dict[str, SteeringProfile]:
+    shape = moe_shape(folder)
+    if shape is None:
+        raise RuntimeError(f"{folder} is no mixture of experts")
+    half = [e >= max(shape.top_k, shape.experts // 2) for e in range(shape.experts)]
+    rules = {
+        "one": LayerSteering.of(shape.experts, top_k=1),
+        "half": LayerSteering.of(shape.experts, mask=half),
+    }
+    return {
+        name: SteeringProfile(shape, dict.fromkeys(shape.layers, rule))
+        for name, rule in rules.items()
+    }
+
+
+def _sources(folder: Path, root: Path) -> dict[str, Weights]:
+    profiles = _profiles(folder)
+    experts: dict[str, Mapping[str, str]] = {_BASE: {"model": str(folder)}}
+    for name, profile in profiles.items():
+        write_profile(profile, root / name)
+        experts[name] = {"base": _BASE, "profile": str(root / name)}
+    config = Config.model_validate({"experts": experts, "pools": {"p": {"engine": "simulated"}}})
+    return {
+        _BASE: Weights(str(folder)),
+        **{
+            name: Weights(str(folder), steering=steering_of(config, name, folder))
+            for name in profiles
+        },
+    }
+
+
+async def _turn(engine: SharedEngine, name: str, rounds: int) -> float:
+    began_s = time.perf_counter()
+    tokens = 0
+    for _ in range(rounds):
+        requests = (ask(engine, name, _PROMPT, _ANSWER) for _ in range(_IN_FLIGHT))
+        tokens += sum(await asyncio.gather(*requests)) + _IN_FLIGHT * _PROMPT
+    return tokens / (time.perf_counter() - began_s)
+
+
+async def _measure(
+    sources: dict[str, Weights], options: VllmOptions, times: int, turns: int, rounds: int
+) -> Found:
+    engine = SharedEngine(sources, options)
+    found = Found()
+    names = list(sources)
+    try:
+        say("an engine with a mixture of experts")
+        await engine.start()
+        for name in names[1:]:
+            await engine.load_to_host(name)
+        for name in [*names[1:], *names]:  # each one's canary, and code that is new
+            await engine.swap_in(name)
+            await _turn(engine, name, 1)
+        say(f"{times} exchanges")
+        for i in range(times):
+            done = await engine.swap_in(names[(i + 1) % len(names)])
+            if not done.ok or done.method != "steer":
+                raise RuntimeError(f"an exchange went wrong: {done}")
+            found.exchange_s.append(done.swap_s)
+        for i in range(turns):
+            say(f"turn {i + 1} of {turns}")
+            for name in names if i % 2 else reversed(names):
+                await engine.swap_in(name)
+                rate = await _turn(engine, name, rounds)
+                found.tokens_per_s.setdefault(name, []).append(rate)
+    finally:
+        await engine.close()
+    return found
+
+
+def report(model: Path | None, *, times: int = 200, turns: int = 8, rounds: int = 3) -> Report:
+    """Tables and target. `model`: a folder; None: a random one with layers of the demo's size.
+
+    Raises RuntimeError where the folder is no mixture of experts.
+    """
+    options = VllmOptions(
+        dtype="float32",
+        max_model_len=512,
+        kv_cache_bytes=256 * 1024**2,
+        max_num_seqs=_IN_FLIGHT,
+        enforce_eager=True,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model
+        if folder is None:
+            folder = Path(scratch) / "model"
+            random_mixtral(folder, layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K)
+        root = Path(scratch) / "profiles"
+        root.mkdir()
+        sources = _sources(folder, root)
+        shape = moe_shape(folder)
+        assert shape is not None
+        kept = max(shape.top_k, shape.experts // 2)
+        found = asyncio.run(_measure(sources, options, times, turns, rounds))
+    return _told(found, shape.experts, shape.top_k, kept)
+
+
+def _told(found: Found, experts: int, top_k: int, kept: int) -> Report:
+    made = Report("moe_steer")
+    exchange = median([1000 * s for s in found.exchange_s])
+    made.reach.append(
+        at_most("exchange of a profile, pause and resume included, ms", EXCHANGE_MS, exchange)
+    )
+    made.facts["exchange_ms"] = exchange.as_json()
+    made.tables.append(
+        Table(
+            "Exchanges of a profile, the engine idle; median with its 95 % interval",
+            ("exchanges", "ms"),
+            [(str(len(found.exchange_s)), exchange.text(1))],
+        )
+    )
+    words = {
+        _BASE: f"top {top_k} of {experts}, vLLM's own choice",
+        "one": f"top 1 of {experts}",
+        "half": f"top {top_k} of {kept}, the others masked",
+    }
+    table = Table(
+        f"Throughput, {_IN_FLIGHT} in flight, prompts of {_PROMPT} and answers of {_ANSWER} "
+        "tokens; medians with 95 % intervals",
+        ("routed experts", "turns", "tokens/s", "times the base's"),
+    )
+    base: Sequence[float] = found.tokens_per_s[_BASE]
+    for name, rates in found.tokens_per_s.items():
+        rate, times = median(rates), ratios(rates, base)
+        made.facts[name] = {"tokens_per_s": rate.as_json(), "times_base": times.as_json()}
+        table.rows.append((words[name], str(len(rates)), rate.text(1), times.text()))
+    table.rows.sort(key=lambda row: list(words.values()).index(row[0]))
+    made.tables.append(table)
+    return made

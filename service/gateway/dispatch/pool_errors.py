@@ -1,0 +1,77 @@
+"""Turns the error replies of pools back into exceptions."""
+
+from __future__ import annotations
+
+import aiohttp
+import orjson
+
+from service.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineRestartingError,
+    EngineTimeoutError,
+    ExpertFailedError,
+    OverCapacityError,
+    PoolUnavailableError,
+    UnavailableError,
+)
+from service.gateway.folder_redaction import without_folders
+from service.gateway.request.parsing import InferenceRequest
+from service.rpc.client import PoolReply
+
+# Codes of errors after which another pool may answer.
+RETRIED = frozenset(
+    {
+        "draining",
+        "engine_dead",
+        "engine_restarting",
+        "over_capacity",
+        "expert_failed",
+        "pool_gone",
+    }
+)
+
+
+def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
+    """Return the error for a missed deadline. It states the client's own deadline.
+
+    Args:
+        request: The request.
+        silent: Whether the engine that had the request sent nothing.
+    """
+    kind = EngineTimeoutError if silent else DeadlineExceededError
+    message = f"no answer within the deadline of {request.deadline_ms} ms"
+    return kind(message, code=DeadlineExceededError.code)
+
+
+async def read_whole_answer(answer: PoolReply) -> bytes:
+    """Read the whole body of a reply.
+
+    Raises:
+        PoolUnavailableError: The connection to the pool was lost.
+    """
+    try:
+        return await answer.chunks.read()
+    except (aiohttp.ClientError, OSError):
+        raise PoolUnavailableError("the pool went away while it answered") from None
+
+
+def error_from_fault(code: str, body: bytes, retry_after: str | None) -> UnavailableError:
+    """Return the exception for a pool's error reply.
+
+    Args:
+        code: The error's code.
+        body: The reply's body. The exception gets its message, without the paths of folders.
+        retry_after: The reply's `Retry-After` header.
+    """
+    try:
+        message = without_folders(str(orjson.loads(body)["error"]["message"]))
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        message = "the pool could not answer"
+    kinds: dict[str, type[UnavailableError]] = {
+        "over_capacity": OverCapacityError,
+        "expert_failed": ExpertFailedError,
+        "engine_dead": EngineDeadError,
+        "engine_restarting": EngineRestartingError,
+    }
+    return kinds.get(code, PoolUnavailableError)(message, retry_after_s=float(retry_after or 1))

@@ -1,0 +1,91 @@
+"""The process of a pool: its engines, its application and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from service.config import Config
+from service.errors import CoeError
+from service.models import inspect_model
+from service.models.expert_folders import folder_here
+from service.moe.virtual_expert_profiles import profile_bytes
+from service.pool.factory import PoolFactory
+from service.pool.pool import Pool
+from service.rpc.server import PoolApp
+from service.telemetry.pool_metrics import PoolMetrics
+from service.telemetry.process_telemetry import node_target, traces_of
+
+
+class PoolProcess:
+    """A pool with its engines, its application and its metrics."""
+
+    def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
+        self.pool_metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
+        self._factory = PoolFactory(config, kind, Pool(kind, self.pool_metrics), self.pool_metrics)
+        self.pool = self._factory.pool
+        self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
+        if self._traces is not None:
+            self.pool_metrics.traced = self._traces.pooled
+        self.pool_metrics.follow(self.pool)
+        self._config = config
+        self._weights: dict[str, int] = {}
+        self.app = PoolApp(self.pool, self, secret, config.server.max_body_bytes)
+        self._node = node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
+
+    async def start(self) -> None:
+        """Start the engines, in the background."""
+        if self._node is not None:
+            await self._node.start()
+        self.pool.start()
+
+    async def stop(self, drain_s: float) -> None:
+        """Drain for at most `drain_s` seconds, then stop the engines."""
+        await self._factory.stop(drain_s)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.stop)
+        if self._node is not None:
+            await self._node.stop()
+
+    async def reload(self, config: Config) -> None:
+        """Change the pool to match another config."""
+        self._config = config
+        self._weights.clear()
+        await self._factory.reload(config)
+
+    def experts(self) -> dict[str, Any]:
+        details = self.pool.details()
+        for name, entry in details.items():
+            if "shares" in entry or name not in self._config.experts:
+                continue
+            if (weight_bytes := self._weight_bytes(name)) is not None:
+                entry["weight_bytes"] = weight_bytes
+        return details
+
+    def _weight_bytes(self, expert: str) -> int | None:
+        """Return the bytes of an expert's weights, from the headers of its files.
+
+        The result is None where the files are not on this machine.
+        """
+        if expert in self._weights:
+            return self._weights[expert]
+        expert = self._config.owner_of(expert)
+        settings = self._config.experts[expert]
+        if settings.profile is not None:
+            return profile_bytes(self._config, expert)
+        is_adapter = settings.base is not None and settings.form == "adapter"
+        try:
+            folder = settings.adapter if is_adapter else folder_here(self._config, expert)
+            if folder is None:
+                return None
+            self._weights[expert] = inspect_model(Path(folder)).weight_bytes
+        except CoeError:
+            return None
+        return self._weights[expert]
+
+    async def moe_statistics(self, expert: str) -> dict[str, Any]:
+        return await self.pool_metrics.routing_stats(self.pool.held_name(expert))
+
+    async def metrics(self) -> str:
+        return await self.pool_metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})
