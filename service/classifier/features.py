@@ -32,6 +32,7 @@ _ORDER_STEP = 0x27D4EB2F
 _MASK = 0xFFFFFFFF
 
 _MARK_CHARS = 4
+_END_MARKS = " .?!…。？！"
 # For fewer ids, sorting is faster than a table of all buckets.
 _SORT_BELOW = 4000
 _ASCII_FOLD = bytes(
@@ -52,6 +53,7 @@ class FeatureSpec:
         bits: Each of the two tables has 2**bits buckets.
         known_bits: The bitmap of seen grams has 2**known_bits bits.
         edge_chars: Number of characters that count from either end of a text.
+        trims: Whether runs of white space count as one space, and marks at the end do not count.
     """
 
     char_orders: tuple[int, ...] = (2, 3, 4, 5)
@@ -59,6 +61,7 @@ class FeatureSpec:
     bits: int = 15
     known_bits: int = 20
     edge_chars: int = 4000
+    trims: bool = False
 
     @property
     def buckets(self) -> int:
@@ -78,7 +81,8 @@ class FeatureSpec:
             TypeError: A value has the wrong type.
         """
         known = set(cls.__dataclass_fields__)
-        if set(data) != known:
+        # Artifacts of before have no `trims`.
+        if set(data) | {"trims"} != known:
             raise ValueError(f"features: expected the keys {sorted(known)}, got {sorted(data)}")
         spec = cls(
             char_orders=tuple(int(n) for n in data["char_orders"]),
@@ -86,6 +90,7 @@ class FeatureSpec:
             bits=int(data["bits"]),
             known_bits=int(data["known_bits"]),
             edge_chars=int(data["edge_chars"]),
+            trims=bool(data.get("trims", False)),
         )
         orders = spec.char_orders + spec.word_orders
         if not (8 <= spec.bits <= 20 and 8 <= spec.known_bits <= 24 and spec.edge_chars >= 16):
@@ -120,6 +125,12 @@ def clip(text: str, edge_chars: int) -> str:
     if len(text) <= 2 * edge_chars:
         return text
     return f"{text[:edge_chars]}\n{text[-edge_chars:]}"
+
+
+def trim(text: str) -> str:
+    """Make one space of each run of white space, and drop marks at the end of other text."""
+    text = " ".join(text.split())
+    return text.rstrip(_END_MARKS) or text
 
 
 def codes(text: str) -> Ids:
@@ -158,7 +169,8 @@ class Featurizer:
         """Compute the features of a text. `edge_chars` bounds the time for texts of any length."""
         spec = self.spec
         # `lower` may lengthen a text ("İ" becomes two code points), so it is cut again.
-        points = codes(clip(text, spec.edge_chars))[: 2 * spec.edge_chars + 1]
+        text = clip(text, spec.edge_chars)
+        points = codes(trim(text) if spec.trims else text)[: 2 * spec.edge_chars + 1]
         char_ids: list[Ids] = []
         marks: list[Ids] = []
         values = points + np.uint32(1)  # A NUL must change the hash as well.

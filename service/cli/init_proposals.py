@@ -89,11 +89,6 @@ def _on_cpu(trio: Trio, machine: Machine) -> Proposal | None:
     return Proposal(trio, False, 1, _GIB, required_bytes, trio.total_bytes)
 
 
-def _artifact(proposal: Proposal) -> str:
-    """The demo's map is of the demo's own experts; for others its classifier alone."""
-    return "demo@2" if proposal.trio is None else "demo@1"
-
-
 def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
     """Write the config file's text.
 
@@ -119,13 +114,26 @@ def config_text(proposal: Proposal, machine: Machine, artifacts: Path) -> str:
         "server:",
         "  port: 8000            # loopback only; make keys first, then set `host: 0.0.0.0`",
         "",
-        "# The classifier of prompts. `coe router fit` fits one to your prompts.",
-        "router:",
-        f"  artifact: {_text(artifacts / 'artifacts' / _artifact(proposal))}",
+        *_router(proposal, artifacts),
         "",
         "experts:",
     ]
     return "\n".join([*head, *_experts(proposal, artifacts), "", *_pools(proposal, machine), ""])
+
+
+def _router(proposal: Proposal, artifacts: Path) -> list[str]:
+    if proposal.trio is None:
+        return [
+            "# The classifier of prompts, with a map that is fitted for these experts.",
+            "router:",
+            f"  artifact: {_text(artifacts / 'artifacts' / 'demo@2')}",
+        ]
+    return [
+        "# The classifier of prompts is the built-in general@1, with 26 everyday categories.",
+        "# Experts name those that they are best at. All others go to the expert for `general`.",
+        "# A sentence encoder helps where it is unsure; `coe serve` fetches it (83 MB):",
+        "# router: {encoder: {model: all-minilm-l6-v2}}",
+    ]
 
 
 def _text(path: Path) -> str:
@@ -141,7 +149,7 @@ def _experts(proposal: Proposal, artifacts: Path) -> list[str]:
             lines += [
                 f"  {model.category}:",
                 f"    model: {model.source}   # {model.licence}, {size(model.weight_bytes)}",
-                f"    categories: [{model.category}]",
+                f"    categories: [{', '.join(model.categories)}]",
                 f"    description: {model.about}",
             ]
         return lines

@@ -156,10 +156,12 @@ def _routing(config: Config) -> dict[str, Any]:
     """Return what makes `auto` do less than it could."""
     from service.default_prices import with_default_prices
     from service.gateway.routing.frontier import routing_warnings
-    from service.gateway.routing.semantic_router import RoutingSetup
+    from service.gateway.routing.semantic_router import RoutingSetup, category_warnings
 
     priced = with_default_prices(config)
-    return {"warnings": list(routing_warnings(priced, RoutingSetup(priced)))}
+    setup = RoutingSetup(priced)
+    warnings = category_warnings(priced, setup.stages.labels)
+    return {"warnings": [*warnings, *routing_warnings(priced, setup)]}
 
 
 def _print_prices(prices: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from service.config.base import is_path, shown
 from service.config.moe_kernels import ExpertKernels, MoeKernelOptions
 from service.config.schema import SECTIONS, Config
+from service.config.server import NO_ARTIFACT
 from service.config.yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError
 
@@ -215,7 +216,7 @@ def _anchored(config: Config, folder: Path) -> Config:
             "pools": pools,
             "router": config.router.model_copy(
                 update={
-                    "artifact": at(artifact) if artifact is not None else None,
+                    "artifact": artifact if artifact in (None, NO_ARTIFACT) else at(artifact),
                     "encoder": encoder,
                 }
             ),

@@ -135,13 +135,18 @@ class EncoderConfig(Section):
     )
 
 
+NO_ARTIFACT = "none"
+"""The value of `router.artifact` that leaves out the built-in artifact."""
+
+
 class RouterConfig(Section):
     """The stages of the classifier of prompts, and the expert for prompts without a category."""
 
     artifact: str | None = Field(
         None,
-        description="Folder of a router artifact, relative to this file. Without one, `auto` "
-        "always means `fallback`.",
+        description="Folder of a router artifact, relative to this file. Without one, the built-in "
+        "`general@1` sorts prompts into 26 everyday categories, unless there are `categories` with "
+        "examples. `none` leaves it out; then `auto` always means `fallback`.",
     )
     fallback: str | None = Field(
         None,

@@ -10,9 +10,19 @@ from dataclasses import dataclass
 GB = 1_000_000_000
 
 
+_CATEGORIES = {
+    "general": ("general",),
+    "code": ("coding", "shell-sql"),
+    "math": ("math-word-problems", "symbolic-math"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A model by its id on the hub (or a name of the built-in catalogue)."""
+    """A model by its id on the hub (or a name of the built-in catalogue).
+
+    `category` is the field that the model is made for.
+    """
 
     source: str
     category: str
@@ -21,10 +31,15 @@ class PublicModel:
     weight_bytes: int
     about: str
 
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The general router's categories that it is the expert for."""
+        return _CATEGORIES[self.category]
+
 
 @dataclass(frozen=True, slots=True)
 class Trio:
-    """Models of one family and size: one model for each category of the demo's router."""
+    """Models of one family and size: one model for each field."""
 
     name: str
     models: tuple[PublicModel, ...]

@@ -136,8 +136,8 @@ def routing_warnings(config: Config, setup: RoutingSetup) -> tuple[str, ...]:
         return ()
     if not setup.stages.classifies:
         return (
-            f"router: no classifier, so `auto` always means {config.fallback!r}; set "
-            "router.artifact, or give categories examples",
+            f"router: no classifier, so `auto` always means {config.fallback!r}; "
+            "remove `router.artifact: none`, or give categories examples",
         )
     found = frontier_of(config, setup)
     lines = []

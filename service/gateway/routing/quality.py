@@ -14,13 +14,27 @@ import numpy as np
 from service.broker.cost_model import Places
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import RecipeCatalog
-from service.classifier.classifier import Assessment
+from service.classifier.classifier import GENERAL, Assessment
 from service.classifier.expert_map import Estimate, ExpertMap
 from service.config import Config
 from service.types import MAX_LATER, Recipe
 
 # The quality of an expert on a category without a figure in the config.
 _OWN, _FALLBACK, _OTHER = 1.0, 0.5, 0.0
+
+
+def named_categories(config: Config) -> dict[str, str]:
+    """The categories that a config names, and where each is named first."""
+    found: dict[str, str] = {name: f"categories.{name}" for name in config.categories}
+    for name, expert in config.experts.items():
+        for category in expert.categories:
+            found.setdefault(category, f"experts.{name}.categories")
+        for category in expert.quality:
+            found.setdefault(category, f"experts.{name}.quality")
+    for name, recipe in config.recipes.items():
+        for category in recipe.quality:
+            found.setdefault(category, f"recipes.{name}.quality")
+    return found
 
 
 class Escalations:
@@ -79,14 +93,17 @@ class QualityModel:
         self._escalations = Escalations() if escalations is None else escalations
         self._rows = self._escalations.rows(catalog.recipes)
         home = config.category_map()
-        for row, label in enumerate(self.labels):
+        named = named_categories(config)
+        # A category that nothing in the config names counts as `general`.
+        counted = [label if label in named else GENERAL for label in self.labels]
+        for row, label in enumerate(counted):
             owner = home.get(label, config.fallback)
             for column, name in enumerate(catalog.experts):
                 usual = _OWN if name == owner else _FALLBACK if name == config.fallback else _OTHER
                 self._table[row, column] = config.experts[name].quality.get(label, usual)
         for recipe in config.recipes.values():
             at = catalog.recipe_index[recipe.recipe()]
-            for row, label in enumerate(self.labels):
+            for row, label in enumerate(counted):
                 self._table[row, at] = recipe.quality.get(label, 0.0)
             self._reach[at, : len(recipe.later)] = recipe.escalates
         self._map: ExpertMap | None = None

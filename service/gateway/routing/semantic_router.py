@@ -20,16 +20,18 @@ from service.broker.reference import best_shares
 from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
-from service.classifier.artifact import load_artifact
+from service.classifier.artifact import Artifact, load_artifact
+from service.classifier.built_in import built_in_artifact
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.presets import PresetConfig
 from service.config.schema import silent_member
+from service.config.server import NO_ARTIFACT
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.routing.prompt_stages import PromptStages
-from service.gateway.routing.quality import Escalations, QualityModel
+from service.gateway.routing.quality import Escalations, QualityModel, named_categories
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
 from service.gateway.routing.sessions import NO_SESSION, SessionLookup
 from service.telemetry.metrics_registry import MetricsRegistry
@@ -583,8 +585,7 @@ class RoutingSetup:
         meter: MetricsRegistry | None = None,
     ) -> None:
         found: ExpertMap | None = None
-        path = config.router.artifact
-        artifact = load_artifact(Path(path)) if path is not None else None
+        artifact = artifact_of(config)
         self.stages = PromptStages(config, artifact, meter)
         if artifact is not None and "map" in artifact.manifest:
             found = _known_part(ExpertMap.from_artifact(artifact), config)
@@ -639,6 +640,41 @@ class RoutingSetup:
                 named[names[best]] = best
             against = () if best is None else (names[best],)
         return SavingsModel(catalog, self.cost_model, against, named)
+
+
+def category_warnings(config: Config, labels: Collection[str]) -> list[str]:
+    """One line if the config names categories that the classifier lacks: `auto` misses these.
+
+    Args:
+        config: The config.
+        labels: The classifier's categories; none where there is no classifier.
+    """
+    strangers = {
+        category: place
+        for category, place in named_categories(config).items()
+        if category not in labels and category != GENERAL
+    }
+    if not labels or not strangers:
+        return []
+    named = ", ".join(f"{category!r} ({place})" for category, place in strangers.items())
+    return [
+        f"the router has no category {named}; `auto` sends no prompt there, a request may name it "
+        f"as auto/CATEGORY. It has {', '.join(sorted(set(labels) - {GENERAL}))}"
+    ]
+
+
+def artifact_of(config: Config) -> Artifact | None:
+    """The artifact that classifies a config's prompts; None where there is none.
+
+    Without `router.artifact` it is the built-in one, unless the config has categories by examples.
+
+    Raises:
+        ArtifactError: It can't be used.
+    """
+    path = config.router.artifact
+    if path == NO_ARTIFACT or (path is None and config.categories):
+        return None
+    return built_in_artifact() if path is None else load_artifact(Path(path))
 
 
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:

@@ -74,6 +74,23 @@ def test_feature_spec_round_trips_through_json() -> None:
     assert FeatureSpec.from_json(spec.to_json()) == spec
 
 
+def test_feature_spec_of_an_artifact_of_before_does_not_trim() -> None:
+    data = FeatureSpec(trims=True).to_json()
+    del data["trims"]
+    assert not FeatureSpec.from_json(data).trims
+
+
+@pytest.mark.parametrize("form", ["{}", " {}", "{}\n", "{}?", "{} ...", "{}。", "\t{} !"])
+def test_features_that_trim_are_alike_for_white_space_and_marks_at_the_end(form: str) -> None:
+    text = "who  wrote\nthis"
+    for trims in (False, True):
+        featurizer = Featurizer(FeatureSpec(trims=trims))
+        one, other = featurizer("who wrote this"), featurizer(form.format(text))
+        assert (one.marks.tolist() == other.marks.tolist()) == trims
+    marks = Featurizer(FeatureSpec(trims=True))("???")
+    assert marks.marks.size or marks.buckets.size
+
+
 def test_features_short_and_long_id_lists_count_alike() -> None:
     spec = FeatureSpec(char_orders=(1,), word_orders=())
     featurizer = Featurizer(spec)

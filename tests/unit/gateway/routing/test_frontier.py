@@ -91,7 +91,7 @@ CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any], list[str]]] = 
     "one expert": ({"general": {}}, {}, []),
     "no classifier": (
         {"general": {"categories": ["general"]}, "b": {"categories": ["x"]}},
-        {},
+        {"router": {"artifact": "none"}},
         ["no classifier, so `auto` always means 'general'"],
     ),
     "no map": (

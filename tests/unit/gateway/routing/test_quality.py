@@ -83,3 +83,13 @@ def test_quality_by_category_and_expected_calls_prefer_the_map(by_map: bool) -> 
     before = worth.quality(worth.posterior({"math": 1.0}), None)[0].tolist()
     calls[:] = 7.0
     assert worth.quality(worth.posterior({"math": 1.0}), None)[0].tolist() == before
+
+
+def test_quality_category_that_the_config_does_not_name_counts_as_general() -> None:
+    data = CONFIG.model_dump()
+    data["experts"]["large"]["quality"] = {"general": 0.7}
+    data["recipes"]["both"]["quality"] = {"general": 0.8, "math": 0.9}
+    config = Config.model_validate(data)
+    model = QualityModel(config, BOOK, ("law", "math", "general"))
+    rows = {label: model.quality(model.posterior({label: 1.0}), None)[0] for label in model.labels}
+    assert rows["law"].tolist() == rows["general"].tolist() != rows["math"].tolist()

@@ -23,6 +23,8 @@ from service.gateway.routing.semantic_router import (
     PRESETS,
     RoutePlan,
     SemanticRouter,
+    artifact_of,
+    category_warnings,
     selection_request,
 )
 from service.types import CategoryScores, Recipe, Tenant
@@ -219,3 +221,40 @@ def test_presets_are_three_points_from_cheap_and_quick_to_good() -> None:
         assert values == sorted(values)
         assert len(set(values)) == 3
     assert [round(0.5 / preset.time_price, 6) for preset in presets] == [2, 10, 60]
+
+
+EXAMPLES = {"legal": {"expert": "math", "examples": [f"is it legal to do {i}" for i in range(10)]}}
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({}, "general@1"),
+        ({"router": {"fallback": "math"}}, "general@1"),
+        ({"router": {"artifact": "none"}}, None),
+        ({"categories": EXAMPLES}, None),
+    ],
+)
+def test_artifact_of_a_config_is_the_built_in_one_unless_it_says_otherwise(
+    more: dict[str, Any], name: str | None
+) -> None:
+    found = artifact_of(Config.model_validate({**CONFIG.model_dump(), **more}))
+    assert (None if found is None else found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("labels", "missing"),
+    [
+        ((), ()),
+        (("general", "math", "law"), ()),
+        (("general", "law"), ("'math' (experts.math.categories)",)),
+    ],
+)
+def test_category_warnings_name_what_the_classifier_lacks_and_what_it_has(
+    labels: tuple[str, ...], missing: tuple[str, ...]
+) -> None:
+    lines = category_warnings(CONFIG, labels)
+    assert len(lines) == len(missing)
+    for line, part in zip(lines, missing, strict=True):
+        assert part in line
+        assert line.endswith("It has law")
