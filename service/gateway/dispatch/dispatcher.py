@@ -472,7 +472,7 @@ class Dispatcher:
                         raise _died_twice_error() from None
                     case AfterFault.RAISE:
                         raise
-                    case AfterFault.RETRY_IF_PAID if not self.breakers.pay_for_retry():
+                    case AfterFault.RETRY_WITHIN_BUDGET if not self.breakers.pay_for_retry():
                         raise
 
     def select(self, request: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
@@ -501,8 +501,8 @@ class Dispatcher:
     def _refuse_broken_bounds(self, selection: Selection) -> None:
         """Refuse the request if every candidate breaks its bounds.
 
-        `within_bounds` has dropped such candidates, but what an answer is expected to cost may have
-        changed since.
+        `RecipeExecutor.within_bounds` has dropped such candidates before. If all that were left
+        break a bound now, their expected cost has changed since.
 
         Raises:
             InfeasibleBoundsError: Every candidate breaks a bound.
