@@ -11,7 +11,7 @@ from typing import Any
 from service.errors import RateLimitExceededError
 from service.gateway.admission import Admission, Entry
 from service.gateway.cache.response_cache import ResponseCache
-from service.gateway.dispatch.dispatcher import RecipeExecutor
+from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestObservers, RequestScope
