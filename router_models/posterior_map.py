@@ -25,7 +25,7 @@ from router_models.expert_map_fit import select_recipes
 from router_models.fit import prompt_hashes
 from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
 from router_models.recipes import RecipeResults, candidates, play
-from service.broker.reference import best_shares
+from service.broker.reference_cost import best_shares
 from service.classifier.artifact import CARD, Artifact, load_artifact, save_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.static_table import built_in_table

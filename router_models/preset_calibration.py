@@ -1,7 +1,8 @@
 """Calibrates what a point of quality is worth in `auto:fast`, `auto` and `auto:best`.
 
 A preset gives up κ of quality to save the whole cost of an answer by the best. So its price of cost
-is λ = κ / reference cost, whatever the unit and the level of prices (`service.broker.reference`).
+is λ = κ / reference cost, whatever the unit and the level of prices
+(`service.broker.reference_cost`).
 κ is chosen on one half of the prompts of several pools of experts, and judged on the other half.
 A router that was fitted on other folds decides about each prompt.
 
@@ -24,7 +25,7 @@ from router_models.frontier_evaluation import comparison, standard_error
 from router_models.outcomes import read_costs, read_outcomes
 from router_models.settings import Settings
 from router_models.training import Predicted, Problem
-from service.broker.reference import best_shares
+from service.broker.reference_cost import best_shares
 
 Floats = NDArray[np.float64]
 

@@ -30,8 +30,8 @@ from router_models.general.fit_data import (
     row_weights,
 )
 from router_models.general.judge import judge_artifact, readable
-from router_models.general.public_data import PublicDataError, read_sources
-from router_models.general.training_prompts import PROMPTS_FOLDER, PromptsError
+from router_models.general.public_data_reader import PublicDataError, read_sources
+from router_models.general.training_prompt_reader import PROMPTS_FOLDER, PromptsError
 from router_models.linear_models import (
     Corpus,
     calibration_error,

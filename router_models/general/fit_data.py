@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.general.augmentation import augment, scraps
-from router_models.general.public_data import PublicPrompt, read_public_data
-from router_models.general.training_prompts import read_prompts
+from router_models.general.public_data_reader import PublicPrompt, read_public_data
+from router_models.general.training_prompt_reader import read_prompts
 from service.classifier.classifier import GENERAL
 
 OWN, SCRAPS = "own", "scraps"

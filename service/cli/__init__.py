@@ -14,7 +14,7 @@ from service.errors import CoeError, ConfigError
 _COMMANDS = {
     "init": ("service.cli.init:init", "Write a config that fits this machine."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
-    "check": ("service.cli.serve:check", "Validate a config and print its memory plan."),
+    "check": ("service.cli.check:check", "Validate a config and print its memory plan."),
     "config": ("service.cli.config:config", "Describe the config file."),
     "compose": (
         "service.cli.compose.command:compose",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.cli.check import CONFIG
 from service.cli.http_client import ask
-from service.cli.serve import CONFIG
 from service.cli.table_output import table
 
 if TYPE_CHECKING:

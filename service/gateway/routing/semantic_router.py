@@ -16,7 +16,7 @@ from service.broker.cost_model import LONG_TOKENS, CostModel, Lengths
 from service.broker.pool_state import Floats, Place
 from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
-from service.broker.reference import best_shares
+from service.broker.reference_cost import best_shares
 from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms

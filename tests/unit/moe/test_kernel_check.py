@@ -217,7 +217,7 @@ def test_tuned_config_folder_is_relative_to_the_config(tmp_path: Path) -> None:
 
 
 def test_check_command_prints_moe_settings_and_errors(tmp_path: Path) -> None:
-    from service.cli.serve import check
+    from service.cli.check import check
 
     folder = save(tiny_moe("mixtral"), tmp_path / "moe")
     path = tmp_path / "c.yaml"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_models.general.augmentation import LANGUAGES, augment, scraps
-from router_models.general.training_prompts import read_prompts
+from router_models.general.training_prompt_reader import read_prompts
 
 texts = st.text(min_size=1, max_size=120)
 

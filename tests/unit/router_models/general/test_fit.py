@@ -13,7 +13,7 @@ from router_models.general.categories import general_categories
 from router_models.general.fit import CALIBRATION_FOLDER, fit, join, min_confidence
 from router_models.general.fit_data import OWN, SCRAPS, FitRow
 from router_models.general.held_out import held_out_prompts
-from router_models.general.training_prompts import read_prompts as read_training_prompts
+from router_models.general.training_prompt_reader import read_prompts as read_training_prompts
 from router_models.prompt_files import LabelledPrompt, prompt_files, read_prompts
 from service.classifier.artifact import save_artifact
 from service.classifier.classifier import GENERAL, Classifier
@@ -21,7 +21,10 @@ from service.classifier.heads import log_softmax
 from service.classifier.static_table import built_in_table
 from service.encoder.onnx_encoder import OnnxEncoder
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
-from tests.unit.router_models.general.test_training_prompts import MOST_LIKE_HELD_OUT, _cosines
+from tests.unit.router_models.general.test_training_prompt_reader import (
+    MOST_LIKE_HELD_OUT,
+    _cosines,
+)
 
 CALIBRATION, _ = read_prompts(prompt_files([CALIBRATION_FOLDER]))
 

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 
 from router_models.general.categories import general_categories
 from router_models.general.held_out import held_out_prompts
-from router_models.general.training_prompts import (
+from router_models.general.training_prompt_reader import (
     LabelledPrompt,
     PromptsError,
     normalised_text,

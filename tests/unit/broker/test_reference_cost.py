@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from service.broker.reference import best_shares
+from service.broker.reference_cost import best_shares
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from router_models.general.categories import general_categories
-from router_models.general.public_data import (
+from router_models.general.public_data_reader import (
     PublicDataError,
     PublicPrompt,
     main,

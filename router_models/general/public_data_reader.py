@@ -3,7 +3,7 @@
 `public_data.yaml` says which files there are, whose they are, and which label
 belongs to which category. The files lie in a folder that the user names:
 
-    python -m router_models.general.public_data --data FOLDER
+    python -m router_models.general.public_data_reader --data FOLDER
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _text(place: str, row: Mapping[str, object], key: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print how many prompts of each category the sources in a folder have."""
     parser = argparse.ArgumentParser(
-        prog="python -m router_models.general.public_data", description=main.__doc__
+        prog="python -m router_models.general.public_data_reader", description=main.__doc__
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the data files")
     parser.add_argument("--source", action="append", help="read only this source; may be repeated")

@@ -1,0 +1,154 @@
+"""`coe check`: validates a config, and prints its prices and its memory plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.cli.table_output import size, table
+
+if TYPE_CHECKING:
+    from service.config import Config
+
+CONFIG = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("path", type=CONFIG)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def check(path: Path, as_json: bool) -> None:
+    """Validate a config and print its memory plan; starts and fetches nothing."""
+    from service.config import load_config
+
+    config = load_config(path)
+    check_artifacts(config)
+    prices, routing = _prices(config), _routing(config)
+    if not as_json:
+        _print_prices(prices)
+        for line in routing["warnings"]:
+            click.echo(f"warning: {line}", err=True)
+    plans = plans_of(config)
+    if as_json:
+        found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
+        click.echo(json.dumps(found | {"routing": routing}))
+        return
+    _print_plans(config, plans)
+
+
+def check_artifacts(config: Config) -> None:
+    """Read the router's artifact and the model folders, which raise where they can't be used."""
+    from service.capabilities import with_capabilities
+    from service.gateway.routing.semantic_router import RoutingSetup
+
+    RoutingSetup(config)
+    with_capabilities(config)
+
+
+def plans_of(config: Config) -> list[Any]:
+    """Return the checked memory plan of each pool."""
+    from service import host_memory
+    from service.models import inspect_model, locate
+    from service.pool.memory_plan import check_plan, folders_of, plan_pool
+
+    root = Path(config.models_dir) if config.models_dir else None
+    sources = set(config.model_sources().values())
+    found = {
+        source: folder for source in sources if (folder := locate(source, root=root)) is not None
+    }
+    machine_bytes = host_memory.total_bytes()
+    plans = []
+    folders = folders_of(config, found) if sources else {}
+    for kind in config.pools:
+        plan = plan_pool(config, kind, lambda name: inspect_model(folders[name]))
+        check_plan(plan, machine_bytes)
+        plans.append(plan)
+    return plans
+
+
+def warnings_of(plans: list[Any]) -> list[str]:
+    """Return the distinct warnings of all plans."""
+    return list(dict.fromkeys(line for plan in plans for line in plan.warnings))
+
+
+def _plan_json(plan: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(plan), "total_bytes": plan.total_bytes, "fits": plan.fits}
+
+
+def _prices(config: Config) -> dict[str, Any]:
+    """Return the unit of cost, the price of every expert, and what makes prices useless."""
+    from service.broker.prices import prices_of
+    from service.default_prices import price_warnings, with_default_prices
+
+    prices = prices_of(with_default_prices(config))
+    return {
+        "unit": config.prices.unit,
+        "experts": {
+            name: {"prompt": price.prompt, "completion": price.completion}
+            for name, price in prices.items()
+        },
+        "warnings": list(price_warnings(config)),
+    }
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    """Return what makes `auto` do less than it could."""
+    from service.default_prices import with_default_prices
+    from service.gateway.routing.frontier import routing_warnings
+    from service.gateway.routing.semantic_router import RoutingSetup, category_warnings
+
+    priced = with_default_prices(config)
+    setup = RoutingSetup(priced)
+    warnings = category_warnings(priced, setup.stages.labels)
+    return {"warnings": [*warnings, *routing_warnings(priced, setup)]}
+
+
+def _print_prices(prices: dict[str, Any]) -> None:
+    rows = [
+        (name, f"{price['prompt']:.4g}", f"{price['completion']:.4g}")
+        for name, price in prices["experts"].items()
+    ]
+    table((f"{prices['unit']} per million tokens", "prompt", "answer"), rows)
+    for line in prices["warnings"]:
+        click.echo(f"warning: {line}", err=True)
+
+
+def _print_plans(config: Config, plans: list[Any]) -> None:
+    rows = []
+    for plan in plans:
+        for engine in plan.engines:
+            names = ", ".join((engine.base, *engine.adapters))
+            kv = (
+                f"{size(engine.kv_bytes)} ({engine.kv_tokens} tokens)"
+                if engine.kv_bytes
+                else "vLLM's share"
+            )
+            rows.append(
+                (
+                    plan.kind,
+                    names,
+                    size(engine.weight_bytes + engine.adapter_bytes),
+                    kv,
+                    size(engine.total_bytes),
+                )
+            )
+        bound = size(plan.bound_bytes) if plan.bound_bytes is not None else "no bound"
+        rows.append((plan.kind, "(a replica)", "", "", f"{size(plan.total_bytes)} of {bound}"))
+        if plan.host_bytes:
+            rows.append((plan.kind, "(its host memory)", size(plan.host_bytes), "", ""))
+    table(("pool", "experts", "weights", "KV cache", "in all"), rows)
+    for plan in plans:
+        for line in (*plan.moe, *plan.notes):
+            click.echo(f"{plan.kind}: {line}")
+        for name, other in plan.shared.items():
+            click.echo(f"{plan.kind}: {name} has the weights of {other} and takes no memory")
+    for line in warnings_of(plans):
+        click.echo(f"warning: {line}", err=True)
+    remote = [name for name, expert in config.experts.items() if expert.remote is not None]
+    if remote:
+        click.echo(f"remote: {', '.join(remote)}")
+    click.echo("ok")
