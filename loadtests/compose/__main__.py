@@ -4,6 +4,8 @@
 - 150 experts, 25 categories, 16 accelerators: the time to a gap of 1 %, on one core.
 - With `--data FOLDER`, recorded outcomes: compositions bought at 25, 50 and 75 % of the memory that
   all experts take, and greedy ones, chosen on some folds and judged on the others.
+- With `--service URL` and `--config FILE`, the running demo: predicted score, cost and waits beside
+  what the service gave for tasks that the map was not fitted on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 
 import numpy as np
 
-from loadtests.compose import recorded_outcomes
+from loadtests.compose import recorded_outcomes, served
 from loadtests.compose.brute_force import best_value
 from loadtests.compose.random_problems import large, small
 from loadtests.lib.command_line import parser, tell
@@ -173,7 +175,19 @@ def main(argv: list[str] | None = None) -> int:
     words.add_argument("--folds", type=int, default=5, help="folds of the recorded outcomes")
     words.add_argument("--small", type=int, default=300, help="small problems; 0: none")
     words.add_argument("--large", type=int, default=3, help="large problems of each kind; 0: none")
+    words.add_argument("--service", metavar="URL", help="a running service")
+    words.add_argument("--config", type=Path, help="the config that --service runs from")
+    words.add_argument("--tasks", type=Path, default=served.TASKS, help="tasks for --service")
+    words.add_argument("--preset", default="", choices=("", "fast", "best"), help="of auto")
+    words.add_argument(
+        "--wait-s",
+        type=float,
+        default=0.05,
+        help="mean wait of --service that the composition's report allows, and 0.05 s",
+    )
     given = words.parse_args(argv)
+    if (given.service is None) != (given.config is None):
+        words.error("--service and --config belong together")
 
     def measure(_: object) -> Report:
         report = Report("compose")
@@ -183,6 +197,10 @@ def main(argv: list[str] | None = None) -> int:
             measure_large(report, given.large)
         if given.data is not None:
             measure_recorded(report, given.data, given.folds)
+        if given.service is not None:
+            served.measure_served(
+                report, given.service, given.config, given.tasks, given.preset, given.wait_s
+            )
         return report
 
     return tell(measure, as_json=given.json)

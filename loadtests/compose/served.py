@@ -1,0 +1,182 @@
+"""What a running service really gives, beside what its config predicts.
+
+The prediction is that of the router's map for these very prompts, with every expert idle; the
+composition's report says how long swaps make them wait. The tasks must be other ones than those
+that the map was fitted on. Measured figures differ from the truth by chance, and so does the map,
+which was fitted on few rows: both go into the interval.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
+
+from loadtests.lib.stats import Estimate
+from loadtests.lib.targets import Report, TargetCheck
+from router_models.outcome_recording.task_reader import Task, read_tasks
+from service.classifier.artifact import load_artifact
+from service.classifier.expert_map import ExpertMap
+from service.config import Config, load_config
+from service.default_prices import with_default_prices
+from service.gateway.routing.frontier import frontier_of
+from service.gateway.routing.semantic_router import RoutingSetup
+
+Floats = NDArray[np.float64]
+
+TASKS = Path(__file__).with_name("held_out_tasks.jsonl")
+_COVERED = 1.96
+_TIMEOUT_S = 560
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the router expects for N tasks.
+
+    Attributes:
+        recipes: The recipe of each task.
+        quality: (N,), expected score.
+        cost: (N,), expected cost, in the unit of prices.
+        error: Standard error of the mean quality, of the map's fit alone.
+        cost_error: The same of the mean cost, as a share of it.
+    """
+
+    recipes: tuple[str, ...]
+    quality: Floats
+    cost: Floats
+    error: float
+    cost_error: float
+
+
+def predict(config: Config, tasks: Sequence[Task], preset: str = "") -> Prediction:
+    """Predict the mean score and cost of tasks under a preset of `auto`.
+
+    Raises:
+        ValueError: The config's artifact has no map.
+    """
+    config = with_default_prices(config)
+    setup = RoutingSetup(config)
+    if config.router.artifact is None or not setup.has_map:
+        raise ValueError("the config's router has no expert map to predict by")
+    known = ExpertMap.from_artifact(load_artifact(Path(config.router.artifact)))
+    known = known.only([name for name in known.experts if name in config.experts])
+    found = frontier_of(config, setup)
+    index = {recipe: r for r, recipe in enumerate(found.recipes)}
+    usual = np.array([found.cost[index[recipe]] for recipe in known.recipes])
+    weight = config.router.presets.of(preset).cost_weight
+    level = weight / found.reference if found.reference > 0 else 0.0
+    rows, total = np.zeros(known.score.shape), len(tasks)
+    quality, cost, recipes = np.zeros(total), np.zeros(total), []
+    for i, task in enumerate(tasks):
+        assessment = setup.stages.assess({"messages": task.conversation()})
+        told = known.estimate(assessment)
+        best = int((told.quality - level * usual).argmax())
+        quality[i], cost[i] = told.quality[best], told.cost[best]
+        rows[:, best] += np.asarray(assessment.scores.probabilities)
+        recipes.append(known.recipes[best].name)
+    # Each cell of the map is a mean over its rows, and counts as often as it is used.
+    variance = known.score * (1 - known.score) / np.maximum(known.count, 1.0)
+    error = float(np.sqrt((rows**2 * variance).sum())) / total
+    spread = float(cost.std() / cost.mean()) if cost.mean() > 0 else 0.0
+    cost_error = spread / float(np.sqrt(max(1.0, known.count.max())))
+    return Prediction(tuple(recipes), quality, cost, error, cost_error)
+
+
+def quality_interval(predicted: Prediction) -> Estimate:
+    """Where the measured mean score lies in 95 of 100 such measurements."""
+    chance = (
+        float((predicted.quality * (1 - predicted.quality)).sum()) / len(predicted.quality) ** 2
+    )
+    mean = float(predicted.quality.mean())
+    half = _COVERED * float(np.sqrt(chance + predicted.error**2))
+    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def cost_interval(predicted: Prediction, measured: Floats) -> Estimate:
+    """Where the measured mean cost lies in 95 of 100 such measurements."""
+    mean = float(predicted.cost.mean())
+    chance = float(measured.std() / np.sqrt(len(measured)))
+    half = _COVERED * float(np.hypot(chance, predicted.cost_error * mean))
+    return Estimate(mean, max(0.0, mean - half), mean + half)
+
+
+def within(name: str, interval: Estimate, measured: float) -> TargetCheck:
+    """Met when the measured figure is in the predicted interval."""
+    inside = interval.low <= measured <= interval.high
+    low, high = f"{interval.low:.3g}", f"{interval.high:.3g}"
+    return TargetCheck(f"{name}, predicted {low} to {high}", interval.value, measured, inside)
+
+
+def queue_wait(text: str) -> tuple[float, float]:
+    """The sum of the waits in pools' queues, swaps included, in s, and their number."""
+    total = count = 0.0
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "coe_queue_seconds_sum":
+                total += sample.value
+            elif sample.name == "coe_queue_seconds_count":
+                count += sample.value
+    return total, count
+
+
+def measure_served(
+    report: Report, url: str, config: Path, tasks: Path, preset: str, wait_s: float
+) -> None:
+    """Ask a running service the tasks one after the other, and compare.
+
+    Args:
+        report: The report to write to.
+        url: The service.
+        config: The config that it runs from.
+        tasks: The tasks.
+        preset: The suffix of `auto`.
+        wait_s: The mean wait that the composition's report states.
+    """
+    chosen = read_tasks([tasks])
+    predicted = predict(load_config(config), chosen, preset)
+    model = f"auto:{preset}" if preset else "auto"
+    before = queue_wait(_metrics(url))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.jsonl"
+        words = ["outcomes", "record", "--prompts", str(tasks), "--experts", model]
+        words += ["--base-url", url, "--concurrency", "1", "--out", str(out)]
+        subprocess.run(
+            [sys.executable, "-m", "service.cli", *words], check=True, timeout=_TIMEOUT_S
+        )
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    after = queue_wait(_metrics(url))
+    answered = {row["id"]: row["outcomes"][model] for row in rows if model in row["outcomes"]}
+    missing = [task.id for task in chosen if task.id not in answered]
+    if missing:
+        raise RuntimeError(f"{len(missing)} tasks have no outcome, the first is {missing[0]}")
+    score = np.array([answered[task.id]["score"] for task in chosen])
+    cost = np.array([answered[task.id].get("cost") or 0.0 for task in chosen])
+    wait = (after[0] - before[0]) / max(1.0, after[1] - before[1])
+    report.reach += [
+        within("mean score", quality_interval(predicted), float(score.mean())),
+        within("mean cost", cost_interval(predicted, cost), float(cost.mean())),
+        TargetCheck("mean wait in queues and for swaps, s, at most", wait_s, wait, wait <= wait_s),
+    ]
+    report.facts["served"] = {
+        "tasks": len(chosen),
+        "preset": model,
+        "predicted_score": float(predicted.quality.mean()),
+        "score": float(score.mean()),
+        "predicted_cost": float(predicted.cost.mean()),
+        "cost": float(cost.mean()),
+        "wait_s": wait,
+    }
+
+
+def _metrics(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        return str(reply.read().decode("utf-8", "replace"))
