@@ -19,7 +19,7 @@ _GPU_SHARE = 0.9
 _MEMORY_SHARE = 0.75
 _DISK_SHARE = 0.8
 # One core decodes about this many float32 parameters at reading speed.
-_PARAMETERS_PER_CORE = 0.4e9
+PARAMETERS_PER_CORE = 0.4e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _on_gpu(trio: Trio, machine: Machine) -> Proposal | None:
 
 
 def _on_cpu(trio: Trio, machine: Machine) -> Proposal | None:
-    if trio.parameters > _PARAMETERS_PER_CORE * machine.cores:
+    if trio.parameters > PARAMETERS_PER_CORE * machine.cores:
         return None
     # The memory plan counts the same way: float32 takes twice the published bytes, loading packs
     # a copy, and all experts stay in memory.

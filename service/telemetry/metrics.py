@@ -386,7 +386,7 @@ CACHE_LOOKUPS = counter(
     "coe_cache_lookups_total",
     Side.GATEWAY,
     ("kind", "result"),
-    "Lookups in the answer cache. kind: exact or similar.",
+    "Lookups in the answer cache. kind: exact or semantic.",
 )
 BREAKER_OPEN = gauge(
     "coe_breaker_open",

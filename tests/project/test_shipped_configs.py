@@ -28,9 +28,6 @@ CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.name != SCH
 # One model serves every prompt here, or its forms do.
 NOT_ROUTED: dict[str, str] = {
     "demo-moe": "its experts are one mixture under several names, without outcomes of their own",
-    "gpu-24gb": "no outcomes of its models",
-    "node-8x80gb": "no outcomes of its models",
-    "cpu-box": "no outcomes of its models",
 }
 PROMPTS = (
     "What is the capital of Norway?",
@@ -80,6 +77,24 @@ def test_demo_map_is_fitted_on_the_outcomes_and_tasks_beside_it() -> None:
     # Beside always asking the best single expert, the demo's router must pay.
     (best,) = [g for g in manifest["map"]["held_out"]["gains"] if g["preset"] == "auto"]
     assert best["lead"] > 3 * best["lead_se"] > 0
+
+
+def test_public_map_has_gains_and_every_model_a_size() -> None:
+    folder = ROOT / "router_models" / "artifacts" / "public@1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    experts = yaml.safe_load((folder / "experts.yaml").read_text())["experts"]
+    assert (
+        set(manifest["experts"])
+        == set(experts)
+        == set(json.loads((folder / "sizes.json").read_text()))
+    )
+    gains = {g["preset"]: g for g in manifest["map"]["held_out"]["gains"]}
+    for one in gains.values():
+        assert one["lead"] > 1.96 * one["lead_se"] > 0
+    assert gains["auto"]["cost"] <= 1.0
+    card = (folder / "README.md").read_text()
+    assert "Apache-2.0" in card
+    assert "Expected gains" in card
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,6 +6,7 @@ of the models that the map knows. `sizes.json` beside it has the bytes of their 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from service.cli.machine_resources import Machine
@@ -39,6 +40,8 @@ def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
     """
     from service.cli.compose.command import compose, run
 
+    if not machine.gpus and _too_slow(shipped, machine):
+        return None
     words = ["--map", str(shipped), "--config", str(shipped / EXPERTS), "--out", str(output)]
     if (shipped / SIZES).is_file():
         words += ["--sizes", str(shipped / SIZES)]
@@ -58,3 +61,17 @@ def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
         f"{len(bought.experts)} public models, {100 * bought.quality:.0f} % expected quality by "
         f"{shipped.name}"
     )
+
+
+def _too_slow(shipped: Path, machine: Machine) -> bool:
+    """Whether the machine's cores are too few for the fallback, in 16 bits a parameter."""
+    import yaml
+
+    from service.cli.init_proposals import PARAMETERS_PER_CORE
+
+    if not (shipped / SIZES).is_file():
+        return False
+    base = yaml.safe_load((shipped / EXPERTS).read_text(encoding="utf-8"))
+    sizes = json.loads((shipped / SIZES).read_text(encoding="utf-8"))
+    size_bytes = sizes[base["router"]["fallback"]]
+    return bool(size_bytes / 2 > PARAMETERS_PER_CORE * machine.cores)

@@ -114,10 +114,9 @@ class GrammarCheck(Protocol):
 
 @dataclass(slots=True)
 class Refusal:
-    """The error that kept a request from the engine after vLLM's OpenAI layer had accepted it.
+    """The error of a request that vLLM's OpenAI layer accepted and its engine did not get.
 
-    The error is kept here, because some of vLLM's streams report a client's error as a server error
-    once they have begun.
+    Some of vLLM's streams report a client's error as a server error after they have begun.
     """
 
     error: InvalidRequestError | OverCapacityError | None = None

@@ -1,1 +1,1 @@
-"""The response cache: identical requests, and similar questions."""
+"""The response cache: exact and semantic."""

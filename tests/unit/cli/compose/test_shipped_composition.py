@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 from router_models import fit
 from service.cli import cli
-from service.cli.compose.shipped_composition import EXPERTS, shipped_map, write_composed
+from service.cli.compose.shipped_composition import EXPERTS, SIZES, shipped_map, write_composed
 from service.cli.machine_resources import Gpu, Machine
 from service.config import load_config
 
@@ -122,3 +123,15 @@ def test_compose_map_takes_the_place_of_outcomes(artifacts: Path, tmp_path: Path
     report = json.loads(done.stdout)
     assert report["categories"]["code"]["recipe"]["members"] == ["coder"]
     assert report["categories"]["code"]["share"] == 1.0
+
+
+@pytest.mark.parametrize(("cores", "fits"), [(2, False), (4, True)])
+def test_write_composed_leaves_out_models_too_slow_for_the_cores(
+    artifacts: Path, tmp_path: Path, cores: int, fits: bool
+) -> None:
+    shipped = tmp_path / "public@3"
+    shutil.copytree(artifacts / "public@2", shipped)
+    sizes = {"small": 3, "coder": 14, "large": 64}
+    (shipped / SIZES).write_text(json.dumps({name: gb * 10**9 for name, gb in sizes.items()}))
+    machine = Machine((), 24 * GIB, 0, cores)
+    assert (write_composed(shipped, machine, tmp_path / "coe.yaml") is not None) == fits
