@@ -4,6 +4,7 @@ It measures the time to classify, the memory of the artifact, and the time to se
 `--outcomes` and `--costs` it also compares the online choice under a budget with the exact optimum.
 With `--share` it shows how traffic shifts in the running service as load grows. With `--stages`
 and `--test` it measures accuracy, time, memory and throughput of the stages of the classifier.
+With `--sessions` it simulates how often agents in tool loops change their expert.
 
 It uses one core, the demo's artifact unless another is named, and prompts of the given size from
 many different words. Each figure is the median over prompts, each of which is timed alone, as in
@@ -25,6 +26,7 @@ from loadtests.lib.command_line import parser, tell
 from loadtests.lib.stats import median
 from loadtests.lib.targets import Report, Table, TargetCheck, at_most
 from loadtests.route import (
+    agent_sessions,
     budget_replay,
     classifier_stages,
     selection_latency,
@@ -134,6 +136,9 @@ def main() -> int:
     words.add_argument(
         "--share", action="store_true", help="measure each expert's share of traffic by load"
     )
+    words.add_argument(
+        "--sessions", action="store_true", help="simulate agents in tool loops, with sessions"
+    )
     words.add_argument("--stages", action="store_true", help="what each stage costs and is worth")
     words.add_argument("--encoder", default="all-minilm-l6-v2", help="with --stages: the encoder")
     words.add_argument("--test", type=Path, nargs="+", help="with --stages: labelled prompts")
@@ -161,6 +166,8 @@ def _measured(given: argparse.Namespace) -> Report:
         )
     elif given.share:
         traffic_share_by_load.measure(report, given.port, given.plot)
+    elif given.sessions:
+        agent_sessions.measure(report)
     elif given.outcomes:
         budget_replay.measure(report, given.outcomes, given.costs, given.experts, given.budgets)
     else:

@@ -11,7 +11,7 @@ They do not depend on the process, so that gateways can share them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,6 @@ def turn_state(body: Item) -> TurnState:
     items = _items(body)
     if not items:
         return TurnState()
-    marks = [_mark(item) for item in items]
     first = next((at for at, item in enumerate(items) if item.get("role") == "user"), 0)
     # What stands behind the last answer, and the last answer itself: a run of items by the model.
     end = len(items)
@@ -58,11 +57,17 @@ def turn_state(body: Item) -> TurnState:
         start -= 1
     called = [one for item in items[start:end] for one in _calls(item)]
     returned = [one for item in items[end:] for one in _results(item)]
-    return TurnState(
-        beginning=digest_of(marks[first]),
-        history=digest_of(*marks[:start]) if end else None,
+    hashed = hashlib.blake2b(digest_size=8)
+    hashed.update("".join(map(_mark, items[:start])).encode(errors="surrogatepass"))
+    history = digest = hashed.hexdigest()
+    if end < len(items):
         # An answer that the client began itself is continued, and is no part of the history.
-        digest=digest_of(*(marks if end < len(items) else marks[:start])),
+        hashed.update("".join(map(_mark, items[start:])).encode(errors="surrogatepass"))
+        digest = hashed.hexdigest()
+    return TurnState(
+        beginning=digest_of(_mark(items[first])),
+        history=history if end else None,
+        digest=digest,
         open=bool(called or returned),
         calls=frozenset(digest_of(one) for one in (*called, *returned) if one),
     )
@@ -90,10 +95,7 @@ def reply_calls(reply: Item) -> list[str]:
 def digest_of(*texts: str) -> str:
     """A digest of texts, 16 hex digits."""
     hashed = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        encoded = text.encode(errors="surrogatepass")
-        hashed.update(len(encoded).to_bytes(8, "big"))
-        hashed.update(encoded)
+    hashed.update("".join(f"{len(text)}:{text}" for text in texts).encode(errors="surrogatepass"))
     return hashed.hexdigest()
 
 
@@ -150,23 +152,32 @@ def _text(value: object) -> str:
 
 
 def _mark(item: Item) -> str:
-    """A short text that tells an item from others."""
-    texts = [_text(item.get("role")), _text(item.get("type")), _text(item.get("call_id"))]
-    texts += [*_calls(item), *_results(item)]
-    for value in (item.get("content"), item.get("output"), item.get("arguments")):
-        texts += _edges(value)
-    return "\0".join(texts)
-
-
-def _edges(content: object) -> Sequence[str]:
+    """A short text that tells an item from others. Conversations are long, so it is quick."""
+    content = item.get("content")
     if isinstance(content, str):
-        return (str(len(content)), content[:_EDGE], content[-_EDGE:])
-    if not isinstance(content, list):
-        return ()
-    texts: list[str] = []
-    for part in content[:_MAX_PARTS]:
-        # Other fields of a part, such as a mark for the cache, may move from turn to turn.
-        text = part.get("text", part.get("content")) if isinstance(part, dict) else part
-        if isinstance(text, str):
-            texts += (str(len(text)), text[:_EDGE], text[-_EDGE:])
-    return texts
+        told = _edges(content)
+    elif isinstance(content, list):
+        told = "".join(map(_part_mark, content[:_MAX_PARTS]))
+    else:
+        told = _edges(item.get("output", item.get("arguments")))
+    calls = item.get("tool_calls")
+    if isinstance(calls, list):
+        told += "".join(
+            f"{call.get('id')}," for call in calls[:_MAX_PARTS] if isinstance(call, dict)
+        )
+    about = f"{item.get('role')},{item.get('type')},{item.get('call_id', item.get('tool_call_id'))}"
+    return f"{len(about)}:{about}{len(told)}:{told}"
+
+
+def _part_mark(part: object) -> str:
+    # Other fields of a part, such as a mark for the cache, may move from turn to turn.
+    if not isinstance(part, dict):
+        return _edges(part)
+    text = _edges(part.get("text", part.get("content")))
+    return f"{part.get('id')},{part.get('tool_use_id')},{text}"
+
+
+def _edges(text: object) -> str:
+    if not isinstance(text, str):
+        return ""
+    return f"{len(text)}:{text[:_EDGE]}{text[-_EDGE:]}"

@@ -82,12 +82,15 @@ def last_turn(turns: Turns, state: TurnState) -> tuple[SessionTurn | None, bool]
     Returns:
         The turn, and whether it is certain. Without a certain one it is the newest turn.
     """
-    for turn in turns if state.open else ():
-        if not state.calls.isdisjoint(turn.calls):
-            return turn, True
+    calling = [turn for turn in turns if not state.calls.isdisjoint(turn.calls)]
+    if calling:
+        # Some models number their calls, so that two turns may have the same id.
+        exact = [turn for turn in calling if turn.digest == state.history]
+        return (exact or calling)[0], True
     for turn in turns:
         if turn.digest == state.history:
-            return turn, True
+            # Two conversations that began alike have one digest, but not the same calls.
+            return turn, not state.calls
     return (turns[0] if turns else None), False
 
 
@@ -154,6 +157,13 @@ class SessionMemory:
             self._drop(tenant, other)
             dropped.append((tenant, other))
         return dropped
+
+    def discard(self, tenant: str, name: str) -> bool:
+        """Forget a session; return whether it was there."""
+        there = (tenant, name) in self._last_s
+        if there:
+            self._drop(tenant, name)
+        return there
 
     def _drop(self, tenant: str, name: str) -> None:
         del self._last_s[tenant, name]

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,8 @@ _MARKERS = (b'"tool_calls"', b'"tool_use"', b'"call_id"')
 _MAX_BODY_BYTES = 4 * 1024**2
 # Most sessions that wait for being written to a store.
 _MAX_WAITING = 10_000
+# Tool calls of a turn by which it is found, if its session has forgotten it.
+_INDEXED = 4
 # Sessions that are written at the same time.
 _BATCH = 32
 # A store that was late so many times in a row is not asked for a while.
@@ -125,7 +127,7 @@ class SessionService:
         self._written = asyncio.Event()
         self._written.set()
         self._writer: asyncio.Task[None] | None = None
-        self._reads: set[asyncio.Task[bytes | None]] = set()
+        self._reads: set[asyncio.Task[Turns]] = set()
         self._late = 0
         self._paused_until_s = 0.0
 
@@ -157,11 +159,24 @@ class SessionService:
         since_s = self._clock() - self._config.max_age_s
         turns = self._memory.get(tenant, name, since_s=since_s)
         last, certain = last_turn(turns, state)
+        if not certain:
+            # A name may have more conversations than a session has turns.
+            last, certain = self._calling(tenant, state, since_s) or (last, certain)
         if self._shared and not certain:
-            read = from_value(await self._read(tenant, name))
+            names = [name, *_call_names(state.calls)]
+            read = await self._read(tenant, names)
             turns = merged(turns, (turn for turn in read if turn.at_s >= since_s))
             last, certain = last_turn(turns, state)
         return SessionLookup(tenant, name, state, last, certain, request.prompt_tokens)
+
+    def _calling(
+        self, tenant: str, state: TurnState, since_s: float
+    ) -> tuple[SessionTurn, bool] | None:
+        """The turn that made an open call, by the call's id alone."""
+        for name in _call_names(state.calls):
+            if held := self._memory.get(tenant, name, since_s=since_s):
+                return held[0], True
+        return None
 
     def watch(self, found: SessionLookup, record: RequestRecord, send: Send) -> Send:
         """Return a send that records which expert answers, and its tool calls."""
@@ -176,7 +191,14 @@ class SessionService:
         held = self._memory.get(found.tenant, found.name, since_s=since_s)
         # The turn that was found may be known to another gateway only.
         known = held if found.last is None or not found.certain else (*held, found.last)
-        self._keep(found.tenant, found.name, merged((replace(turn, at_s=now_s),), known), since_s)
+        turn = replace(turn, at_s=now_s)
+        self._keep(found.tenant, found.name, merged((turn,), known), since_s)
+        for name in _call_names(turn.calls):
+            self._keep(found.tenant, name, (turn,), since_s)
+        for name in _call_names(found.state.calls - {*turn.calls}):
+            # The model has the results of these calls now.
+            if self._memory.discard(found.tenant, name) and self._shared:
+                self._to_write(found.tenant, name)
 
     def _keep(self, tenant: str, name: str, turns: Turns, since_s: float) -> None:
         most = self._config.max_sessions
@@ -184,19 +206,21 @@ class SessionService:
         if not self._shared:
             return
         for key in (*forgotten, (tenant, name)):
-            self._unwritten[key] = None
-            self._unwritten.move_to_end(key)
+            self._to_write(*key)
+
+    def _to_write(self, tenant: str, name: str) -> None:
+        self._unwritten[tenant, name] = None
+        self._unwritten.move_to_end((tenant, name))
         while len(self._unwritten) > _MAX_WAITING:
             self._unwritten.popitem(last=False)
         self._written.clear()
         self._wake.set()
 
-    async def _read(self, tenant: str, name: str) -> bytes | None:
-        """Read a session from the store; None where it is not told in time."""
-        now_s = time.monotonic()
-        if now_s < self._paused_until_s:
-            return None
-        task = asyncio.ensure_future(self._stored(tenant, name))
+    async def _read(self, tenant: str, names: Sequence[str]) -> Turns:
+        """Read sessions from the store; empty where they are not told in time."""
+        if time.monotonic() < self._paused_until_s:
+            return ()
+        task = asyncio.create_task(self._stored(tenant, names))
         # A call that is cancelled would cost the connection, so it ends in the background.
         self._reads.add(task)
         task.add_done_callback(self._reads.discard)
@@ -209,13 +233,15 @@ class SessionService:
             self._late = 0
             self._paused_until_s = time.monotonic() + _PAUSE_S
             log.warning("the volatile store is slow; requests are routed without shared sessions")
-        return None
+        return ()
 
-    async def _stored(self, tenant: str, name: str) -> bytes | None:
+    async def _stored(self, tenant: str, names: Sequence[str]) -> Turns:
+        places = [join_name("session", tenant, name) for name in names]
         try:
-            return await self._store.get(join_name("session", tenant, name))
+            values = await asyncio.gather(*map(self._store.get, places))
         except CoeError:
-            return None
+            return ()
+        return tuple(turn for value in values for turn in from_value(value))
 
     async def _write_behind(self) -> None:
         while True:
@@ -241,6 +267,11 @@ class SessionService:
             others = from_value(await self._store.get(where))
             value = to_value(merged(own, (turn for turn in others if turn.at_s >= since_s)))
             await self._store.put(where, value, ttl_s=self._config.max_age_s)
+
+
+def _call_names(calls: Iterable[str]) -> list[str]:
+    """The names under which the turn of some calls is kept beside its session."""
+    return [digest_of("call", call) for call in sorted(calls)[:_INDEXED]]
 
 
 def _is_named(request: InferenceRequest) -> bool:

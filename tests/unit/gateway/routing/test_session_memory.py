@@ -68,7 +68,9 @@ def test_last_turn_prefers_the_call_then_the_history_then_the_newest() -> None:
         return (None if got is None else got.expert), certain
 
     assert found(TurnState(history="h2", open=True, calls=frozenset({"c1"}))) == ("a", True)
-    assert found(TurnState(history="h2", open=True, calls=frozenset({"c9"}))) == ("b", True)
+    assert found(TurnState(history="h2", open=True, calls=frozenset({"c9"}))) == ("b", False)
+    # A call without an id is known by the history alone.
+    assert found(TurnState(history="h2", open=True)) == ("b", True)
     assert found(TurnState(history="h1")) == ("a", True)
     assert found(TurnState(history="h9")) == ("c", False)
     assert last_turn((), TurnState(history="h1")) == (None, False)
