@@ -423,6 +423,59 @@ def merge(files: tuple[Path, ...], out: Path, force: bool) -> None:
     _guarded(work)
 
 
+_folder_options = (
+    click.option(
+        "--config", type=_FILE, help="The service's config, for the folder that it names."
+    ),
+    click.option(
+        "--folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="The folder itself. Default: shadow-outcomes beside the admin key.",
+    ),
+    click.option("--tenant", help="Only this tenant's."),
+)
+
+
+def _of_traffic(command: Callable[..., None]) -> Callable[..., None]:
+    for option in _folder_options:
+        command = option(command)
+    return command
+
+
+@group.command()
+@_of_traffic
+@click.option("--out", type=_FILE, required=True, help="The new file; only you can read it.")
+def export(tenant: str | None, folder: Path | None, config: Path | None, out: Path) -> None:
+    """Write the outcomes that shadow evaluation recorded on this machine into one file.
+
+    Rows of tenants that keep no prompts have a hash instead. `coe router refit` uses all rows,
+    `coe router fit` those with prompts.
+    """
+    from router_models.outcome_recording import traffic
+
+    count, prompts = _guarded(
+        lambda: traffic.export(traffic.folder_of(folder, config), out, tenant)
+    )
+    _note(f"{out}: {count} rows, {prompts} with their prompts")
+
+
+@group.command()
+@_of_traffic
+@click.option("--all", "everybody", is_flag=True, help="The outcomes of all tenants.")
+def forget(tenant: str | None, folder: Path | None, config: Path | None, everybody: bool) -> None:
+    """Delete the outcomes that shadow evaluation recorded on this machine.
+
+    Requests that were answered before are not recorded any more, also where a gateway evaluates
+    them just now.
+    """
+    from router_models.outcome_recording import traffic
+
+    if (tenant is None) is not everybody:
+        raise click.UsageError("give either --tenant NAME or --all")
+    count = _guarded(lambda: traffic.forget(traffic.folder_of(folder, config), tenant))
+    _note(f"deleted {count} outcomes")
+
+
 def _names(given: str | None) -> list[str] | None:
     if given is None:
         return None

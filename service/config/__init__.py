@@ -19,6 +19,7 @@ from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config
 from service.config.server import RouterConfig, ServerConfig
+from service.config.shadow import ShadowConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
     BudgetConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "RouterConfig",
     "SavingsConfig",
     "ServerConfig",
+    "ShadowConfig",
     "SimulatedOptions",
     "SpendConfig",
     "StoreConfig",

@@ -31,6 +31,7 @@ from service.config.price_unit import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
 from service.config.server import EncoderConfig, RouterConfig, ServerConfig
+from service.config.shadow import PromoteConfig, ShadowConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
     BudgetConfig,
@@ -76,6 +77,7 @@ class Config(Section):
     budgets: dict[Name, BudgetConfig] = Field(default_factory=dict, description="Budgets, by name.")
     feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
     savings: SavingsConfig = Field(default_factory=lambda: SavingsConfig())
+    shadow: ShadowConfig = Field(default_factory=lambda: ShadowConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
@@ -85,6 +87,7 @@ class Config(Section):
         _check_names(self)
         _check_kernels(self)
         _check_tenants(self)
+        _check_shadow(self)
         _check_categories(self)
         return self
 
@@ -284,6 +287,21 @@ def _fill_variants(config: Config) -> None:
             )
 
 
+def _check_shadow(config: Config) -> None:
+    shadow, names = config.shadow, set(config.experts)
+    asked = [("experts", name) for name in shadow.experts or ()]
+    for field, name in [*asked, *([("judge", shadow.judge)] if shadow.judge else ())]:
+        if name not in names:
+            raise ValueError(f"shadow.{field}: {_unknown(name, names)}")
+        if "chat" not in config.experts[name].capabilities:
+            raise ValueError(f"shadow.{field}: {name!r} lacks the capability chat")
+    if shadow.judge is not None and shadow.judge in (shadow.experts or ()):
+        raise ValueError(f"shadow.judge: {shadow.judge!r} would judge its own answers")
+    willing = [name for name, tenant in config.tenants.items() if tenant.shadow]
+    if willing and shadow.budget is None:
+        raise ValueError(f"tenants.{willing[0]}.shadow: needs shadow.budget")
+
+
 def _check_categories(config: Config) -> None:
     """Check examples, and that every category has one expert."""
     faults: list[Fault] = [
@@ -445,6 +463,9 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
     ("savings",): SavingsConfig,
+    ("shadow",): ShadowConfig,
+    ("shadow", "budget"): SpendConfig,
+    ("shadow", "promote"): PromoteConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,

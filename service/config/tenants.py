@@ -60,8 +60,24 @@ class TenantConfig(LimitsConfig):
         "faster for prompts with the same beginning, but response times then reveal whether "
         "another tenant's prompt began the same way. Without keys all requests share the cache.",
     )
+    shadow: bool = Field(
+        False,
+        description="Evaluate a share of the tenant's requests by other experts (see `shadow`), "
+        "after they were answered.",
+    )
+    shadow_prompts: bool = Field(
+        False,
+        description="Keep the prompts and final answers of these requests with their outcomes. "
+        "Without it only a hash and the category are kept. It needs `shadow`.",
+    )
     guard: GuardConfig = Field(default_factory=lambda: GuardConfig())
     cache: CacheConfig = Field(default_factory=lambda: CacheConfig())
+
+    @model_validator(mode="after")
+    def _check_shadow(self) -> TenantConfig:
+        if self.shadow_prompts and not self.shadow:
+            raise ValueError("shadow_prompts needs shadow: true")
+        return self
 
 
 class KeyConfig(LimitsConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import random
 from typing import Any
 
 from service.broker.ledger import Ledger
@@ -22,6 +23,7 @@ from service.gateway.dependencies import GatewayServices, Reload
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
 from service.gateway.dispatch.dispatcher import Dispatcher, RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
+from service.gateway.dispatch.side_call import SideCalls
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen_interface import Screen
 from service.gateway.lasting_state import GatewayState
@@ -33,6 +35,7 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.gateway.routing.sessions import SessionService
+from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
 from service.store.keys import KeyService
@@ -166,6 +169,15 @@ class ConfiguredGateway:
             defaults,
             self._count_savings,
         )
+        self.shadow = ShadowEvaluator(
+            config,
+            SideCalls(self.dispatcher),
+            resources.store,
+            defaults,
+            self.dispatcher.context,
+            self._registry,
+            random,
+        )
         self.services = GatewayServices(
             config=config,
             state=state,
@@ -223,6 +235,7 @@ class ConfiguredGateway:
             cache=ResponseCache(services.config, resources.volatile, self._registry),
             admission=self._admission,
             executor=services.executor,
+            shadow=self.shadow,
             sessions=self.sessions,
             observers=RequestObservers(
                 services.state.metrics,
@@ -250,12 +263,14 @@ class ConfiguredGateway:
         """
         await self.authenticator.start()
         await self.feedback.start()
+        self.shadow.start()
         await self.sessions.start()
         await self._stages.start(self._resources.encoders)
 
     async def stop(self) -> None:
         """Stop the background tasks."""
         await self.events.close()
+        await self.shadow.stop()
         await self.dispatcher.close()
         await self._stages.stop()
         await self.feedback.stop()

@@ -20,7 +20,9 @@ LABELS = {
     "pool": "kind and boot id of the pool process, on each of its samples",
     "reason": "an error's code, or why the planner swapped",
     "recipe": "name of a recipe in the artifact, or single",
-    "result": "of a cache lookup: hit or miss; of a retry: made or refused",
+    "result": "of a cache lookup: hit or miss; of a retry: made or refused; "
+    "of a shadow evaluation: recorded, queue_full, reply_unusable, no_expert, over_budget, "
+    "undecided, forgotten or failed",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",

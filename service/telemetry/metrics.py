@@ -360,6 +360,18 @@ SAVINGS_BASELINE_QUALITY = counter(
     ("tenant", "baseline"),
     "Sum of the expected qualities of the baseline on the same requests.",
 )
+SHADOW_REQUESTS = counter(
+    "coe_shadow_requests_total",
+    Side.GATEWAY,
+    ("result",),
+    "Answered requests that were chosen for shadow evaluation, by how it ended.",
+)
+SHADOW_COST = counter(
+    "coe_shadow_cost_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Units of cost that shadow evaluation has spent, judges included. No tenant is charged for it.",
+)
 STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
@@ -477,6 +489,8 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         SAVINGS_BASELINE_COST,
         SAVINGS_QUALITY,
         SAVINGS_BASELINE_QUALITY,
+        SHADOW_REQUESTS,
+        SHADOW_COST,
         STORE_UP,
         STORE_OUTAGES,
         STORE_PENDING_SETTLEMENTS,

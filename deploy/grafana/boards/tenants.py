@@ -85,6 +85,20 @@ TENANTS = Board(
                     "lines",
                     "Mean difference for each compared request. Below 0 the router saved cost.",
                 ),
+                Chart(
+                    "Shadow evaluation",
+                    (Query(rate("coe_shadow_requests_total", "result"), "{{result}}"),),
+                    "reqps",
+                    "stacked",
+                    "Requests that other experts answered, too, by how their evaluation ended.",
+                ),
+                Chart(
+                    "Spending of shadow evaluation",
+                    (Query(rate("coe_shadow_cost_total", "expert", EXPERT), "{{expert}}"),),
+                    "short",
+                    "stacked",
+                    "Units of cost per second. No tenant is charged for it.",
+                ),
             ),
         ),
         (

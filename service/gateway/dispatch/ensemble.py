@@ -21,8 +21,8 @@ from service.broker.answer_agreement import FinalAnswer, agreed, confidence, fin
 from service.broker.cost_model import CostModel
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Selection
-from service.engine.base import Message
 from service.errors import CoeError, UnavailableError
+from service.gateway.dispatch.side_call import BufferedSend
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import NoAnswerError, ResponseSend
@@ -290,7 +290,7 @@ class EnsembleExecutor:
         """
         sure = self.recipe.sure > 0 and len(self.recipe.members) == 1 and number == 0
         request = self.request.for_member(number, logprobs=sure)
-        buffer = _BufferedSend()
+        buffer = BufferedSend()
         record = self.reply.record
         answer = MemberAnswer(
             expert, RequestRecord(expert=expert, trace=record.trace, losses=record.losses)
@@ -383,20 +383,6 @@ class EnsembleExecutor:
 
     async def _answer(self, status: int, content_type: bytes, body: bytes) -> None:
         await send_response(self.reply, status, [(b"content-type", content_type)], body)
-
-
-class _BufferedSend:
-    """An ASGI send that keeps the reply in memory."""
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.body = b""
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        else:
-            self.body += message.get("body", b"")
 
 
 def _without_additions(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from service.gateway.request_record import RequestObservers, RequestScope
 from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
 from service.gateway.routing.sessions import SessionService
+from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.openai_errors import dialect_of
 
@@ -32,6 +33,7 @@ class InferenceHandler:
         admission: Reserves what a request may use, and settles it.
         executor: Chooses among the candidates and runs the choice.
         sessions: Finds and records the sessions of conversations.
+        shadow: Lets other experts answer a share of the requests, too.
         observers: Metrics, traces, console and access log.
         behind_serve: Whether Ray Serve cancels a request whose client has left. Otherwise the
             handler watches for that itself.
@@ -46,6 +48,7 @@ class InferenceHandler:
         admission: Admission,
         executor: RecipeExecutor,
         sessions: SessionService,
+        shadow: ShadowEvaluator,
         observers: RequestObservers,
         behind_serve: bool,
     ) -> None:
@@ -55,6 +58,7 @@ class InferenceHandler:
         self._admission = admission
         self._executor = executor
         self._sessions = sessions
+        self._shadow = shadow
         self._observers = observers
         self._behind_serve = behind_serve
 
@@ -81,11 +85,12 @@ class InferenceHandler:
                     return
                 plan = self._executor.within_bounds(request, plan)
                 plan = self._executor.affordable(request, plan)
+                send_answer, shadowed = self._shadow.watch(request, plan, cached.send)
                 request, plan = await self._admit(entry, request, plan)
                 # A message of the engine passes the meter, then this send, then the cache's and the
                 # session's.
                 reply = ResponseSend(
-                    cached.send,
+                    send_answer,
                     request_scope.headers,
                     record,
                     entry.counting,
@@ -96,6 +101,7 @@ class InferenceHandler:
                     await answering
                 else:
                     await until_gone(answering, receive)
+                self._shadow.offer(shadowed, record)
                 await cached.store_answer(
                     by_own_bound=record.clipped is None and request.most_tokens is not None
                 )
