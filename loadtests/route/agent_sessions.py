@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import orjson
-from router_models.general.training_prompts import read_prompts
 
 from loadtests.lib.stats import Estimate
 from loadtests.lib.targets import Report, Table, TargetCheck, at_least
 from router_models.general.held_out import held_out_prompts
+from router_models.general.training_prompt_reader import read_prompts
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.selection import select
 from service.config import Config
