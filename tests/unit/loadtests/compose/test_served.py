@@ -1,0 +1,92 @@
+"""Predictions for a served composition, and whether measured figures fit them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtests.compose.served import (
+    TASKS,
+    Prediction,
+    cost_interval,
+    predict,
+    quality_interval,
+    queue_wait,
+    within,
+)
+from router_models.outcome_recording.task_reader import read_tasks
+from service.config import load_config
+
+ROOT = Path(__file__).parents[4]
+DEMO = ROOT / "deploy" / "config" / "demo.yaml"
+
+
+def test_held_out_tasks_are_other_ones_than_those_of_the_fit() -> None:
+    fitted = {
+        json.loads(line)["prompt"]
+        for line in (ROOT / "router_models" / "demo" / "tasks.jsonl").read_text().splitlines()
+    }
+    tasks = read_tasks([TASKS])
+    assert not fitted & {task.text for task in tasks}
+    assert set(Counter(task.category for task in tasks).values()) == {16}
+
+
+def test_predict_of_the_demo_sends_tasks_to_the_experts_of_their_categories() -> None:
+    tasks = read_tasks([TASKS])
+    found = predict(load_config(DEMO), tasks)
+    right = [
+        recipe == task.category
+        for recipe, task in zip(found.recipes, tasks, strict=True)
+        if task.category != "general"
+    ]
+    assert np.mean(right) > 0.9
+    interval = quality_interval(found)
+    assert 0 < interval.low < interval.value < interval.high < 1
+    assert found.error > 0
+    assert (found.cost > 0).all()
+
+
+def test_predict_without_a_map_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    text = "experts: {a: {model: a, categories: [general]}}\npools: {cpu: {engine: simulated}}\n"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no expert map"):
+        predict(load_config(path), read_tasks([TASKS]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_intervals_hold_true_means_and_refuse_false_ones(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    held = [0, 0]
+    for _ in range(200):
+        true = draw.uniform(0.1, 0.9, 64)
+        cost = draw.gamma(4.0, 1e-6, 64)
+        # The map is wrong by a common error of 3 points, as its fit on few rows may be.
+        guess = np.clip(true + draw.normal(0, 0.03), 0.01, 0.99)
+        found = Prediction(("a",) * 64, guess, np.full(64, 4e-6), 0.03, 0.02)
+        score = (draw.random(64) < true).astype(float)
+        held[0] += within("score", quality_interval(found), float(score.mean())).ok
+        held[1] += within("cost", cost_interval(found, cost), float(cost.mean())).ok
+    assert held[0] > 180
+    assert held[1] > 180
+    far = Prediction(("a",) * 64, np.full(64, 0.5), np.full(64, 4e-6), 0.03, 0.02)
+    assert not within("score", quality_interval(far), 0.8).ok
+    assert not within("cost", cost_interval(far, np.full(64, 9e-6)), 9e-6).ok
+
+
+def test_queue_wait_adds_pools_and_experts() -> None:
+    text = (
+        "# TYPE coe_queue_seconds histogram\n"
+        'coe_queue_seconds_bucket{expert="a",le="+Inf"} 4\n'
+        'coe_queue_seconds_sum{expert="a"} 1.5\n'
+        'coe_queue_seconds_count{expert="a"} 4\n'
+        'coe_queue_seconds_bucket{expert="b",le="+Inf"} 1\n'
+        'coe_queue_seconds_sum{expert="b"} 0.5\n'
+        'coe_queue_seconds_count{expert="b"} 1\n'
+    )
+    assert queue_wait(text) == (2.0, 5.0)
+    assert queue_wait("") == (0.0, 0.0)
