@@ -10,9 +10,12 @@ import argparse
 import asyncio
 import base64
 import itertools
+import math
 import os
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +36,8 @@ from service.models import locate
 
 _MODEL = "smollm2-135m-instruct"
 _MOST_S = 0.1
+# vLLM's own bound (VLLM_MAX_IMAGE_PIXELS).
+_MOST_PIXELS = 178_956_970
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _numbers = itertools.count()
 
@@ -44,6 +49,8 @@ class Case:
     name: str
     path: str
     body: dict[str, Any]
+    image: str = ""
+    """The data URL of an image, which vLLM only decodes: the model sees none."""
 
 
 def _chat(text: str = "Hello.", **more: Any) -> dict[str, Any]:
@@ -113,11 +120,34 @@ def cases(config: Config) -> Iterator[Case]:
     biased = {str(i): 1.0 for i in range(1024)}
     yield Case("biases", CHAT, _chat(logit_bias=biased))
     yield Case("allowed tokens", CHAT, _chat(allowed_token_ids=list(range(40_000))))
-    image = "data:image/png;base64," + base64.b64encode(os.urandom(body * 3 // 4 - 1000)).decode()
-    seen = [{"type": "image_url", "image_url": {"url": image}}]
-    yield Case("image", CHAT, {"messages": [{"role": "user", "content": seen}]})
+    edge = math.isqrt((body * 3 // 4 - 4000) // 3)
+    yield _image("image, decoded: bytes", edge, edge, "RGB")
+    edge = math.isqrt(_MOST_PIXELS)
+    yield _image("image, decoded: pixels", edge, edge, "1")
     yield Case("tools of Responses", "/v1/responses", {"input": "a", "tools": _flat(tools)})
     yield Case("tools of Messages", "/v1/messages", {**_chat(), "tools": _anthropic(tools)})
+
+
+def _image(name: str, width: int, height: int, mode: str) -> Case:
+    address = "data:image/png;base64," + base64.b64encode(png(width, height, mode)).decode()
+    seen = [{"type": "image_url", "image_url": {"url": address}}]
+    return Case(name, CHAT, _chat() | {"messages": [{"role": "user", "content": seen}]}, address)
+
+
+def png(width: int, height: int, mode: str) -> bytes:
+    """Make a PNG: noise in `RGB` that nothing compresses, or black in `1`, one bit for a pixel."""
+    if mode == "RGB":
+        raw = b"".join(b"\0" + os.urandom(3 * width) for _ in range(height))
+        depth, colours, level = 8, 2, 0
+    else:
+        raw = bytes((1 + (width + 7) // 8) * height)
+        depth, colours, level = 1, 0, 1
+    header = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(raw, level)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def _flat(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -146,6 +176,15 @@ async def _ask(engine: Any, path: str, raw: bytes) -> int:
     except TimeoutError:
         return 504
     return status
+
+
+async def _decode(address: str) -> int:
+    """Decode an image as vLLM's front end does before it prepares it for a model."""
+    from vllm.multimodal.media.connector import MediaConnector
+    from vllm.multimodal.media.image import ImageMediaIO
+
+    await MediaConnector().load_from_url_async(address, ImageMediaIO())
+    return 200
 
 
 async def measure(threads: int, only: str) -> Report:
@@ -194,7 +233,10 @@ async def measure(threads: int, only: str) -> Report:
             status = 400
             if fit:
                 with held:
-                    status = await _ask(engine, case.path, raw)
+                    if case.image:
+                        status = await _decode(case.image)
+                    else:
+                        status = await _ask(engine, case.path, raw)
             worst, worst_gateway = max(worst, held.longest_s), max(worst_gateway, gateway_s)
             row = (
                 case.name,

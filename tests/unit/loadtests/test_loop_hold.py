@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+import zlib
 
 import orjson
 import pytest
 
-from loadtests.loop_hold import Case, cases
+from loadtests.loop_hold import Case, cases, png
 from loadtests.loop_hold_meter import HoldMeter
 from service.config import Config
 from service.gateway.request.body_limits import RequestLimitChecker
+from service.gateway.request.media_tokens import image_size
 from service.gateway.request.parsing import parse_request
 
 CONFIG = Config.model_validate(
@@ -74,3 +76,24 @@ def test_loop_hold_meter_counts_garbage_collection_only_on_request(collections: 
         asyncio.run(collects())
     assert (meter.longest_s > alone_s / 2) is collections
     assert len(held) == 300_000
+
+
+def test_loop_hold_images_are_the_largest_by_bytes_and_by_pixels() -> None:
+    sizes = {}
+    for case in cases(CONFIG):
+        if case.image:
+            (part,) = case.body["messages"][0]["content"]
+            header, _, payload = part["image_url"]["url"].partition(",")
+            size = image_size(payload)
+            assert header == "data:image/png;base64"
+            assert size is not None
+            sizes[case.name] = (len(payload), size[0] * size[1])
+    assert sizes["image, decoded: bytes"][0] > 0.99 * CONFIG.server.max_body_bytes
+    assert 0.9999 < sizes["image, decoded: pixels"][1] / 178_956_970 <= 1
+
+
+@pytest.mark.parametrize(("mode", "row_bytes"), [("RGB", 1 + 3 * 9), ("1", 1 + 2)])
+def test_loop_hold_png_holds_whole_rows(mode: str, row_bytes: int) -> None:
+    made = png(9, 5, mode)
+    start = made.index(b"IDAT") + 4
+    assert len(zlib.decompress(made[start : made.index(b"IEND") - 8])) == 5 * row_bytes
