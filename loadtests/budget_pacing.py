@@ -106,7 +106,7 @@ async def simulate(scene: Scene, gateways: int, seed: int) -> WindowResult:
         }
     )
     ledger = Ledger(config, store)
-    all_spending = [BudgetPrices(ledger, clock=clock) for _ in range(gateways)]
+    all_spending = [BudgetPrices(ledger, store, clock=clock) for _ in range(gateways)]
     for item in all_spending:
         await item.refresh()
     looked_s = [0.0] * gateways

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from loadtests.mixed.traffic_trace import Ask
 from service.pool.swap_planner import (
-    Next,
     SlotView,
+    Stay,
+    SwapIn,
     SwapPolicy,
     UnitView,
     bounded,
@@ -182,12 +183,12 @@ class SimSlot:
         )
         units = bounded(slot, self._views(now_s), self._policy)
         step = next_step(slot, units, self._policy)
-        if step.act is Next.SWAP:
+        if isinstance(step, SwapIn):
             if self._closed_s is not None:
                 drain_s = now_s - self._closed_s
                 self._drain_s = max(drain_s, self._drain_s + 0.3 * (drain_s - self._drain_s))
             return step.unit
-        if step.act is Next.STAY:
+        if isinstance(step, Stay):
             self._closed_s = None
         elif self._closed_s is None:
             self._closed_s = now_s
