@@ -49,6 +49,9 @@ _STRIPPED = (
     "http-request del-header upgrade",
     "http-request del-header x-request-disconnect-disabled",
     "http-request del-header x-request-timeout-seconds",
+    # The gateway's sessions have the same header; Serve would pick a replica by it.
+    "http-request set-header x-coe-session-id %[req.hdr(x-session-id)] "
+    "if { req.hdr(x-session-id) -m found }",
     "http-request del-header x-session-id",
     "http-request del-header ^serve[-_]multiplexed[-_]model[-_]id$ -m reg",
     "http-request del-header x-request-id if { req.fhdr_cnt(x-request-id) gt 1 }",

@@ -205,3 +205,10 @@ def test_haproxy_blocks_serve_s_own_endpoints(proxy: Running, header: str) -> No
     status, answer = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
     assert status == 200
     assert header.partition(":")[0] not in answer
+
+
+def test_haproxy_renames_the_session_that_serve_would_obey(proxy: Running) -> None:
+    status, answer = proxy.ask(b"GET / HTTP/1.1\r\nhost: x\r\nx-session-id: my one\r\n\r\n")
+    assert status == 200
+    assert answer["x-coe-session-id"] == "my one"
+    assert "x-session-id" not in answer

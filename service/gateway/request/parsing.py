@@ -266,9 +266,15 @@ def parse_request(
         combinable=_combinable(endpoint, data) and not turn.open,
         left_out=left_out,
         turn=turn,
-        session_id=headers.get(b"x-session-id", b"").decode("latin-1") or None,
+        session_id=_session_id(headers),
         media=media,
     )
+
+
+def _session_id(headers: dict[bytes, bytes]) -> str | None:
+    """The client's name of the session. HAProxy renames the header, which Serve would obey."""
+    given = headers.get(b"x-coe-session-id") or headers.get(b"x-session-id", b"")
+    return given.decode("latin-1") or None
 
 
 def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:

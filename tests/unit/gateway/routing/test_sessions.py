@@ -125,6 +125,10 @@ async def test_sessions_named_one_goes_on_where_the_beginning_is_cut_off() -> No
     key = {"prompt_cache_key": "s"}
     assert await last(sessions, asked(later, **key)) == (None, False)
     assert await last(sessions, asked(later, session="s", **key)) == ("a", False)
+    # Behind HAProxy the header has another name.
+    body = orjson.dumps({"messages": later})
+    renamed = parse_request(CHAT, body, {b"x-coe-session-id": b"s"}, 1000, Tenant("t"))
+    assert await last(sessions, renamed) == ("a", False)
 
 
 async def test_sessions_call_is_found_by_its_id_where_the_session_has_forgotten_it() -> None:
