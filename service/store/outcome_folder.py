@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from service.rpc.cluster_secret import admin_key_path
-
 Row = dict[str, Any]
 
 _EVERYBODY = ".forgotten"
@@ -30,7 +28,8 @@ _HASH_KEY = ".hash-key"
 
 def default_folder() -> Path:
     """The folder where the config names none: beside the admin key."""
-    return admin_key_path().with_name("shadow-outcomes")
+    home = os.environ.get("COE_HOME")
+    return (Path(home) if home else Path.home() / ".config" / "coe") / "shadow-outcomes"
 
 
 class OutcomeFolder:
