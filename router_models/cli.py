@@ -187,6 +187,37 @@ def add_map(**options: Any) -> None:
     _guarded(lambda: work.run(**options, say=_note))
 
 
+@group.command(cls=OutcomeFilesCommand)
+@click.option("--config", type=_FILE, required=True, help="The service's config.")
+@click.option(
+    "--outcomes",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    metavar="FILE...",
+    help="Files that `coe outcomes export` wrote.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
+@click.option(
+    "--link",
+    type=click.Path(path_type=Path),
+    help="A symbolic link that leads to the candidate once it is promoted.",
+)
+@click.option("--seed", type=int, default=0, help="Draws the parts and the samples.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def refit(as_json: bool, outcomes: tuple[Path, ...], **options: Any) -> None:
+    """Correct the expert map by outcomes from traffic; promote it only where it is better.
+
+    It is judged on prompts that did not correct it. With `router.artifact` a symbolic link that is
+    given as --link, the next reload puts a promoted candidate in force.
+    """
+    from router_models import refit_command as work
+
+    result = _guarded(lambda: work.run(outcomes=outcomes, **options, say=_note))
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+
+
 @group.command(name="fit-categories")
 @click.option(
     "--prompts",

@@ -210,6 +210,7 @@ def _anchored(config: Config, folder: Path) -> Config:
     if encoder is not None and is_path(encoder.model):
         encoder = encoder.model_copy(update={"model": at(encoder.model)})
     keys_file = config.store.keys_file
+    outcomes = config.shadow.folder
     return config.model_copy(
         update={
             "experts": experts,
@@ -219,6 +220,9 @@ def _anchored(config: Config, folder: Path) -> Config:
                     "artifact": artifact if artifact in (None, NO_ARTIFACT) else at(artifact),
                     "encoder": encoder,
                 }
+            ),
+            "shadow": config.shadow.model_copy(
+                update={"folder": at(outcomes) if outcomes is not None else None}
             ),
             "store": config.store.model_copy(
                 update={"keys_file": at(keys_file) if keys_file is not None else None}
