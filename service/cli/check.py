@@ -31,10 +31,15 @@ def check(path: Path, as_json: bool) -> None:
         for line in routing["warnings"]:
             click.echo(f"warning: {line}", err=True)
     plans = plans_of(config)
+    unchecked = engine_arguments_unchecked(config)
     if as_json:
         found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
+        if unchecked is not None:
+            found["unchecked"] = unchecked
         click.echo(json.dumps(found | {"routing": routing}))
         return
+    if unchecked is not None:
+        click.echo(f"warning: {unchecked}", err=True)
     _print_plans(config, plans)
 
 
@@ -45,6 +50,13 @@ def check_artifacts(config: Config) -> None:
 
     RoutingSetup(config)
     with_capabilities(config)
+
+
+def engine_arguments_unchecked(config: Config) -> str | None:
+    """Let vLLM check its arguments; return why it could not, see `check_arguments`."""
+    from service.engine.vllm.argument_check import check_arguments
+
+    return check_arguments(config)
 
 
 def plans_of(config: Config) -> list[Any]:
@@ -131,7 +143,7 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
                 (
                     plan.kind,
                     names,
-                    size(engine.weight_bytes + engine.adapter_bytes),
+                    size(engine.weight_bytes + engine.adapter_bytes + engine.draft_bytes),
                     kv,
                     size(engine.total_bytes),
                 )

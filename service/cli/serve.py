@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.check import CONFIG, check_artifacts, plans_of, warnings_of
+from service.cli.check import (
+    CONFIG,
+    check_artifacts,
+    engine_arguments_unchecked,
+    plans_of,
+    warnings_of,
+)
 from service.errors import ModelStoreError
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ def _with_models(config: Config) -> Config:
 
     root = Path(config.models_dir) if config.models_dir else None
     check_artifacts(config)
+    if (unchecked := engine_arguments_unchecked(config)) is not None:
+        click.echo(f"coe: warning: {unchecked}", err=True)
     _fetch_encoder(config, root)
     try:
         for name, source in config.model_sources().items():

@@ -12,13 +12,14 @@ import yaml
 from pydantic import ValidationError
 
 from service.config.base import is_path, shown
-from service.config.moe_kernels import ExpertKernels, MoeKernelOptions
+from service.config.moe_kernels import ExpertKernels
+from service.config.pools import VllmOptions
 from service.config.schema import SECTIONS, Config
 from service.config.server import NO_ARTIFACT
 from service.config.yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError
 
-_Tuned = TypeVar("_Tuned", ExpertKernels, MoeKernelOptions)
+_Tuned = TypeVar("_Tuned", ExpertKernels, VllmOptions)
 
 _VARIABLE = "the name of an environment variable is needed, in capitals"
 # Messages for fields in which a secret may stand by mistake. They do not show the value.
@@ -201,8 +202,16 @@ def _anchored(config: Config, folder: Path) -> Config:
         )
         for name, expert in config.experts.items()
     }
+
+    def of_engine(options: VllmOptions) -> VllmOptions:
+        draft = options.args.get("speculative_config", {})
+        if not is_path(draft.get("model") or ""):
+            return tuned(options)
+        args = {**options.args, "speculative_config": {**draft, "model": at(draft["model"])}}
+        return tuned(options).model_copy(update={"args": args})
+
     pools = {
-        kind: pool.model_copy(update={"vllm": tuned(pool.vllm)})
+        kind: pool.model_copy(update={"vllm": of_engine(pool.vllm)})
         for kind, pool in config.pools.items()
     }
     artifact = config.router.artifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from service.config.autoscaling import AutoscalingConfig, refuse_changes
 from service.config.base import Bytes, Section
 from service.config.moe_kernels import MoeKernelOptions
+from service.config.vllm_args import PARALLEL, EngineArguments
 
 
 class MoeCapture(Section):
@@ -75,6 +77,21 @@ class EngineOptions(Section):
     trust_remote_code: bool = Field(
         False, description="Run code from model folders. Off: model folders are data only."
     )
+    args: EngineArguments = Field(
+        default_factory=dict,
+        description="Other engine arguments of vLLM by name, with the values of its config file, "
+        "such as `kv_cache_dtype: fp8`. Arguments that this config sets itself are refused, each "
+        "with the key to use.",
+    )
+
+    def parallel(self, name: str) -> int:
+        """Return a parallel size of `args`, by default 1."""
+        return int(self.args.get(name, 1))
+
+    @property
+    def engine_gpus(self) -> int:
+        """The GPUs of one engine on GPUs: the product of its parallel sizes."""
+        return self.tensor_parallel_size * math.prod(map(self.parallel, PARALLEL))
 
 
 class VllmOptions(MoeKernelOptions, EngineOptions):  # the second's fields come first
@@ -229,9 +246,30 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _check_moe_kernels(self) -> PoolConfig:
         if self.engine == "vllm":
-            devices = self.vllm.tensor_parallel_size
+            devices = self.vllm.tensor_parallel_size * self.vllm.parallel("data_parallel_size")
             if (reason := self.vllm.why_not(gpus=self.gpus, devices=devices)) is not None:
                 raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> PoolConfig:
+        spread = [name for name in PARALLEL if self.vllm.parallel(name) > 1]
+        if not spread or self.engine != "vllm":
+            return self
+        where = f"vllm.args.{spread[0]}"
+        if self.gpus == 0:
+            raise ValueError(
+                f"{where}: on CPU an engine is one process; min_replicas and max_replicas add more"
+            )
+        needed = self.vllm.engine_gpus
+        if self.gpus < needed:
+            raise ValueError(
+                f"{where}: an engine needs {needed} GPUs (tensor_parallel_size × "
+                f"pipeline_parallel_size × data_parallel_size), and a replica has {self.gpus:g} "
+                "(gpus)"
+            )
+        if self.vllm.moe_capture is not None:
+            raise ValueError(f"{where}: vllm.moe_capture sees one pipeline stage of one rank only")
         return self
 
     @property

@@ -15,10 +15,20 @@ from pathlib import Path
 
 from service.config import Config, ExpertConfig, PoolConfig
 from service.errors import ConfigError, ModelStoreError
-from service.models import AdapterInfo, ModelInfo
+from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
 from service.moe.kernel_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
+from service.pool.argument_effects import (
+    argument_warnings,
+    check_arguments,
+    draft_bytes,
+    kv_element_bytes,
+    kv_offload_bytes,
+    loaded_bytes,
+    offloaded_bytes,
+    share_bytes,
+)
 from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +52,8 @@ class EnginePlan:
         kv_bytes: Bytes of the KV cache; 0 where vLLM decides.
         kv_tokens: Tokens that the KV cache holds; 0 where vLLM decides.
         overhead_bytes: Bytes of the engine's process without a model.
+        draft_bytes: Bytes of the model that drafts tokens.
+        offloaded_bytes: On a GPU, bytes of weights and KV cache that vLLM keeps in host memory.
     """
 
     base: str
@@ -51,11 +63,14 @@ class EnginePlan:
     kv_bytes: int
     kv_tokens: int
     overhead_bytes: int
+    draft_bytes: int = 0
+    offloaded_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """The sum of the engine's bytes."""
-        return self.weight_bytes + self.adapter_bytes + self.kv_bytes + self.overhead_bytes
+        """The sum of the engine's bytes, without those in host memory beside a GPU."""
+        weights = self.weight_bytes + self.adapter_bytes + self.draft_bytes
+        return weights + self.kv_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,7 @@ def plan_pool(
     config: Config,
     kind: str,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
+    inspect_folder: Callable[[Path], ModelInfo | AdapterInfo] = inspect_model,
 ) -> PoolPlan:
     """Plan the memory of one replica of a pool.
 
@@ -109,6 +125,7 @@ def plan_pool(
         config: The config.
         kind: The pool's name in the config.
         inspect: A function that reads an expert's folder.
+        inspect_folder: A function that reads the folder of a model that drafts tokens.
 
     Raises:
         ConfigError: An expert's folder does not match the config, or the config asks for
@@ -123,11 +140,17 @@ def plan_pool(
     weights = share_weights(config, kind, None, lambda _, name: str(inspect(name).path.resolve()))
     config, named = weights.config, config
     moe = check_kernels(config, kind, inspect)
+    check_arguments(config, kind)
+    draft = draft_bytes(
+        pool, kind, inspect_folder, lambda info: weights_bytes(info, pool.vllm.dtype)
+    )
     groups = config.groups(kind)
     slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
     for unit in config.units(kind):
         _check_unit(config, unit, pool, inspect)
-    grouped = [[_plan_unit(config, unit, pool, inspect) for unit in group] for group in groups]
+    grouped = [
+        [_plan_unit(config, unit, pool, inspect, draft) for unit in group] for group in groups
+    ]
     _check_capture(config, kind, config.units(kind), inspect)
     on_gpu = pool.gpus > 0
     shared = [group for group in grouped if slots < len(groups) or len(group) > 1]
@@ -158,7 +181,7 @@ def plan_pool(
         pool.memory_bytes,
         on_gpu,
         moe,
-        held if on_gpu and caches else 0,
+        (held if on_gpu and caches else 0) + sum(engine.offloaded_bytes for engine in engines),
         tuple(_warnings(config, kind, inspect, _chatting(named, weights))),
         tuple(_notes(config, kind, inspect)),
         weights.shared,
@@ -194,6 +217,7 @@ def _warnings(
     inspect: Callable[[str], ModelInfo | AdapterInfo],
     chatting: Mapping[str, Sequence[str]],
 ) -> Iterator[str]:
+    yield from argument_warnings(config, kind)
     for name in config.local_experts(kind):
         expert = config.experts[name]
         info = inspect(name if expert.adapter is not None else expert.base or name)
@@ -300,6 +324,8 @@ def _share(plans: list[EnginePlan]) -> EnginePlan:
         kv_bytes=first.kv_bytes,
         kv_tokens=min(plan.kv_tokens for plan in plans),
         overhead_bytes=first.overhead_bytes,
+        draft_bytes=first.draft_bytes,
+        offloaded_bytes=max(plan.offloaded_bytes for plan in plans),
     )
 
 
@@ -384,7 +410,7 @@ def _check_kv_cache(base: str, pool: PoolConfig, info: ModelInfo) -> None:
         ConfigError: The KV cache is too small.
     """
     kv_bytes = pool.vllm.kv_cache_bytes or 0
-    element = _element_bytes(info, pool.vllm.dtype)
+    element = kv_element_bytes(pool, _element_bytes(info, pool.vllm.dtype))
     context = pool.vllm.max_model_len or info.max_context_tokens
     least = info.least_kv_bytes(context, element)
     if kv_bytes and kv_bytes < least:
@@ -401,8 +427,13 @@ def _plan_unit(
     unit: tuple[str, ...],
     pool: PoolConfig,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
+    draft: int,
 ) -> EnginePlan:
-    """Plan an engine that runs one unit. The unit has passed `_check_unit`."""
+    """Plan an engine that runs one unit. The unit has passed `_check_unit`.
+
+    Raises:
+        ConfigError: vLLM's share of the GPUs can't hold the weights.
+    """
     base, *adapters = unit
     info = _model_of(config, base, inspect)
     on_gpu = pool.gpus > 0
@@ -410,18 +441,32 @@ def _plan_unit(
     # A virtual expert runs on its base's weights, which count for the base.
     is_virtual = config.experts[base].form == "steered"
     weights = 0 if is_virtual else weights_bytes(info, pool.vllm.dtype)
+    weights = loaded_bytes(pool, info, weights)
     infos = [inspect(name) for name in adapters]
     parameters = sum(info.parameters for info in infos if isinstance(info, AdapterInfo))
-    kv_bytes = pool.vllm.kv_cache_bytes or 0
-    return EnginePlan(
+    ranks = pool.vllm.parallel("data_parallel_size")  # each has its own weights and KV cache
+    kv_bytes = (pool.vllm.kv_cache_bytes or 0) * ranks
+    offloaded = offloaded_bytes(pool, weights * ranks)
+    plan = EnginePlan(
         base=base,
         adapters=tuple(adapters),
-        weight_bytes=weights if on_gpu else weights * PACKING,
-        adapter_bytes=parameters * element,
+        weight_bytes=weights * ranks - offloaded if on_gpu else weights * PACKING,
+        adapter_bytes=parameters * element * ranks,
         kv_bytes=kv_bytes,
-        kv_tokens=kv_bytes // info.kv_bytes_per_token(element),
+        kv_tokens=0,
         overhead_bytes=0 if on_gpu else ENGINE_BYTES,
+        draft_bytes=draft * ranks if on_gpu else draft * PACKING,
+        offloaded_bytes=offloaded + kv_offload_bytes(pool),
     )
+    if (share := share_bytes(pool)) is not None:
+        if share <= plan.total_bytes:
+            raise ConfigError(
+                f"pools: vllm.args.gpu_memory_utilization leaves {_gib(share)} of memory_bytes to "
+                f"{base!r}, whose weights take {_gib(plan.total_bytes, up=True)}"
+            )
+        kv_bytes = share - plan.total_bytes
+    per_token = info.kv_bytes_per_token(kv_element_bytes(pool, element))
+    return replace(plan, kv_bytes=kv_bytes, kv_tokens=kv_bytes // per_token)
 
 
 def _longest(info: ModelInfo, kv_bytes: int, element: int, context: int) -> int:

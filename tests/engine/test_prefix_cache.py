@@ -86,3 +86,8 @@ async def test_prefix_cache_hits_within_a_tenant_and_never_across(asked: Asked, 
     # Not by a salt of its own either, whatever it is.
     if path != "/v1/messages":
         assert await asked.hits(path, {**body, "cache_salt": f"{who}-a"}, f"{who}-c") == 0
+
+
+async def test_engine_runs_with_arguments_of_vllm(asked: Asked) -> None:
+    model = asked.engine.vllm.rendering.config.model_config
+    assert model.max_logprobs == OPTIONS.args["max_logprobs"] == 21

@@ -11,13 +11,15 @@ import asyncio
 import contextlib
 import copy
 import hashlib
-from argparse import Namespace
+import os
+import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -444,11 +446,9 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
     """
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     options = settings.options
-    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args = _parsed(_argument_parser(), options.args)
     args.model = settings.model
     args.model_tag = None
     args.served_model_name = [settings.served_name]
@@ -479,6 +479,9 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
         args.kv_cache_memory_bytes = options.kv_cache_bytes
     if settings.on_cpu:
         args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    elif options.parallel("pipeline_parallel_size") > 1:
+        # vLLM would look for GPUs of its own in Ray, beside those of the replica.
+        args.distributed_executor_backend = "mp"
     if settings.worker_extension_cls:
         args.worker_extension_cls = settings.worker_extension_cls
     if settings.worker_cls:
@@ -497,6 +500,82 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
     # This fails with the argument's name if the installed vLLM lacks it.
     AsyncEngineArgs.from_cli_args(args)
     return args
+
+
+def argument_faults(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return vLLM's message for each engine argument that it refuses.
+
+    A fault of all arguments together has the name of the last one.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    parser = _argument_parser()
+    faults = {}
+    for name, value in given.items():
+        try:
+            _parsed(parser, {name: value})
+        except ValueError as error:
+            faults[name] = _one_line(error)
+    if given and not faults:
+        try:
+            args = _parsed(parser, given)
+            args.model = os.curdir  # any folder, or vLLM would look for its default model
+            AsyncEngineArgs.from_cli_args(args)
+        except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
+            faults[list(given)[-1]] = _one_line(error)
+    return faults
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _argument_parser() -> ArgumentParser:
+    """Return the parser of vLLM's server, which raises a `ValueError` for wrong arguments."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # vllm has no types here
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(re.sub(r"^argument \S+: ", "", message))
+
+    parser: ArgumentParser = make_arg_parser(RaisingParser())
+    return parser
+
+
+def _parsed(parser: ArgumentParser, given: Mapping[str, Any]) -> Namespace:
+    """Let vLLM parse its arguments, which have the values that a config file can hold.
+
+    Raises:
+        ValueError: vLLM refuses an argument.
+    """
+    words: list[str] = []
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if value is True:
+            words.append(f"--{option}")
+        elif value is False:
+            # Some of vLLM's flags can only be set, and are unset by default.
+            if f"--no-{option}" in parser.format_usage():
+                words.append(f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(_written, value)]
+        else:
+            words.append(f"--{option}={_written(value)}")
+    # vLLM's own method would take values with a dot for names.
+    args = ArgumentParser.parse_args(parser, words)
+    for name, value in given.items():
+        read = getattr(args, name)
+        if isinstance(value, dict) and isinstance(read, str):
+            raise ValueError(f"a text is needed, not the mapping {_written(value)[:60]}")
+        if isinstance(value, list) and not isinstance(read, list | set | tuple):
+            raise ValueError(f"one value is needed, not the list {_written(value)[:60]}")
+    return args
+
+
+def _written(value: object) -> str:
+    """Return a value as in vLLM's command line."""
+    return orjson.dumps(value).decode() if isinstance(value, dict | list) else str(value)
 
 
 class _RenderingClient:

@@ -103,6 +103,7 @@ def test_reload_changed_limits_and_budgets_are_applied(file: Path) -> None:
         ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't be added or removed"),
         ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
         ({"pools": {"p": {"engine": "vllm", "slots": 2}}}, "pools.p.engine: can't"),
+        ({"pools": {"p": {**CONFIG["pools"]["p"], "vllm": {"args": {"seed": 1}}}}}, "vllm: can't"),
         ({"experts": {"a": {"base": "nobody", "adapter": "x"}}}, "nobody"),
         ({"experts": {}}, "experts"),
     ],
