@@ -22,7 +22,7 @@ LABELS = {
     "recipe": "name of a recipe in the artifact, or single",
     "result": "of a cache lookup: hit or miss; of a retry: made or refused; "
     "of a shadow evaluation: recorded, queue_full, reply_unusable, no_expert, over_budget, "
-    "undecided, forgotten or failed",
+    "undecided, forgotten, stopped or failed",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",

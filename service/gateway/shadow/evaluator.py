@@ -60,6 +60,7 @@ class ShadowResult(StrEnum):
     OVER_BUDGET = "over_budget"
     UNDECIDED = "undecided"
     FORGOTTEN = "forgotten"
+    STOPPED = "stopped"
     FAILED = "failed"
 
 
@@ -206,6 +207,10 @@ class ShadowEvaluator:
     async def stop(self) -> None:
         """Stop; what was not evaluated is left out."""
         await cancel_and_wait(*self._tasks)
+        while not self._queue.empty():
+            self._queue.get_nowait()
+            self._queue.task_done()
+            self._count(ShadowResult.STOPPED)
 
     def watch(
         self, request: InferenceRequest, plan: RoutePlan, send: Send

@@ -315,6 +315,15 @@ async def test_full_queue_drops_and_counts(tmp_path: Path) -> None:
     assert len(s.rows()) == 2
 
 
+async def test_stop_leaves_out_and_counts_what_waits(tmp_path: Path) -> None:
+    s = stand(tmp_path)
+    for _ in range(3):
+        await s.answered("The answer is 4.", s.request())
+    await s.evaluator.stop()
+    assert s.count("stopped") == 3
+    assert s.experts.asked == []
+
+
 async def test_long_reply_is_left_out_and_counted(tmp_path: Path) -> None:
     s = stand(tmp_path, max_answer_bytes=50)
     await s.answered("long " * 50, s.request())
