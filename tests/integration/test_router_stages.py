@@ -54,3 +54,15 @@ async def test_categories_are_live_after_a_reload_and_the_encoder_joins(tmp_path
         assert "coe_router_stage_total{" in shown
         assert 'reason="ok"' in shown
         assert text not in shown
+
+
+async def test_the_built_in_router_sorts_prompts_where_no_artifact_is_named() -> None:
+    experts = {
+        "general": {"model": "m", "categories": ["general"]},
+        "data": {"model": "m", "categories": ["shell-sql"]},
+    }
+    async with run_gateway(simulated({"cpu": {}}, experts=experts, router={"artifact": None})) as s:
+        found = await asked(s, "SELECT all users older than 30 in SQL")
+        assert (found["category"], found["stage"]) == ("shell-sql", "static")
+        assert found["chosen"] == "data"
+        assert (await asked(s, "Give me a recipe for lasagna"))["chosen"] == "general"

@@ -278,14 +278,14 @@ def simulated(
         kinds: Further settings of a pool, by pool.
         experts: The experts; by default one, `general`.
         server: The `server` section.
-        router: The `router` section.
+        router: The `router` section; without `artifact` there is no classifier.
         sections: Further sections of the config.
     """
     given = experts or {"general": {"model": "m"}}
     return Config.model_validate(
         {
             "server": server or {},
-            "router": router or {},
+            "router": {"artifact": "none", **(router or {})},
             "experts": given,
             "pools": {
                 kind: {"engine": "simulated", "simulated": options, **(kinds or {}).get(kind, {})}
