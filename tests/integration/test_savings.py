@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.config import Config
 from service.store.keys import digest_of
+from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 
 KEYS = {"acme": "a-key-of-the-tests-a", "other": "a-key-of-the-tests-b"}
@@ -73,6 +76,22 @@ async def test_usage_shows_what_a_tenant_saved_to_that_tenant_only() -> None:
         )
         (shown,) = s.gateway.current.events.state()["savings"]
         assert (shown["against"], shown["requests"]) == ("large", 2)
+
+
+async def test_gateways_share_savings_by_redis(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as redis:
+        store = {"kind": "redis", "url": redis.url, "timeout_ms": 20_000}
+        for requests in (1, 2):
+            async with run_gateway(config(store=store)) as s:
+                await asks(s, "acme", "auto/math")
+                # The reply is sent before the request is settled.
+                async with asyncio.timeout(10):
+                    while True:
+                        found = (await savings(s, "acme")).get("large", {"requests": 0})
+                        if found["requests"] == requests:
+                            break
+                        await asyncio.sleep(0.02)
+                assert found["saved_cost"] > 0
 
 
 async def test_savings_survive_a_reload_that_changes_the_baselines() -> None:
