@@ -47,7 +47,7 @@ def agree(first: str, second: str) -> bool:
 
 
 def hit(first: str, second: str) -> bool:
-    """Return whether the semantic cache would answer one question from the other's entry."""
+    """Return whether one question would be answered from the other's entry, as a similar one."""
     return (
         same_words(canonical_form(first), canonical_form(second))
         and similarity(first, second) >= CacheConfig().threshold
@@ -138,7 +138,7 @@ def _likeness(report: Report, pairs: int, folder: Path | None) -> None:
     known = _questions(folder)
     real_pairs = 0
     real_wrong: list[tuple[str, str]] = []
-    table = Table("Paraphrases answered from the semantic cache", ("said with", *known))
+    table = Table("Paraphrases answered from the cache of similar questions", ("said with", *known))
     rates: defaultdict[str, dict[str, str]] = defaultdict(dict)
     hit_rates: dict[str, dict[str, float]] = {}
     for name, questions in known.items():

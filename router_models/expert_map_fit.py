@@ -6,6 +6,7 @@ slopes on the factors; which recipes are worth keeping.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,11 +114,12 @@ def fit_map(
     factors: Floats,
     true_factors: Floats,
     settings: Settings,
+    trust_powers: Sequence[float] = (0.0,),
 ) -> MapFit:
     """The map from rows whose posterior and factors come from a stage that did not see them.
 
     `true_factors` (rows, F) are what `factors` estimate. Recipes load on these, so that the direct
-    estimate is a ridge regression of their scores.
+    estimate is a ridge regression of their scores. `trust_powers` are those to choose from.
     """
     categories = posterior.shape[1]
     score, count = shrunk_cells(played.score, category, categories, settings.shrink_rows)
@@ -160,6 +162,7 @@ def fit_map(
         true_factors,
         penalties,
         settings,
+        trust_powers,
     )
     return MapFit(
         kept=kept,
@@ -210,6 +213,7 @@ def choose_trust_power(
     true_factors: Floats,
     penalties: tuple[float, float],
     settings: Settings,
+    trust_powers: Sequence[float],
 ) -> float:
     """The greatest of `trust_powers` with which choices lose nothing that these rows can show.
 
@@ -227,9 +231,12 @@ def choose_trust_power(
         factors: (N, F), of the same.
         true_factors: (N, F), what `factors` estimate.
         penalties: Those of the slopes.
-        settings: The powers, and what shrinks the cells.
+        settings: What shrinks the cells, and the seed of the folds.
+        trust_powers: The powers to choose from, at least one.
     """
-    powers = sorted(settings.trust_powers)
+    powers = sorted(trust_powers)
+    if len(powers) == 1:
+        return powers[0]
     score, cost = alone.score, alone.cost
     prices = np.concatenate(([0.0], _TRUST_PRICES / max(float(np.nanmax(cost)), 1e-12)))
     fold = np.random.default_rng(settings.seed).integers(0, _PENALTY_FOLDS, len(score))

@@ -17,9 +17,10 @@ class Settings:
 
     `l2_*` are ridge penalties, `shrink_rows` pseudo-rows of the prior.
     `slope_penalties` are pairs (of the slopes shared by all categories, of each
-    category's own) of which the training rows choose one, and `trust_powers` the
-    powers of `ExpertMap.trust_power` to choose from. `min_max_novelty` is the least
-    threshold of novelty; it is greater where ordinary rows are more novel.
+    category's own) of which the training rows choose one. `trust_powers` are those
+    of `ExpertMap.trust_power` to choose from where clusters stand for categories.
+    `min_max_novelty` is the least threshold of novelty; it is greater where
+    ordinary rows are more novel.
     """
 
     spec: FeatureSpec = field(default_factory=FeatureSpec)

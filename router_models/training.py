@@ -169,6 +169,8 @@ class Problem:
             unseen,
             factor,
             s,
+            # Clusters know no more than the n-grams. Given categories do, and lose by doubt.
+            s.trust_powers if self.clustered else (0.0,),
         )
         # Texts without spaces between words have more grams that nobody used before.
         ordinary = float(np.quantile(strange, _ORDINARY_SHARE))

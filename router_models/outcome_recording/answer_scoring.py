@@ -111,7 +111,7 @@ def _exact(check: ExactCheck, text: str) -> Score:
 
 
 def _choice(check: ChoiceCheck, text: str) -> Score:
-    by_text = {" ".join(said.split()).casefold(): key for key, said in check.choices.items()}
+    by_text = {" ".join(text.split()).casefold(): key for key, text in check.choices.items()}
 
     def letter(final: FinalAnswer) -> str | None:
         if final.kind == "choice":

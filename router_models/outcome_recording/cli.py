@@ -80,9 +80,9 @@ def record(
 ) -> None:
     """Ask experts prompts with known answers, score them, and write the rows of outcomes.
 
-    Every expert is asked every prompt, behind all other requests. What is in the file already is
-    not asked again, so the same command continues after a stop. Failed calls are recorded as
-    errors, and asked again by the next run.
+    Every expert gets every prompt, behind all other requests. Calls that are in the file already
+    are not repeated, so the same command continues after a stop. Failed calls are recorded as
+    errors, and repeated by the next run.
     """
     from router_models.outcome_recording.recorder import RecorderSettings
     from router_models.outcome_recording.task_reader import builtin_files, read_tasks
@@ -100,9 +100,9 @@ def record(
             max_cost=math.inf if max_cost is None else max_cost,
             **given,
         )
-        asked = _Asked(base_url, key_for(base_url, key_env), timeout_s, prices)
+        access = _Access(base_url, key_for(base_url, key_env), timeout_s, prices)
         try:
-            asyncio.run(_record(tasks, settings, asked, out))
+            asyncio.run(_record(tasks, settings, access, out))
         except KeyboardInterrupt:
             _note(f"stopped; the same command continues {out}")
             sys.exit(130)
@@ -121,7 +121,7 @@ def key_for(base_url: str, key_env: str | None) -> str | None:
     return os.environ.get("COE_API_KEY") or None if own else None
 
 
-class _Asked:
+class _Access:
     """Where to ask, and what it costs."""
 
     def __init__(
@@ -133,7 +133,9 @@ class _Asked:
         self.prices = prices
 
 
-async def _record(tasks: list[Task], settings: RecorderSettings, asked: _Asked, out: Path) -> None:
+async def _record(
+    tasks: list[Task], settings: RecorderSettings, access: _Access, out: Path
+) -> None:
     from dataclasses import replace
 
     from router_models.outcome_recording.endpoint_client import CallError, Endpoint
@@ -143,9 +145,9 @@ async def _record(tasks: list[Task], settings: RecorderSettings, asked: _Asked, 
 
     tasks = await _possible(tasks, settings.judge)
     endpoint = Endpoint(
-        asked.base_url,
-        key=asked.key,
-        timeout_s=asked.timeout_s,
+        access.base_url,
+        key=access.key,
+        timeout_s=access.timeout_s,
         concurrency=settings.concurrency,
     )
     async with endpoint:
@@ -162,8 +164,8 @@ async def _record(tasks: list[Task], settings: RecorderSettings, asked: _Asked, 
                 f"{endpoint.url} has no {', '.join(unknown)}; it has {', '.join(listed)}"
             )
         prices = {name: item.price for name, item in listed.items() if item.price is not None}
-        if asked.prices is not None:
-            prices |= _read_prices(asked.prices)
+        if access.prices is not None:
+            prices |= _read_prices(access.prices)
         _check_bound(settings.max_cost, prices, wanted)
         if settings.judge in settings.experts:
             _note(f"note: {settings.judge} judges its own answers too; judges favour themselves")
@@ -311,12 +313,12 @@ class _ShownProgress:
             self._bar = Bar(
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[said]}"),
+                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=None, said="")
+            self._task = self._bar.add_task("", total=None, figures="")
         self._begun_s = time.monotonic()
         self._first: int | None = None
         return self._say
@@ -326,12 +328,12 @@ class _ShownProgress:
             self._bar.stop()
 
     def _say(self, progress: Progress) -> None:
-        said = f"{progress.tokens:,} tokens · cost {progress.cost:.4g}{self._most}"
+        figures = f"{progress.tokens:,} tokens · cost {progress.cost:.4g}{self._most}"
         if progress.failed:
-            said += f" · {progress.failed} failed"
+            figures += f" · {progress.failed} failed"
         finished = progress.done + progress.failed
         if self._bar is not None:
-            self._bar.update(self._task, total=progress.total, completed=finished, said=said)
+            self._bar.update(self._task, total=progress.total, completed=finished, figures=figures)
             return
         now_s = time.monotonic()
         self._first = finished - 1 if self._first is None else self._first
@@ -339,7 +341,7 @@ class _ShownProgress:
             self._told_s = now_s
             left = (progress.total - finished) * (now_s - self._begun_s)
             left /= max(1, finished - self._first)
-            _note(f"{finished} of {progress.total} · {said} · {left:.0f} s to go")
+            _note(f"{finished} of {progress.total} · {figures} · {left:.0f} s to go")
 
 
 @group.command()

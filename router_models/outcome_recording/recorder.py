@@ -328,8 +328,8 @@ class Recorder:
         if not text.strip():
             return Score(0.0, "no answer")
         assert self._settings.judge is not None
-        asked = "\n\n".join(f"{item['role']}: {item['content']}" for item in task.conversation())
-        prompt = task.text if len(task.conversation()) == 1 else asked
+        dialogue = "\n\n".join(f"{item['role']}: {item['content']}" for item in task.conversation())
+        prompt = task.text if len(task.conversation()) == 1 else dialogue
         own = _Bill()
         try:
             verdicts = [

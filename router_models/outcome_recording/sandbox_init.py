@@ -62,7 +62,7 @@ def encode(value, deep=0):
 
 def main():
     sys.set_int_max_str_digits(20_000)
-    asked = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(sys.stdin.buffer.readline())
     out = os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
     for place in (0, 1, 2):
@@ -79,11 +79,11 @@ def main():
     write({"ready": True})
     names = {"__name__": "answer", "__builtins__": __builtins__}
     try:
-        exec(compile(asked["source"], "answer", "exec"), names)
+        exec(compile(job["source"], "answer", "exec"), names)
     except BaseException as error:
         write({"source": type(error).__name__})
         os._exit(0)
-    for i, test in enumerate(asked["tests"]):
+    for i, test in enumerate(job["tests"]):
         try:
             exec(compile(test["setup"], "test", "exec"), names)
             value = eval(compile(test["expression"], "test", "eval"), names)

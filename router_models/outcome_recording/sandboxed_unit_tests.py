@@ -1,7 +1,7 @@
 """Runs the code of an answer against unit tests in a sandbox, and judges the values outside of it.
 
 The sandbox (`sandbox_init`) has no network, no home, nothing that can be written, no further
-processes, and bounds on memory and time. It is told the expressions of the tests, not what their
+processes, and bounds on memory and time. It gets the expressions of the tests, not what their
 values should be: in `assert f(2) == 4` it computes `f(2)`, and the comparison is made here. An
 answer that prints, exits or writes to the sandbox's channel can't pass by that.
 """
@@ -76,8 +76,8 @@ async def score_code(check: UnitTestsCheck, text: str) -> Score:
     source = code_of(text, check.tests)
     if source is None:
         return Score(0.0, "no Python code")
-    asked = [{"setup": test.setup, "expression": test.expression} for test in tests]
-    replies = await _run(check, {"source": source, "tests": asked})
+    cases = [{"setup": test.setup, "expression": test.expression} for test in tests]
+    replies = await _run(check, {"source": source, "tests": cases})
     passed = 0
     for i, test in enumerate(tests):
         reply = replies.get(i)
@@ -189,7 +189,7 @@ def _decode(data: Any) -> Any:
     return kinds[kind](map(_decode, value))
 
 
-async def _run(check: UnitTestsCheck, asked: dict[str, Any]) -> dict[int, dict[str, Any]]:
+async def _run(check: UnitTestsCheck, job: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Start a sandbox, and return its reply to each test that it got to."""
     limits = {"memory_bytes": check.memory_bytes, "cpu_s": math.ceil(check.timeout_s) + 1}
     process = await asyncio.create_subprocess_exec(
@@ -210,7 +210,7 @@ async def _run(check: UnitTestsCheck, asked: dict[str, Any]) -> dict[int, dict[s
     try:
         async with asyncio.timeout(_START_S) as bound:
             with contextlib.suppress(ConnectionError):
-                process.stdin.write(json.dumps(asked).encode() + b"\n")
+                process.stdin.write(json.dumps(job).encode() + b"\n")
                 await process.stdin.drain()
                 process.stdin.close()
             read = 0
@@ -234,8 +234,10 @@ async def _run(check: UnitTestsCheck, asked: dict[str, Any]) -> dict[int, dict[s
             await asyncio.wait([errors], timeout=1.0)
         errors.cancel()
     if not ready:
-        said = errors.result().decode(errors="replace").strip() if errors.done() else ""
-        raise ScoringError(f"the sandbox does not start: {said.split(chr(10))[-1] or 'no reason'}")
+        output = errors.result().decode(errors="replace").strip() if errors.done() else ""
+        raise ScoringError(
+            f"the sandbox does not start: {output.split(chr(10))[-1] or 'no reason'}"
+        )
     return replies
 
 

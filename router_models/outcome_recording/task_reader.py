@@ -47,8 +47,8 @@ class Task(BaseModel):
     @classmethod
     def _identify(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("id") in (None, ""):
-            asked = [data.get("prompt"), data.get("messages"), data.get("category")]
-            digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+            fields = [data.get("prompt"), data.get("messages"), data.get("category")]
+            digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
             return {**data, "id": digest[:16]}
         return data
 

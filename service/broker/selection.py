@@ -54,7 +54,7 @@ _NO_POOLS = np.zeros(0, dtype=np.intp)
 # Time in which people read a token: 238 words a minute (Brysbaert: How many words do we read per
 # minute?, 2019) of 1.33 tokens.
 READING_S = 60 / (238 * 1.33)
-# Share of the decode that counts as waiting, as far as it is no slower than reading.
+# Share of the decode that counts as waiting while it keeps up with reading.
 READ_ALONG = 0.2
 _READ_UNNOTICED_S = (1 - READ_ALONG) * READING_S
 

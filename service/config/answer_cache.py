@@ -8,7 +8,7 @@ from pydantic import Field
 
 from service.config.base import Bytes, Section
 
-CacheMode = Literal["off", "exact", "semantic"]
+CacheMode = Literal["off", "exact", "similar"]
 
 
 class CacheConfig(Section):
@@ -17,7 +17,7 @@ class CacheConfig(Section):
     mode: CacheMode = Field(
         "off",
         description="Widest mode that the header x-coe-cache of a request may choose. exact: an "
-        "identical request. semantic: also a request whose last message differs only in "
+        "identical request. similar: also a request whose last message differs only in "
         "courtesy, white space, final punctuation and the like.",
     )
     ttl_s: float = Field(3600.0, gt=0, le=2_592_000, description="Lifetime of an answer, in s.")
@@ -34,7 +34,7 @@ class CacheConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="semantic: least similarity in [0, 1] of the two last messages as written, as "
+        description="similar: least similarity in [0, 1] of the two last messages as written, as "
         "the cosine of hashed n-grams. It limits the courtesy around a question; the question "
         "itself must always be the same.",
     )

@@ -46,8 +46,8 @@ log = logging.getLogger("coe.admission")
 # The bound in tokens of an answer without one, where the expert's context is unknown.
 _UNKNOWN_CONTEXT = 8192
 # What may be put around a prompt, beyond the bytes of its JSON: by a chat template, which may have
-# a system prompt and a manual for tools of its own, or by a tokenizer alone. Of an expert whose
-# template has more, more is believed as soon as it was seen.
+# a system prompt and a manual for tools of its own, or by a tokenizer alone. Once an expert's
+# template proves longer, its observed length is used.
 _TEMPLATE_TOKENS = 512
 _FRAME_TOKENS = 64
 
@@ -79,7 +79,7 @@ class Entry:
     fault: tuple[str, int] = ("", 0)
 
     @property
-    def counting(self) -> UsageMeter | None:
+    def charged_meter(self) -> UsageMeter | None:
         """The meter for the answer and for the calls of a recipe's other experts.
 
         None if nobody is charged.
@@ -215,7 +215,8 @@ class Admission:
             likely_tokens: Returns the expected tokens of all calls of one candidate together.
 
         Returns:
-            The request; the bound on its answer's length may be lower than it was.
+            The request. Its answer may have a lower bound, and its body may be written anew,
+            so that the engine reports usage in every chunk.
 
         Raises:
             InvalidRequestError: The body is nested too deep to be written again.

@@ -21,7 +21,8 @@ from service.gateway.cache.response_cache import ResponseCache
 from service.gateway.console.event_stream import EventStream
 from service.gateway.dependencies import GatewayServices, Reload
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
-from service.gateway.dispatch.dispatcher import Dispatcher, RecipeExecutor
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.dispatch.side_call import SideCalls
 from service.gateway.guard.guard import Guard

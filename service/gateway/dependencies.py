@@ -15,7 +15,7 @@ from service.config import Config
 from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
 from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
-from service.gateway.dispatch.dispatcher import RecipeExecutor
+from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.lasting_state import GatewayState
 from service.gateway.request.validation import RequestValidator
 from service.gateway.routing.feedback_learning import FeedbackService

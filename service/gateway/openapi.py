@@ -125,7 +125,7 @@ _HEADERS = [
         "name": "x-coe-cache",
         "in": "header",
         "description": "Whether an answer that was kept will do, where the tenant has a cache.",
-        "schema": {"type": "string", "enum": ["off", "exact", "semantic"]},
+        "schema": {"type": "string", "enum": ["off", "exact", "similar"]},
     },
     {
         "name": "x-coe-priority",

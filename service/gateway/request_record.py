@@ -1,4 +1,4 @@
-"""The record of one request, and the scope that accounts for it however it ends.
+"""The record of one request, and the scope that accounts for it and answers its errors.
 
 Headers, `usage.coe`, metrics, traces, the console and the access log are views of the record.
 """
@@ -278,7 +278,7 @@ class RequestObservers:
 
 
 class RequestScope:
-    """Owns the record of one request, and accounts for it however it ends.
+    """Owns the record of one request, accounts for it however it ends, and answers its errors.
 
     As a context manager it answers a `CoeError` in the client's dialect and any other exception
     with 500, and lets cancellation through.

@@ -62,8 +62,8 @@ class Pool:
 
     `add` gives it slots, `start` starts their engines, `run` answers calls, and `stop` drains it.
 
-    Calls, operations and snapshots have the names under which experts are served. Slots and the
-    methods that change them have the names under which weights are held (`weight_sharing`).
+    Gateways use served names; slots use the names of the weights (`held`). Several served names may
+    share one held name (`weight_sharing`).
 
     Args:
         kind: The pool's name in the config.
@@ -380,6 +380,7 @@ class Pool:
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
         held = self.held_name(call.expert)
+        # Raises for an expert without a slot, before the call counts as load.
         places = min(call.places, self.slot_of(held).capacity)
         self._load.record_arrival(held, places)
         if held != call.expert:
@@ -387,6 +388,7 @@ class Pool:
             send = RenamedSend(send, call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
+        # The first message commits the lease and, for a stream, lifts the deadline.
         reply = TimedSend(send, limit if call.stream else None)
         fault = "client_gone"
         try:
@@ -512,7 +514,8 @@ class Pool:
         shares = self._shares(held)
         by_name = {name: queues[own] for name, own in held.items()}
         for name, first in shares.items():
-            # The first has the requests that did not ask for another name.
+            # `first` is the first served name of the shared weights. It keeps the requests that
+            # did not ask for another of their names.
             by_name[name] = slot_of[held[name]].queue_of(held[name], name)
             by_name[first] = by_name[first].without(by_name[name])
         return Snapshot(
@@ -548,7 +551,13 @@ class Pool:
 
     @staticmethod
     def _shares(held: Mapping[str, str]) -> dict[str, str]:
-        """Return the experts that another expert's weights answer for, each with that expert."""
+        """Return each served name that shares its weights, with the first name of these weights.
+
+        The first names themselves are left out.
+
+        Args:
+            held: The held name of each served name.
+        """
         first: dict[str, str] = {}
         return {
             name: first[own] for name, own in held.items() if first.setdefault(own, name) != name

@@ -13,7 +13,7 @@ LABELS = {
     "direction": "of a prediction: under (too low) or over (too high, or right)",
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "id of the gateway process, on each of its samples",
-    "kind": "of a cache lookup: exact or semantic",
+    "kind": "of a cache lookup: exact or similar",
     "layer": "number of a decoder layer that routes tokens",
     "method": "method of a swap: inplace, respawn, lora, sleep, steer",
     "outcome": "ok, client_gone, client_error, server_error, or an error's code",

@@ -398,7 +398,7 @@ CACHE_LOOKUPS = counter(
     "coe_cache_lookups_total",
     Side.GATEWAY,
     ("kind", "result"),
-    "Lookups in the answer cache. kind: exact or semantic.",
+    "Lookups in the answer cache. kind: exact or similar.",
 )
 BREAKER_OPEN = gauge(
     "coe_breaker_open",

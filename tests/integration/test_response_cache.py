@@ -1,4 +1,4 @@
-"""The response cache: opt-in twice, bounded, separate by tenant, exact and semantic."""
+"""The response cache: opt-in twice, bounded, separate by tenant, exact and similar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(**cache: Any) -> Config:
         {"cpu": {"tokens": 4}}, experts={"general": {"model": "m"}, "x": {"model": "m"}}
     )
     data = given.model_dump(mode="json")
-    data["tenants"] = {"default": {"cache": {"mode": "semantic", **cache}}}
+    data["tenants"] = {"default": {"cache": {"mode": "similar", **cache}}}
     return Config.model_validate(data)
 
 
@@ -91,24 +91,24 @@ async def test_cache_needs_opt_in_of_tenant_and_request() -> None:
 
 async def test_cache_similar_words_are_a_hit_in_semantic_mode() -> None:
     async with run_gateway(config()) as s:
-        _, body = await ask(s, "semantic", "What is the depth of the sea?")
-        answer, same = await ask(s, "semantic", "please, what is the depth of the sea")
-        assert answer["x-coe-cache"] == "semantic"
+        _, body = await ask(s, "similar", "What is the depth of the sea?")
+        answer, same = await ask(s, "similar", "please, what is the depth of the sea")
+        assert answer["x-coe-cache"] == "similar"
         assert float(answer["x-coe-cache-similarity"]) >= 0.8
         assert same["id"] == body["id"]
         assert same["choices"] == body["choices"]
         answer, _ = await ask(s, "exact", "please what is the depth of the sea")
         assert answer["x-coe-cache"] == "miss"
-        answer, _ = await ask(s, "semantic", "What is the depth of the lake?")
+        answer, _ = await ask(s, "similar", "What is the depth of the lake?")
         assert answer["x-coe-cache"] == "miss"
-        answer, _ = await ask(s, "semantic", "please, what is the depth of the sea", max_tokens=2)
+        answer, _ = await ask(s, "similar", "please, what is the depth of the sea", max_tokens=2)
         assert answer["x-coe-cache"] == "miss"
 
 
 async def test_cache_tenant_may_allow_exact_matches_only() -> None:
     async with run_gateway(config(mode="exact")) as s:
-        await ask(s, "semantic", "What is the depth of the sea?")
-        answer, _ = await ask(s, "semantic", "what is the depth of the sea")
+        await ask(s, "similar", "What is the depth of the sea?")
+        answer, _ = await ask(s, "similar", "what is the depth of the sea")
         assert answer["x-coe-cache"] == "miss"
 
 
@@ -160,7 +160,7 @@ async def test_cache_stores_no_errors_and_no_broken_streams() -> None:
 async def test_cache_size_is_bounded() -> None:
     async with run_gateway(config(max_entries=4, max_entry_bytes=100_000)) as s:
         for i in range(20):
-            await ask(s, "semantic", f"question {i} about the sea")
+            await ask(s, "similar", f"question {i} about the sea")
         volatile = s.gateway.volatile
         assert isinstance(volatile, MemoryVolatileStore)
         names = [name for name in volatile._values if name.startswith("cache/default/")]
@@ -205,7 +205,7 @@ async def test_cache_tenant_names_with_a_slash_do_not_collide() -> None:
             "experts": {"big": {"model": "m"}},
             "pools": {"cpu": {"engine": "simulated"}},
             "tenants": {
-                "a": {"cache": {"mode": "semantic", "max_entries": 1}},
+                "a": {"cache": {"mode": "similar", "max_entries": 1}},
                 "a/shelf": {"cache": {"mode": "exact", "max_entries": 1}},
                 "a/answer": {"cache": {"mode": "exact", "max_entries": 1}},
             },
@@ -231,7 +231,7 @@ async def test_cache_tenant_names_with_a_slash_do_not_collide() -> None:
         await made.send({"type": "http.response.body", "body": b"{}"})
         await made.store_answer(by_own_bound=False)
         assert (await visit(tenant, b"exact")).hit is not None
-    assert (await visit("a", b"semantic")).hit is None
+    assert (await visit("a", b"similar")).hit is None
 
 
 async def test_cache_answer_clipped_by_max_cost_is_not_stored() -> None:

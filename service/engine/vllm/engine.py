@@ -136,7 +136,9 @@ class VllmEngine:
             EngineDeadError: The engine has not started, or has stopped.
         """
         if self._handle is None:
-            raise EngineDeadError(f"the engine died: {self.failure() or 'it was not started'}")
+            raise EngineDeadError(
+                f"the engine is not running: {self.failure() or 'it was not started'}"
+            )
         return self._handle
 
     def _launch_settings(self) -> LaunchSettings:
@@ -259,6 +261,7 @@ class VllmEngine:
                 f"the body has {len(request.body)}"
             )
         await self._trials.check_body(request.body)
+        # vLLM sends 200 before it has an answer; this send holds it until the first bytes.
         reply = DeferredStartSend(send)
         call = _Call(request)
         refusal = watch_refusal()

@@ -116,9 +116,10 @@ class GrammarCheck(Protocol):
 
 @dataclass(slots=True)
 class Refusal:
-    """The error of a request that vLLM's OpenAI layer accepted and its engine did not get.
+    """The error that kept a request from the engine after vLLM's OpenAI layer had accepted it.
 
-    Some of vLLM's streams report a client's error as a server error after they have begun.
+    The error is kept here, because some of vLLM's streams report a client's error as a server error
+    once they have begun.
     """
 
     error: InvalidRequestError | OverCapacityError | None = None

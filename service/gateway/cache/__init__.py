@@ -1,1 +1,1 @@
-"""The response cache: exact and semantic."""
+"""The response cache: identical requests, and similar questions."""

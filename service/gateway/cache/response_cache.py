@@ -4,8 +4,8 @@ The exact key is a hash of the tenant, the endpoint, the requested model, every 
 message, and the experts' config. The hash also selects one of `max_entries` places for the answer.
 A new answer replaces the old answer in its place, so the number of answers has a bound.
 
-The semantic cache has shelves. A shelf lists the latest questions that differ only in their last
-message, with the places of their answers.
+Similar questions are found on shelves. A shelf lists the latest questions that differ only in their
+last message, with the places of their answers.
 
 The store holds answers without encryption, and may lose them at any time. A store that can't be
 reached counts as a miss.
@@ -47,7 +47,7 @@ _ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddin
 # Fields about the sender, which do not change the answer. `stream_options` isn't among them: a
 # stream is cached with its chunks, and a client may fail on a chunk of usage that it did not want.
 _ASIDE = frozenset({"user", "metadata", "safety_identifier"})
-_RANK = {"off": 0, "exact": 1, "semantic": 2}
+_RANK = {"off": 0, "exact": 1, "similar": 2}
 _SHELF = 16
 _DONE = b"data: [DONE]"
 # The finish reasons in a body. JSON escapes quotes inside of strings, so this matches only keys.
@@ -60,7 +60,7 @@ class CacheHit:
     """A cached answer.
 
     Attributes:
-        kind: `exact` or `semantic`.
+        kind: `exact` or `similar`.
         expert: The expert that made the answer.
         content_type: The content type of the answer.
         body: The body of the answer.
@@ -83,9 +83,9 @@ class CacheSearch:
         tenant: The tenant's name.
         place: The store's key of the answer.
         key: The exact key.
-        shelf: The key of the shelf; empty without a semantic lookup.
-        question: The last message; empty without a semantic lookup.
-        kind: `exact` or `semantic`.
+        shelf: The key of the shelf; empty without a lookup of similar questions.
+        question: The last message; empty without a lookup of similar questions.
+        kind: `exact` or `similar`.
     """
 
     settings: CacheConfig
@@ -144,7 +144,7 @@ class ResponseCache:
             sorted(request.deny),
         ]
         key = self._hash(tenant, request.endpoint, data, bounds)
-        question, rest = _question(request, data) if kind == "semantic" else ("", {})
+        question, rest = _question(request, data) if kind == "similar" else ("", {})
         shelf = self._hash(tenant, request.endpoint, rest, bounds) if question else ""
         number = int(key, 16) % settings.max_entries
         where = join_name("cache", tenant, "answer", str(number))
@@ -163,8 +163,8 @@ class ResponseCache:
         except StoreUnavailableError:
             hit = None
         self._count("exact", hit is not None and hit.kind == "exact")
-        if search.question and (hit is None or hit.kind == "semantic"):
-            self._count("semantic", hit is not None)
+        if search.question and (hit is None or hit.kind == "similar"):
+            self._count("similar", hit is not None)
         return hit
 
     def _count(self, kind: str, found: bool) -> None:
@@ -188,7 +188,7 @@ class ResponseCache:
             return None
         how, found = best
         kept = await self._store.get(found["place"])
-        return _read(kept, found["key"], request, "semantic", how)
+        return _read(kept, found["key"], request, "similar", how)
 
     def _shelf_name(self, search: CacheSearch) -> str:
         # The number of shelves has the same bound as the number of answers.
@@ -315,7 +315,7 @@ class CacheSession:
         if self.hit is None:
             return [(b"x-coe-cache", b"miss")]
         headers = [(b"x-coe-cache", self.hit.kind.encode())]
-        if self.hit.kind == "semantic":
+        if self.hit.kind == "similar":
             headers.append((b"x-coe-cache-similarity", f"{self.hit.similarity:.3f}".encode()))
         return headers
 

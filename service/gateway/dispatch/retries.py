@@ -33,7 +33,7 @@ class AfterFault(StrEnum):
     """The decision after a failed attempt that has sent nothing to the client."""
 
     RETRY = "retry"
-    RETRY_IF_PAID = "retry_if_paid"
+    RETRY_WITHIN_BUDGET = "retry_within_budget"
     RAISE = "raise"
     DIED_TWICE = "died_twice"
 
@@ -66,7 +66,7 @@ def after_fault(fault: CoeError, losses: int) -> AfterFault:
         return AfterFault.DIED_TWICE
     if isinstance(fault, DeadlineExceededError):
         return AfterFault.RAISE
-    return AfterFault.RETRY if isinstance(fault, _FREE) else AfterFault.RETRY_IF_PAID
+    return AfterFault.RETRY if isinstance(fault, _FREE) else AfterFault.RETRY_WITHIN_BUDGET
 
 
 def tries_per_pool(fault: CoeError | None) -> int:

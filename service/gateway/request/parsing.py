@@ -23,8 +23,8 @@ from service.http.token_usage import estimate_tokens
 from service.rpc.call_headers import trace_of
 from service.types import NOBODY, Tenant
 
-CacheMode = Literal["off", "exact", "semantic"]
-_CACHE: dict[bytes, CacheMode] = {b"off": "off", b"exact": "exact", b"semantic": "semantic"}
+CacheMode = Literal["off", "exact", "similar"]
+_CACHE: dict[bytes, CacheMode] = {b"off": "off", b"exact": "exact", b"similar": "similar"}
 AUTO = "auto"
 GENERAL = "general"
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
@@ -421,7 +421,7 @@ def _cache(headers: dict[bytes, bytes]) -> CacheMode:
     found = _CACHE.get(given)
     if found is None:
         raise InvalidRequestError(
-            "the header x-coe-cache takes exact, semantic or off", param="x-coe-cache"
+            "the header x-coe-cache takes exact, similar or off", param="x-coe-cache"
         )
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from service.errors import RateLimitExceededError
 from service.gateway.admission import Admission, Entry
 from service.gateway.cache.response_cache import ResponseCache
-from service.gateway.dispatch.dispatcher import RecipeExecutor
+from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestObservers, RequestScope
@@ -64,6 +64,7 @@ class InferenceHandler:
 
     async def handle(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request; its steps follow one another as these lines do."""
+        # The scope also answers errors, in the client's dialect.
         async with RequestScope(self._observers, scope, send) as request_scope:
             record = request_scope.record
             headers = self._validator.headers(scope["headers"])
@@ -86,14 +87,14 @@ class InferenceHandler:
                 plan = self._executor.within_bounds(request, plan)
                 plan = self._executor.affordable(request, plan)
                 send_answer, shadowed = self._shadow.watch(request, plan, cached.send)
+                # The body may now ask for usage in every chunk, and its answer may be bounded.
                 request, plan = await self._admit(entry, request, plan)
-                # A message of the engine passes the meter, then this send, then the cache's and the
-                # session's.
+                # Order of a message: UsageMeter, ResponseSend, answer cache, session, server.
                 reply = ResponseSend(
                     send_answer,
                     request_scope.headers,
                     record,
-                    entry.counting,
+                    entry.charged_meter,
                     dialect_of(record.path),
                 )
                 answering = self._executor.execute(request, plan, reply)

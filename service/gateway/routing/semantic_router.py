@@ -138,7 +138,7 @@ class SemanticRouter:
         assess: Classifies a prompt by the first stage; None where there is nothing to classify by,
             and `auto` takes the fallback.
         per_token: (experts,), the price of each expert's tokens.
-        refine: Classifies it by the encoder as well, where the first stage is unsure.
+        refine: Classifies a prompt by the encoder as well, where the first stage is unsure.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class SemanticRouter:
 
     def _by_name(self, request: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
         if not all(map(request.tenant.may_ask, recipe.experts)):
-            # Not whom else it asks, nor what they can do.
+            # The error must not reveal the recipe's other experts or their abilities.
             raise ForbiddenError(f"this key may not use {what}", param="model")
         for name in recipe.experts:
             able = frozenset(self._experts[name].capabilities)
@@ -682,7 +682,7 @@ def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
     known = [name for name in found.experts if name in config.experts]
     strangers = sorted(set(found.experts) - set(known))
     if strangers:
-        log.warning("the router's map knows experts that the config has not: %s", strangers)
+        log.warning("the router's map knows experts that are not in the config: %s", strangers)
     try:
         return found.only(known)
     except ValueError:

@@ -46,7 +46,9 @@ def test_choose_trust_power_keeps_trust_where_only_categories_know(categories_kn
     # Where categories know, the direct estimate was taught noise.
     true = factor[:, None] if not categories_know else rng.normal(size=(3000, 1))
     seen = factor[:, None] * (1.0 if not categories_know else 100.0)
-    power = choose_trust_power(results(score), category, posterior, seen, true, NEVER, SETTINGS)
+    power = choose_trust_power(
+        results(score), category, posterior, seen, true, NEVER, SETTINGS, SETTINGS.trust_powers
+    )
     assert (power == 0.0) == categories_know
     assert power == 0.0 or power == max(SETTINGS.trust_powers)
 
@@ -61,5 +63,6 @@ def test_choose_trust_power_works_with_missing_scores_and_few_rows() -> None:
         np.zeros((3, 1)),
         NEVER,
         SETTINGS,
+        SETTINGS.trust_powers,
     )
     assert power in SETTINGS.trust_powers

@@ -123,6 +123,32 @@ def test_fit_unusual_prompt_gets_the_direct_estimate(folder: Path) -> None:
     assert quality == pytest.approx(found.direct.score, abs=0.05)
 
 
+def test_fit_given_categories_are_trusted(folder: Path) -> None:
+    assert ExpertMap.load(folder / "toy@1").trust_power == 0.0
+
+
+def test_fit_languages_without_spaces_are_ordinary_where_they_were_recorded(tmp_path: Path) -> None:
+    """Nearly every prompt has new 4-grams, and its category is clear all the same."""
+    rng = np.random.default_rng(0)
+    letters = {"x": "变压器温度最高", "y": "法院判决合同义"}
+    made = [("".join(rng.choice(list(letters[k]), 12)), k) for k in ("x", "y") * 150]
+    outcomes = [
+        {"id": str(i), "prompt": p, "category": k, "outcomes": {"a": k == "x", "b": k == "y"}}
+        for i, (p, k) in enumerate(made)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, outcomes)))
+    table, _ = read_outcomes([path], {"a": 1.0, "b": 1.0})
+    problem = Problem(table, replace(SETTINGS, spec=FeatureSpec(bits=10, known_bits=20)))
+    train, test = np.arange(200), np.arange(200, 300)
+    fitted = problem.fit(train)
+    novel = problem.novelty(test, fitted.known)
+    assert np.median(novel) > SETTINGS.min_max_novelty
+    assert (novel <= fitted.max_novelty).mean() > 0.9
+    choice = problem.predict(fitted, test).quality[:, :2].argmax(axis=1)
+    assert table.score[test, choice].mean() > 0.95
+
+
 def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
     found = ExpertMap.load(folder / "toy@1").only(["small", "maths"])
     assert set(found.experts) == {"small", "maths"}

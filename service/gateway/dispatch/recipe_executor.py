@@ -1,0 +1,243 @@
+"""Runs the best recipe of a request: one expert, a cascade or a vote.
+
+Several experts go to `EnsembleExecutor`; one expert goes to the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from service.broker.cost_model import CostModel
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.savings import Comparison, SavingsModel
+from service.errors import (
+    CoeError,
+    EngineDiedTwiceError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
+from service.gateway.budget_prices import BudgetPrices
+from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.ensemble import EnsembleExecutor
+from service.gateway.dispatch.pool_errors import deadline_error
+from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request.token_limits import within_cost
+from service.gateway.response_sends import ResponseSend
+from service.gateway.routing.explain import explain
+from service.gateway.routing.feedback_learning import FeedbackService
+from service.gateway.routing.prefix_affinity import PrefixAffinity
+from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.request_bounds import within_bounds
+from service.gateway.routing.semantic_router import RoutePlan, selection_request
+from service.types import Recipe
+
+
+class RecipeExecutor:
+    """Runs the best recipe of each request.
+
+    Args:
+        dispatcher: Selects among candidates and calls experts.
+        catalog: The recipes.
+        cost_model: Estimates tokens and costs. It learns the length of answers.
+        quality_model: Learns how often cascades escalate.
+        budget_prices: Knows how much of each budget is left.
+        prefix_affinity: Remembers which engine has a conversation in its prefix cache.
+        feedback: Remembers replies, so that clients can vote on them.
+        savings: Compares the choices with always asking the same recipe.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        catalog: RecipeCatalog,
+        cost_model: CostModel,
+        quality_model: QualityModel,
+        budget_prices: BudgetPrices,
+        prefix_affinity: PrefixAffinity,
+        feedback: FeedbackService,
+        savings: SavingsModel,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._catalog = catalog
+        self._cost_model = cost_model
+        self._quality_model = quality_model
+        self._budget_prices = budget_prices
+        self._prefix_affinity = prefix_affinity
+        self._feedback = feedback
+        self._savings = savings
+
+    async def execute(
+        self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
+    ) -> None:
+        """Select a candidate for a request, run it, and learn from the outcome.
+
+        Args:
+            request: The request.
+            plan: Its candidates.
+            reply: Receives the answer. Its record holds the time of arrival, from which the
+                deadline counts.
+
+        Raises:
+            CoeError: The request failed, and nothing has been sent.
+        """
+        record = reply.record
+        asked = request
+        select_began_s = reply.began_s = time.monotonic()
+        deadline_s = record.arrived_s + request.deadline_ms / 1000
+        if select_began_s >= deadline_s:
+            raise deadline_error(request, silent=False)
+        dispatcher, catalog = self._dispatcher, self._catalog
+        selection = dispatcher.select(request, plan, deadline_s - select_began_s)
+        select_s = time.monotonic() - select_began_s
+        record.route_ms += select_s * 1000
+        if record.trace is not None:
+            record.trace.chose(select_began_s, select_s)
+        best = selection.best()
+        recipe: Recipe | None = None
+        if best is not None:
+            recipe = catalog.recipes[int(plan.rows[best])]
+            dispatcher.note_session(selection, best, record)
+            record.predicted_s = float(selection.time[best])
+            record.predicted_cost = float(selection.cost[best])
+            contexts = [dispatcher.context(name) for name in recipe.experts]
+            added = [dispatcher.defaults.system_bytes(request, name) for name in recipe.experts]
+            request = within_cost(request, recipe.experts, self._cost_model, contexts, added)
+        record.clipped = request.clipped
+        row = -1
+        complete = False
+        try:
+            if recipe is None or recipe.kind == "single":
+                first = selection if recipe is not None else None
+                await dispatcher.dispatch(request, plan, reply, deadline_s, first=first)
+                row = catalog.index[record.expert]
+                complete = record.outcome == "ok"
+                return
+            ensemble = EnsembleExecutor(
+                dispatcher,
+                catalog,
+                self._cost_model,
+                recipe,
+                request,
+                plan,
+                selection,
+                reply,
+                deadline_s,
+            )
+            try:
+                await ensemble.run()
+            except (InvalidRequestError, PromptTooLongError, EngineDiedTwiceError):
+                raise
+            except CoeError:
+                singles = plan.only(catalog.single[plan.rows], "failed")
+                if reply.started or not len(singles.rows):
+                    raise
+                # No member answered, so any single expert may answer instead.
+                await dispatcher.dispatch(request, singles, reply, deadline_s)
+                row = catalog.index[record.expert]
+                complete = record.outcome == "ok"
+                return
+            complete = record.outcome == "ok"
+            row = catalog.recipe_index[recipe]
+            if recipe.later:
+                expected = plan.reach[best]
+                self._quality_model.observe_escalations(row, expected, ensemble.escalations)
+        finally:
+            if complete and row >= 0 and record.status == 200:
+                record.comparison = self._compare(asked, plan, row, record.expert)
+            self._learn_lengths(plan, reply, complete=complete)
+            if row >= 0 and record.status == 200:
+                self._prefix_affinity.record_answer(request, record.expert, record.pool)
+                ids = (request.request_id, request.client_id)
+                self._feedback.record_answer(request.tenant, ids, plan.category, row)
+
+    def _compare(
+        self, request: InferenceRequest, plan: RoutePlan, row: int, expert: str
+    ) -> Comparison | None:
+        """Compare an answered request with the savings ledger's baselines."""
+        if plan.estimates is None:
+            return None
+        return self._savings.compare(
+            row,
+            expert,
+            plan.estimates,
+            category=plan.category,
+            prompt_tokens=request.prompt_tokens,
+            most_tokens=request.most_tokens,
+            answers=request.answers,
+            added_tokens=self._dispatcher.defaults.added_tokens(request, self._catalog.experts),
+            max_cost=request.max_cost,
+        )
+
+    def within_bounds(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
+        """Drop the candidates that break the request's own bounds.
+
+        Raises:
+            InfeasibleBoundsError: No candidate keeps them; the error states the nearest bounds.
+        """
+        wanted = selection_request(self._cost_model, request, plan)
+        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost)
+
+    def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
+        """Drop the recipes that cost more than the tenant's budgets have left.
+
+        The cheapest recipe always stays. The ledger then decides whether the tenant can pay for it.
+        """
+        left = self._budget_prices.left(request.tenant)
+        if math.isinf(left) or len(plan.rows) < 2:
+            return plan
+        added = self._dispatcher.defaults.added_tokens(request, self._catalog.experts)
+        costs = self._cost_model.expect(
+            plan.category, request.prompt_tokens + added, request.most_tokens, request.answers
+        ).cost
+        worst = self._catalog.uses[plan.rows] @ costs
+        keep = worst <= left
+        if not keep.any():
+            keep[int(worst.argmin())] = True
+        return plan.only(keep, "budget")
+
+    def cheapest(self, plan: RoutePlan) -> RoutePlan:
+        """Keep only the recipe that costs least if all its experts are called."""
+        worst = self._catalog.uses[plan.rows] @ self._cost_model.per_token
+        keep = np.zeros(len(plan.rows), dtype=bool)
+        keep[int(worst.argmin())] = True
+        return plan.only(keep, "budget")
+
+    def likely_tokens(self, request: InferenceRequest, plan: RoutePlan) -> float:
+        """Expected tokens of all calls, for the recipe with the most tokens."""
+        tokens = self._cost_model.expect(
+            plan.category, request.prompt_tokens, request.most_tokens
+        ).tokens
+        return float((self._catalog.uses[plan.rows] @ tokens).max())
+
+    def expert_sets(self, plan: RoutePlan) -> list[tuple[str, ...]]:
+        """Return the experts that each recipe of a plan may call."""
+        return [self._catalog.recipes[row].experts for row in plan.rows.tolist()]
+
+    def explain(self, request: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
+        """Explain the decision as JSON: the posterior, and every candidate with its reason."""
+        return explain(plan, self._dispatcher.weigh_candidates(request, plan))
+
+    def _learn_lengths(self, plan: RoutePlan, reply: ResponseSend, *, complete: bool) -> None:
+        """Learn the lengths of the answers.
+
+        Args:
+            plan: The candidates of the request.
+            reply: The reply with its calls.
+            complete: Whether the last answer reached its own end.
+        """
+        record, last_call = reply.record, reply.expert_call
+        if record.status != 200:
+            return
+        if last_call is not None and last_call.completion_tokens is None and reply.events > 2:
+            # The reply had no usage. Each chunk is a token, except for the first and the last.
+            last_call.completion_tokens = reply.events - 2
+            last_call.estimated = True
+        if last_call is not None and not complete:
+            last_call.ended = False
+        for call in record.calls:
+            if call.length:
+                self._cost_model.observe(call.expert, plan.category, call.length, cut=call.cut)
