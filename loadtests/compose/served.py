@@ -30,6 +30,7 @@ from service.config import Config, load_config
 from service.default_prices import with_default_prices
 from service.gateway.routing.frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
+from service.types import Recipe
 
 Floats = NDArray[np.float64]
 
@@ -50,7 +51,7 @@ class Prediction:
         cost_error: The same of the mean cost, as a share of it.
     """
 
-    recipes: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
     quality: Floats
     cost: Floats
     error: float
@@ -82,7 +83,7 @@ def predict(config: Config, tasks: Sequence[Task], preset: str = "") -> Predicti
         best = int((told.quality - level * usual).argmax())
         quality[i], cost[i] = told.quality[best], told.cost[best]
         rows[:, best] += np.asarray(assessment.scores.probabilities)
-        recipes.append(known.recipes[best].name)
+        recipes.append(known.recipes[best])
     # Each cell of the map is a mean over its rows, and counts as often as it is used.
     variance = known.score * (1 - known.score) / np.maximum(known.count, 1.0)
     error = float(np.sqrt((rows**2 * variance).sum())) / total
@@ -144,6 +145,8 @@ def measure_served(
     chosen = read_tasks([tasks])
     predicted = predict(load_config(config), chosen, preset)
     model = f"auto:{preset}" if preset else "auto"
+    for name in dict.fromkeys(expert for recipe in predicted.recipes for expert in recipe.experts):
+        _warm(url, name)
     before = queue_wait(_metrics(url))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.jsonl"
@@ -175,6 +178,18 @@ def measure_served(
         "cost": float(cost.mean()),
         "wait_s": wait,
     }
+
+
+def _warm(url: str, expert: str) -> None:
+    """Ask an expert once, so that no task waits for an engine that is still starting."""
+    body = {"model": expert, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+        pass
 
 
 def _metrics(url: str) -> str:

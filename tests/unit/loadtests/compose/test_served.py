@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from loadtests.compose.served import (
     TASKS,
     Prediction,
     cost_interval,
+    measure_served,
     predict,
     quality_interval,
     queue_wait,
     within,
 )
+from loadtests.lib.targets import Report
 from router_models.outcome_recording.task_reader import read_tasks
-from service.config import load_config
+from service.config import Config, load_config
+from service.types import Recipe
+from tests.support.serving import run_gateway
 
 ROOT = Path(__file__).parents[4]
+A = Recipe("single", ("a",))
 DEMO = ROOT / "deploy" / "config" / "demo.yaml"
 
 
@@ -39,7 +46,7 @@ def test_predict_of_the_demo_sends_tasks_to_the_experts_of_their_categories() ->
     tasks = read_tasks([TASKS])
     found = predict(load_config(DEMO), tasks)
     right = [
-        recipe == task.category
+        recipe.name == task.category
         for recipe, task in zip(found.recipes, tasks, strict=True)
         if task.category != "general"
     ]
@@ -67,13 +74,13 @@ def test_intervals_hold_true_means_and_refuse_false_ones(seed: int) -> None:
         cost = draw.gamma(4.0, 1e-6, 64)
         # The map is wrong by a common error of 3 points, as its fit on few rows may be.
         guess = np.clip(true + draw.normal(0, 0.03), 0.01, 0.99)
-        found = Prediction(("a",) * 64, guess, np.full(64, 4e-6), 0.03, 0.02)
+        found = Prediction((A,) * 64, guess, np.full(64, 4e-6), 0.03, 0.02)
         score = (draw.random(64) < true).astype(float)
         held[0] += within("score", quality_interval(found), float(score.mean())).ok
         held[1] += within("cost", cost_interval(found, cost), float(cost.mean())).ok
     assert held[0] > 180
     assert held[1] > 180
-    far = Prediction(("a",) * 64, np.full(64, 0.5), np.full(64, 4e-6), 0.03, 0.02)
+    far = Prediction((A,) * 64, np.full(64, 0.5), np.full(64, 4e-6), 0.03, 0.02)
     assert not within("score", quality_interval(far), 0.8).ok
     assert not within("cost", cost_interval(far, np.full(64, 9e-6)), 9e-6).ok
 
@@ -90,3 +97,31 @@ def test_queue_wait_adds_pools_and_experts() -> None:
     )
     assert queue_wait(text) == (2.0, 5.0)
     assert queue_wait("") == (0.0, 0.0)
+
+
+async def test_measure_served_asks_a_running_service_and_reports(tmp_path: Path) -> None:
+    lines = TASKS.read_text().splitlines()
+    tasks, path = tmp_path / "tasks.jsonl", tmp_path / "coe.yaml"
+    tasks.write_text("\n".join(line for line in lines if '"exact"' in line) + "\n")
+    price = {"prompt": 0.1345, "completion": 0.1345}
+    data = {
+        "router": {"artifact": str(ROOT / "router_models" / "artifacts" / "demo@2")},
+        "experts": {
+            name: {"model": name, "categories": [name], "price": price}
+            for name in ("general", "math", "intents", "code")
+        },
+        "pools": {"cpu": {"engine": "simulated", "simulated": {"tokens": 4}}},
+    }
+    path.write_text(yaml.safe_dump(data))
+    report = Report("compose")
+    async with run_gateway(Config.model_validate(data)) as s:
+        await asyncio.to_thread(measure_served, report, s.url, path, tasks, "", 1.0)
+    facts = report.facts["served"]
+    assert facts["tasks"] == 16
+    assert facts["cost"] > 0
+    # The simulated engine names no intent, which is told and not hidden.
+    met = {check.name.split(",")[0]: check.ok for check in report.reach}
+    assert facts["score"] == 0.0
+    assert facts["predicted_score"] > 0.5
+    assert not met["mean score"]
+    assert met["mean wait in queues and for swaps"]
