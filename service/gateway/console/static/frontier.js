@@ -106,7 +106,10 @@ function picture(box, width, curve, presets, singles) {
     parts.push(svg("line", { class: "grid", x1: LEFT, x2: width - 12, y1: y(quality), y2: y(quality) }));
     parts.push(svg("text", { class: "count", x: LEFT - 8, y: y(quality) + 4, "text-anchor": "end" }, `${Math.round(100 * quality)} %`));
     const cost = c0 + ((c1 - c0) * i) / 3;
-    parts.push(svg("text", { class: "count", x: x(cost), y: height - BOTTOM + 18, "text-anchor": i === 3 ? "end" : "middle" }, units(cost)));
+    // Where all costs are about equal, one label says it.
+    if (i === 0 || units(cost) !== units(c0 + ((c1 - c0) * (i - 1)) / 3)) {
+      parts.push(svg("text", { class: "count", x: x(cost), y: height - BOTTOM + 18, "text-anchor": i === 3 ? "end" : "middle" }, units(cost)));
+    }
   }
   parts.push(svg("text", { class: "count", x: width - 12, y: height - 2, "text-anchor": "end" }, `${routing.unit} for a usual prompt and answer`));
   parts.push(svg("polyline", { class: "frontier", points: curve.map((at) => `${x(at.cost)},${y(at.quality)}`).join(" ") }));
