@@ -188,7 +188,7 @@ def _make_root(folders: list[str]) -> None:
 
 def _drop(limits: dict[str, int], as_nobody: bool) -> None:
     """Lower the limits and give up every capability."""
-    processes = 2  # this one, and its parent outside of the process namespace
+    processes = 3  # this one, process 1, and its parent outside of the process namespace
     for kind, most in (
         (resource.RLIMIT_AS, limits["memory_bytes"]),
         (resource.RLIMIT_CPU, limits["cpu_s"]),
@@ -227,9 +227,15 @@ def main() -> None:
         inside = any(base == library or base.startswith(library + "/") for library in _LIBRARIES)
         _make_root([*_LIBRARIES, *(() if inside else (base,))])
         os.setsid()
+        answer = os.fork()
+        if answer:
+            # This is process 1 of its namespace: when it ends, so does every other one there. The
+            # answer has no right to change it, but could take its own signal of death away.
+            os.close(0)
+            os.close(1)
+            os.waitpid(answer, 0)
+            os._exit(0)
         _drop(limits, as_nobody=root)
-        # Giving up rights has removed this.
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.execve(python, [python, "-I", "-S", "-c", _RUNNER], {"PYTHONHASHSEED": "0"})
     except BaseException as error:
         os.write(2, f"sandbox: {error}\n".encode())
