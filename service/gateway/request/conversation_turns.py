@@ -163,9 +163,12 @@ def _mark(item: Item) -> str:
     calls = item.get("tool_calls")
     if isinstance(calls, list):
         told += "".join(
-            f"{call.get('id')}," for call in calls[:_MAX_PARTS] if isinstance(call, dict)
+            f"{_text(call.get('id'))}," for call in calls[:_MAX_PARTS] if isinstance(call, dict)
         )
-    about = f"{item.get('role')},{item.get('type')},{item.get('call_id', item.get('tool_call_id'))}"
+    # Anything but a text may be nested deeper than Python can write it.
+    named = (item.get("role"), item.get("type"), item.get("call_id", item.get("tool_call_id")))
+    role, kind, call = map(_text, named)
+    about = f"{role},{kind},{call}"
     return f"{len(about)}:{about}{len(told)}:{told}"
 
 
@@ -174,7 +177,7 @@ def _part_mark(part: object) -> str:
     if not isinstance(part, dict):
         return _edges(part)
     text = _edges(part.get("text", part.get("content")))
-    return f"{part.get('id')},{part.get('tool_use_id')},{text}"
+    return f"{_text(part.get('id'))},{_text(part.get('tool_use_id'))},{text}"
 
 
 def _edges(text: object) -> str:

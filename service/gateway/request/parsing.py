@@ -27,6 +27,7 @@ CacheMode = Literal["off", "exact", "similar"]
 _CACHE: dict[bytes, CacheMode] = {b"off": "off", b"exact": "exact", b"similar": "similar"}
 AUTO = "auto"
 GENERAL = "general"
+_DECIMAL = re.compile(rb"^(?=.{1,64}$)(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$")
 _GIVEN_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
 
@@ -442,10 +443,8 @@ def _number(
     header, where, param = _place(name, headers)
     given = coe_options.get(name)
     if header is not None:
-        try:
-            given = float(header[:32])
-        except ValueError:
-            given = -1
+        # A longer one must not be cut, which could take its exponent away.
+        given = float(header) if _DECIMAL.match(header) else -1
     if given is None:
         return None
     number = isinstance(given, (int, float)) and not isinstance(given, bool)

@@ -156,6 +156,22 @@ def test_turn_state_texts_that_differ_at_either_end_or_in_length_differ() -> Non
     assert len({turn_state({"messages": [user(text)]}).digest for text in texts}) == 4
 
 
+@pytest.mark.parametrize("list_field", ["messages", "input"])
+@pytest.mark.parametrize(
+    "field",
+    ["role", "type", "call_id", "tool_call_id", "tool_use_id", "id", "text", "content", "output",
+     "arguments", "tool_calls", "function_call"],
+)  # fmt: skip
+def test_turn_state_of_a_body_nested_as_deep_as_json_allows(list_field: str, field: str) -> None:
+    deep: list[Any] = []
+    for _ in range(1100):
+        deep = [deep]
+    holders = [{field: deep}, {"content": [{field: deep}]}, {"tool_calls": [{field: deep}]}]
+    for holder in holders:
+        for role in ("user", "assistant", "tool"):
+            turn_state({list_field: [{"role": role, **holder}, holder, user("why?")]})
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -221,6 +221,13 @@ def test_parse_request_unknown_priority_names_the_allowed_ones() -> None:
         request_for({"messages": HELLO}, headers={b"x-coe-priority": b"urgent"})
 
 
+@pytest.mark.parametrize("value", [b"0.25", b"0.2500000000000000000000000000000000001", b"25e-2"])
+def test_parse_request_bounds_in_headers_are_read_whole(value: bytes) -> None:
+    headers = {b"x-coe-max-cost": value, b"x-coe-min-quality": value}
+    request = request_for({"messages": HELLO}, headers=headers)
+    assert (request.max_cost, request.min_quality) == (0.25, 0.25)
+
+
 BOUNDS = {"min_quality": 0.5, "max_cost": 2, "allow": ["a", "b"], "deny": ["b"]}
 BOUND_HEADERS = {
     b"x-coe-min-quality": b"0.75",
@@ -265,6 +272,10 @@ def test_parse_request_bounds_of_every_endpoint_come_from_body_and_headers(path:
         ),
         (b"x-coe-min-quality", b"nan", "x-coe-min-quality must be a number from 0 to 1"),
         (b"x-coe-max-cost", b"-1", "the header x-coe-max-cost must be a number of at least 0"),
+        # Cut to 32 characters, it would be 100,000 times as much.
+        (b"x-coe-max-cost", b"1." + b"0" * 70 + b"e-5", "x-coe-max-cost must be a number"),
+        (b"x-coe-min-quality", b"0." + b"9" * 70 + b"e-5", "x-coe-min-quality must be a number"),
+        (b"x-coe-max-cost", b"1_000", "x-coe-max-cost must be a number"),
         (b"x-coe-allow", b" , ", "the header x-coe-allow must be a list of 1 to 1000 names"),
         (b"x-coe-deny", b"a," * 1001, "the header x-coe-deny must be a list of 1 to 1000 names"),
     ],
