@@ -50,6 +50,7 @@ SOMETIMES = {
     "x-coe-guard",
     "x-coe-cache",
     "x-coe-cache-similarity",
+    "x-coe-session",
 }
 LOCAL = "http://127.0.0.1:8000"
 # Run by the tests' own runner, by `tests/chart` and by whoever builds an image.
@@ -229,6 +230,10 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
     for recipe in data.get("recipes", {}).values():
         for name in [*recipe["members"], *recipe.get("later", [])]:
             experts.setdefault(name, {"model": name, "categories": ["general"]})
+    shadow = data.get("shadow", {})
+    named = [*data.get("savings", {}).get("against", []), *shadow.get("experts", [])]
+    for name in [*named, *([shadow["judge"]] if "judge" in shadow else [])]:
+        experts.setdefault(name, {"model": name, "categories": ["general"]})
     for expert in list(experts.values()):
         if "base" in expert:
             experts.setdefault(expert["base"], {"model": expert["base"], "categories": ["general"]})

@@ -51,6 +51,13 @@ ROUTING = Board(
                     "Without ok, the first stage decided.",
                 ),
                 Chart("Wait for the encoder", quantiles("coe_router_encoder_seconds"), "s"),
+                Chart(
+                    "Turns of conversations",
+                    (Query(rate("coe_session_turns_total", "decision"), "{{decision}}"),),
+                    "reqps",
+                    "stacked",
+                    "Locked: a tool call is open. Released: the session's expert can't answer.",
+                ),
                 Chart("Added to the first byte", quantiles("coe_gateway_overhead_seconds"), "s"),
             ),
         ),
