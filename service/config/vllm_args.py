@@ -325,6 +325,8 @@ PASSED = frozenset(
 PARALLEL = ("pipeline_parallel_size", "data_parallel_size")
 """Arguments that multiply the GPUs of one engine."""
 
+_MOST_GIB = 1_000_000
+
 _DRAFT_FIXED = {
     "draft_load_config": OWNED["load_format"],
     "revision": _FILES,
@@ -349,6 +351,9 @@ def _known(args: object) -> object:
             raise ValueError(f"{name} has no value; leave it out for vLLM's default")
         if name in found:
             raise ValueError(f"{name} is given twice")
+        words = value if isinstance(value, list) else ()
+        if any(isinstance(word, str) and word.lstrip().startswith("-") for word in words):
+            raise ValueError(f"{name}: vLLM would take a text that begins with - for an argument")
         found[name] = value
     return found
 
@@ -366,11 +371,17 @@ def _sensible(args: dict[str, Any]) -> dict[str, Any]:
         )
     for name in ("cpu_offload_gb", "kv_offloading_size"):
         size = args.get(name, 0)
-        if not _is_number(size) or size < 0:
+        if not _is_number(size) or not 0 <= size <= _MOST_GIB:
             raise ValueError(f"{name} should be a number of GiB, at least 0, not {shown(size)}")
     for name in ("kv_cache_dtype", "quantization"):
         if not isinstance(args.get(name, ""), str):
             raise ValueError(f"{name} should be a text, not {shown(args[name])}")
+    compilation = args.get("compilation_config", {})
+    if not isinstance(compilation, dict):
+        raise ValueError(f"compilation_config should be a mapping, not {shown(compilation)}")
+    for name in ("backend", "inductor_passes"):
+        if "." in str(compilation.get(name, "")):
+            raise ValueError(f"compilation_config.{name} can't be given to vLLM: {_CODE}")
     draft = args.get("speculative_config", {})
     if not isinstance(draft, dict):
         raise ValueError(f"speculative_config should be a mapping, not {shown(draft)}")

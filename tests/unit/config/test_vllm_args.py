@@ -89,6 +89,11 @@ def test_other_argument_needs_no_vllm_and_keeps_its_value(name: str) -> None:
         ({"gpu_memory_utilization": True}, "above 0 and at most 1, not True"),
         ({"cpu_offload_gb": -1}, "a number of GiB, at least 0, not -1"),
         ({"kv_offloading_size": "2GiB"}, "a number of GiB, at least 0, not '2GiB'"),
+        ({"cpu_offload_gb": float("nan")}, "a number of GiB, at least 0, not nan"),
+        ({"kv_offloading_size": float("inf")}, "a number of GiB, at least 0, not inf"),
+        ({"compilation_config": {"backend": "os.system"}}, "Python code to import"),
+        ({"compilation_config": '{"backend": "os.system"}'}, "should be a mapping, not"),
+        ({"compilation_config": {"inductor_passes": {"x": "os.system"}}}, "Python code to import"),
         ({"kv_cache_dtype": 8}, "should be a text, not 8"),
         ({"quantization": {}}, "should be a text, not {}"),
         ({"pipeline_parallel_size": 0}, "whole number of at least 1, not 0"),
@@ -102,6 +107,13 @@ def test_other_argument_needs_no_vllm_and_keeps_its_value(name: str) -> None:
 )
 def test_wrong_argument_is_refused_with_what_is_allowed(args: object, words: str) -> None:
     assert words in refusal(args)
+
+
+@pytest.mark.parametrize("name", sorted(PASSED))
+@pytest.mark.parametrize("word", ["--trust-remote-code", "--load-format=pt", "-O3", " --config=x"])
+def test_item_of_a_list_is_no_other_argument(name: str, word: str) -> None:
+    refused = refusal({name: ["1", word]})
+    assert f"{name}: vLLM would take a text that begins with - for an argument" in refused
 
 
 def test_suffixes_of_one_request_may_draft() -> None:
