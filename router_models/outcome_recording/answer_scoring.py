@@ -190,6 +190,8 @@ def _json_schema(check: JsonSchemaCheck, text: str) -> Score:
         error = next(iter(_Validator(check.schema_).iter_errors(value)), None)
     except RecursionError:
         return Score(0.0, "nested too deep")
+    except OverflowError:
+        return Score(0.0, "a number that is too large")
     except referencing.exceptions.Unresolvable as unresolved:
         raise ScoringError(f"the schema refers to nothing: {unresolved}") from None
     if error is not None:

@@ -173,12 +173,12 @@ class Endpoint:
         coe = _object(usage.get("coe"))
         reason = choice.get("finish_reason")
         return Reply(
-            text,
+            _writable(text),
             _count(usage.get("prompt_tokens")),
             _count(usage.get("completion_tokens")),
             _amount(coe.get("cost")),
             seconds,
-            reason if isinstance(reason, str) else None,
+            _writable(reason) if isinstance(reason, str) else None,
         )
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def _failure(status: int, raw: bytes, retry_after: str) -> CallError:
     code, message = f"status_{status}", f"the endpoint replied with status {status}"
     try:
         error = json.loads(raw)["error"]
-        message = str(error["message"])[:_MESSAGE_CHARS]
-        code = str(error.get("code") or error.get("type") or code)[:100]
+        message = _writable(str(error["message"]))[:_MESSAGE_CHARS]
+        code = _writable(str(error.get("code") or error.get("type") or code))[:100]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     spent = code in ("insufficient_quota", "billing_hard_limit_reached")
@@ -248,6 +248,11 @@ def _price(data: Any) -> Price | None:
         return None
     prompt, completion = _amount(data.get("prompt")), _amount(data.get("completion"))
     return Price(prompt, completion) if prompt is not None and completion is not None else None
+
+
+def _writable(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can name and UTF-8 can't write."""
+    return text.encode(errors="replace").decode()
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -259,3 +259,9 @@ def test_stated_is_what_recipes_compare() -> None:
     assert stated("The answer is (B).") == "B"
     assert stated(f"{LONG}\n#### 72") == "72"
     assert stated(LONG) is None
+
+
+@pytest.mark.parametrize("keyword", ["multipleOf", "maximum", "exclusiveMinimum"])
+def test_score_text_number_too_large_for_the_schema_raises_nothing(keyword: str) -> None:
+    check = CHECKS.validate_python({"kind": "json_schema", "schema": {keyword: 0.01}})
+    assert score_text(check, "1" + "0" * 400).value in (0.0, 1.0)

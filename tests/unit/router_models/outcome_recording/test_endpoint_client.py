@@ -162,3 +162,15 @@ async def test_endpoint_lists_models_with_prices() -> None:
 def test_endpoint_refuses_what_is_no_url(url: str) -> None:
     with pytest.raises(OutcomeError, match="is no URL"):
         Endpoint(url, key=None, timeout_s=1, concurrency=1)
+
+
+async def test_endpoint_replaces_what_no_file_can_hold() -> None:
+    choice = {"message": {"content": "a\ud800b"}, "finish_reason": "\udc00"}
+    async with speaking(reply({"choices": [choice]})) as (url, _):
+        found = await ask(url)
+    assert (found.text, found.finish_reason) == ("a?b", "?")
+    error = {"error": {"message": "no\ud800", "code": "\udfff"}}
+    async with speaking(reply(error, b"400 Bad Request")) as (url, _):
+        with pytest.raises(CallError, match=r"no\?") as caught:
+            await ask(url)
+    assert caught.value.code == "?"
