@@ -30,6 +30,8 @@ _HYSTERESIS = 1.1
 _LEAST_WORK_S = 15.0
 # Sums of floats must not ask for one replica more.
 _ROUNDING = 1e-6
+# More replicas than there can be. Extreme targets and factors must not ask for infinitely many.
+_MANY = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ def desired_replicas(
     elif up > target:
         # The offered load is right while replicas start. A queue grows meanwhile, and asks for
         # too many.
-        cap = math.ceil(load.serving * policy.upscale_factor)
+        cap = _whole(load.serving * min(policy.upscale_factor, _MANY))
         wanted = max(target, min(up, max(cap, _whole(busy) if adds_for_offered(policy) else 0)))
     elif target == 1:
         is_due = now_s - busy_at_s >= policy.downscale_to_zero_delay_s
@@ -200,7 +202,7 @@ def desired_replicas(
 
 
 def _whole(replicas: float) -> int:
-    return math.ceil(replicas - _ROUNDING)
+    return math.ceil(min(replicas, _MANY) - _ROUNDING)
 
 
 def _extended(window: Window, now_s: float, value: int, span_s: float, sign: int) -> Window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -136,3 +137,25 @@ def test_desired_replicas_fall_to_zero_after_the_last_request() -> None:
     ]
     assert decided(policy, [(0, Load()), (19, Load(held=True)), (21, Load())], 1) == [1, 1, 1]
     assert decided(replace(policy, min_replicas=1), [(0, Load()), (99, Load())], 1) == [1, 1]
+
+
+@pytest.mark.parametrize("serving", [0, 1, 9])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"upscale_factor": float("inf")},
+        {"upscale_factor": 1e308},
+        {"target_ongoing_requests": 5e-324},
+        {"target_tokens_per_s": 5e-324},
+        {"target_utilization": 5e-324, "target_wait_s": 5e-324},
+    ],
+)
+def test_extreme_policy_asks_for_a_number_within_its_bounds(
+    serving: int, extreme: dict[str, Any]
+) -> None:
+    policy = ScalingPolicy(**({"max_replicas": 10, "target_ongoing_requests": 1.0} | extreme))
+    load = Load(
+        ongoing=5, tokens_per_s=5, offered={"a": 2.0}, backlog_s={"a": 9.0}, serving=serving
+    )
+    wanted, _ = desired_replicas(load, policy, ScalingState(), target=1, now_s=1.0)
+    assert 1 <= wanted <= 10
