@@ -28,7 +28,7 @@ def empty(live: Prometheus) -> list[str]:
 
 @needs_prometheus
 async def test_every_panel_has_data_after_a_short_load(tmp_path: Path) -> None:
-    async with busy_site() as s:
+    async with busy_site(tmp_path) as s:
         starting = prometheus(s.url, tmp_path)
         live = await asyncio.to_thread(starting.__enter__)
         try:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from router_models.category_fit import fit_categories, write_artifact
+from router_models.prompt_files import LabelledPrompt
+from service.classifier.static_table import built_in_table
 from service.config import Config
+from service.encoder.onnx_encoder import OnnxEncoder
 from service.engine.base import RoutingSample
 from tests.integration.test_recipes import Cast
 from tests.support.serving import RunningGateway, chat, run_gateway, serving, simulated
+from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 from tests.support.waiting import until
 
 # The first two differ, so that the cascade goes on to the strong one.
@@ -48,13 +55,37 @@ def everything(url: str) -> Config:
     return Config.model_validate(given)
 
 
+def learning(folder: Path) -> dict[str, Any]:
+    """Sections of a config: a classifier that always asks its encoder, and shadow evaluation."""
+    encoder = make_encoder(folder / "encoder")
+    rows = [LabelledPrompt(text, subject) for subject in SUBJECTS for text in prompts(subject, 20)]
+    fitted = fit_categories(rows, built_in_table(), OnnxEncoder(encoder), say=lambda _: None)
+    write_artifact(fitted, folder / "mine@1", [], {})
+    return {
+        "router": {
+            "artifact": str(folder / "mine@1"),
+            "encoder": {"model": str(encoder), "when_below": 1.0, "timeout_ms": 1000},
+        },
+        "shadow": {
+            "share": 1.0,
+            "experts": ["general", "near", "far"],
+            "judge": "strong",
+            "budget": {"amount": 100},
+            "folder": str(folder / "outcomes"),
+        },
+    }
+
+
 @asynccontextmanager
-async def busy_site() -> AsyncIterator[RunningGateway]:
-    """The site, and its upstream."""
+async def busy_site(folder: Path) -> AsyncIterator[RunningGateway]:
+    """The site, and its upstream; files go into `folder`."""
     cast = Cast()
     cast.lines = dict(LINES)
-    async with serving(cast) as upstream, run_gateway(everything(upstream.url)) as s:
-        yield s
+    async with serving(cast) as upstream:
+        given = everything(upstream.url).model_dump(mode="json", exclude_defaults=True)
+        given["tenants"]["default"]["shadow"] = True
+        async with run_gateway(Config.model_validate(given | learning(folder))) as s:
+            yield s
 
 
 def routers_choose(s: RunningGateway) -> None:
@@ -84,6 +115,10 @@ async def round_of_traffic(s: RunningGateway) -> None:
     for _ in range(2):
         kept = {"x-coe-cache": "exact"}
         status, _, _ = await s.ask(chat("again", model="general", temperature=0), headers=kept)
+        assert status == 200
+    for content in ("how do I bake lasagna?", "and which sauce?"):
+        session = {"x-session-id": "dinner"}
+        status, _, _ = await s.ask(chat(content, model="auto"), headers=session)
         assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))
     assert status == 404
