@@ -35,7 +35,18 @@ _POLL_S = 0.5
 # The delays before a failed config is applied again. The delay doubles from the first to the last.
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
 # Keys of the config, and of a pool, that may change while the service runs.
-_MUTABLE = {"experts", "pools", "router", "recipes", "categories", "tenants", "keys", "budgets"}
+_MUTABLE = {
+    "budgets",
+    "categories",
+    "experts",
+    "keys",
+    "pools",
+    "recipes",
+    "router",
+    "savings",
+    "shadow",
+    "tenants",
+}
 _MUTABLE_OF_POOL = {"experts", "swap"}
 
 Version = tuple[int, int, int]

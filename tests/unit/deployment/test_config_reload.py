@@ -94,6 +94,16 @@ def test_reload_changed_limits_and_budgets_are_applied(file: Path) -> None:
     assert config.budgets["all"].amount == 5
 
 
+def test_reload_changed_shadow_and_savings_are_applied(file: Path) -> None:
+    shadow = {"share": 0.5, "budget": {"amount": 5}}
+    write(file, shadow=shadow, savings={"against": ["a"]}, tenants={"t": {"shadow": True}})
+    reload(file)
+    config = current_config(file, "")
+    assert config.shadow.share == 0.5
+    assert config.savings.against == ("a",)
+    assert config.tenants["t"].shadow
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
