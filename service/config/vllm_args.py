@@ -334,13 +334,18 @@ _DRAFT_FIXED = {
 }
 
 
+def argument_name(key: object) -> str:
+    """The name of an engine argument as Python has it; a config may write it as a shell does."""
+    return str(key).removeprefix("--").replace("-", "_")
+
+
 def _known(args: object) -> object:
     """Refuse arguments that are owned, unknown or without a value. Hyphens count as underscores."""
     if not isinstance(args, Mapping):
         return args  # pydantic says what is needed
     found: dict[str, Any] = {}
     for key, value in args.items():
-        name = str(key).removeprefix("--").replace("-", "_")
+        name = argument_name(key)
         if (reason := OWNED.get(name) or _SERVER.get(name)) is not None:
             raise ValueError(f"{name} can't be given to vLLM: {reason}")
         if name not in PASSED:

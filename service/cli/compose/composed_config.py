@@ -1,7 +1,8 @@
 """Writes a bought composition as a config: experts, pins, qualities, recipes and pools. Pure.
 
-All other sections stay as they are in the base config. At run time the result is where the service
-starts from: the planner keeps and moves weights by demand, and feedback shifts qualities.
+All other sections stay as they are in the base config, but for names of what is not bought. At run
+time the result is where the service starts from: the planner keeps and moves weights by demand, and
+feedback shifts qualities.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import copy
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from router_models.composition.composition_problem import Problem, SwapMethod, Unit
 from router_models.composition.composition_value import Composition, Holding, shortest_waits
-from service.config.base import is_path
+from service.config.text_fields import TEXT_FIELDS, Meaning, holders, move_paths
 from service.errors import ConfigError
 from service.types import Recipe
 
 _GENERAL = "general"
 _MOST_NAME = 31
 _MIB = 1024**2
+# Sections whose names the composition decides.
+_WRITTEN = ("experts", "recipes", "pools")
 
 
 def compose_config(
@@ -50,7 +53,8 @@ def compose_config(
             names, and as many of their experts as can be, so that a reload can take the change.
 
     Raises:
-        ConfigError: A tenant or key of the base config may use no expert that is bought.
+        ConfigError: A tenant or key of the base config may use no expert that is bought, or
+            shadow evaluation is to ask none of them.
     """
     data = copy.deepcopy(dict(base))
     chosen = _chosen_forms(problem, found, forms)
@@ -66,7 +70,7 @@ def compose_config(
         )
         for name in order
     }
-    data["recipes"] = _recipes(base, problem, found, set(kept))
+    data["recipes"], renamed = _recipes(base, problem, found, set(kept))
     if not data["recipes"]:
         del data["recipes"]
     data["router"] = {**(base.get("router") or {}), "fallback": fallback}
@@ -77,8 +81,8 @@ def compose_config(
     }
     if not data["pools"]:
         del data["pools"]
-    for section in ("tenants", "keys"):
-        _restrict(data, section, set(kept))
+    _leave_out(data, kept, renamed)
+    _give_categories_experts(data, found, fallback)
     return data
 
 
@@ -132,8 +136,10 @@ def _expert(
     homes = [c for c, recipe in found.recipes.items() if recipe == alone]
     if name == fallback and _GENERAL not in homes:
         homes.append(_GENERAL)
-    expert["categories"] = homes
-    expert["quality"] = _quality(problem, alone) or dict(given.get("quality") or {})
+    # What the outcomes do not know stays as it was.
+    own = [c for c in given.get("categories") or () if c not in found.recipes and c != _GENERAL]
+    expert["categories"] = [*homes, *(c for c in own if c not in homes)]
+    expert["quality"] = {**(given.get("quality") or {}), **_quality(problem, alone)}
     for key in ("categories", "quality"):
         if not expert[key]:
             del expert[key]
@@ -149,10 +155,14 @@ def _quality(problem: Problem, recipe: Recipe) -> dict[str, float]:
 
 def _recipes(
     base: Mapping[str, Any], problem: Problem, found: Composition, kept: set[str]
-) -> dict[str, Any]:
-    """The bought recipes, and those of the base config whose experts are all bought."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The bought recipes, and those of the base config whose experts are all bought.
+
+    Also returns the new names of the base config's recipes that were bought under another one.
+    """
     chosen = [r for r in dict.fromkeys(found.recipes.values()) if r.kind != "single"]
     recipes: dict[str, Any] = {}
+    named: dict[Recipe, list[str]] = {}
     for name, given in (base.get("recipes") or {}).items():
         experts = {*given.get("members", ()), *given.get("later", ())}
         same = Recipe(
@@ -161,10 +171,16 @@ def _recipes(
             tuple(given.get("later", ())),
             float(given.get("sure", 0.0)),
         )
+        named.setdefault(same, []).append(name)
         if experts <= kept and same not in chosen:
             recipes[name] = copy.deepcopy(given)
+    renamed: dict[str, str] = {}
     for recipe in chosen:
-        name = _free_name(recipe, {*recipes, *kept})
+        own = named.pop(recipe, [])
+        # The name of a recipe that is left out may still stand somewhere.
+        others = {name for names in named.values() for name in names}
+        name = _free_name(recipe, {*recipes, *kept, *others})
+        renamed |= dict.fromkeys(own, name)
         r = problem.recipes.index(recipe)
         made: dict[str, Any] = {"kind": recipe.kind, "members": list(recipe.members)}
         if recipe.later:
@@ -174,7 +190,7 @@ def _recipes(
         if recipe.sure:
             made["sure"] = recipe.sure
         recipes[name] = {**made, "quality": _quality(problem, recipe)}
-    return recipes
+    return recipes, renamed
 
 
 def _free_name(recipe: Recipe, taken: set[str]) -> str:
@@ -271,18 +287,50 @@ def size_text(size: int) -> int | str:
     return size
 
 
-def _restrict(data: dict[str, Any], section: str, kept: set[str]) -> None:
-    """Leave experts that are not bought out of the lists of tenants and keys."""
-    for name, given in (data.get(section) or {}).items():
-        allowed = (given or {}).get("experts")
-        if not allowed:
+def _leave_out(data: dict[str, Any], kept: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Leave out names of experts and recipes that are not bought, wherever they stand.
+
+    Args:
+        data: The config's data, with the bought experts, recipes and pools.
+        kept: The bought experts.
+        renamed: By a recipe's name in the base config, its name here.
+
+    Raises:
+        ConfigError: A list that allows or asks certain experts would become empty, which would
+            allow or ask all.
+    """
+    for place, meaning in TEXT_FIELDS.items():
+        if meaning not in (Meaning.EXPERT, Meaning.EXPERT_OR_RECIPE) or place[0] in _WRITTEN:
             continue
-        given["experts"] = [expert for expert in allowed if expert in kept]
-        if not given["experts"]:
-            raise ConfigError(
-                f"{section}.{name}.experts: none of {', '.join(allowed)} is bought; keep one with "
-                f"--keep {allowed[0]}"
-            )
+        known = {*kept}
+        if meaning is Meaning.EXPERT_OR_RECIPE:
+            known |= {*(data.get("recipes") or {})}
+        for holder, where in holders(data, place):
+            given = holder[place[-1]]
+            if isinstance(given, str) and given not in known:
+                del holder[place[-1]]
+            if not isinstance(given, list | tuple) or not given:
+                continue
+            names = dict.fromkeys(renamed.get(name, name) for name in given)
+            left = [name for name in names if name in known]
+            if left:
+                holder[place[-1]] = left
+            elif meaning is Meaning.EXPERT_OR_RECIPE:
+                del holder[place[-1]]
+            else:
+                raise ConfigError(
+                    f"{'.'.join(where)}: none of {', '.join(given)} is bought; keep one with "
+                    f"--keep {given[0]}"
+                )
+
+
+def _give_categories_experts(data: dict[str, Any], found: Composition, fallback: str) -> None:
+    """Give each category of the config an expert, where the one that had it is not bought."""
+    named = {c for expert in data["experts"].values() for c in expert.get("categories") or ()}
+    for name, category in (data.get("categories") or {}).items():
+        if name not in named and category.get("expert") is None:
+            bought = found.recipes.get(name)
+            category["expert"] = bought.experts[0] if bought is not None else fallback
 
 
 def rebased(data: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:
@@ -304,19 +352,5 @@ def rebased(data: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:
         written = os.path.relpath(old / value, new)
         return written if written.startswith("..") else f"./{written}"
 
-    def move(section: Any, key: str) -> None:
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = at(section[key])
-
-    for expert in (moved.get("experts") or {}).values():
-        for key in ("adapter", "profile"):
-            move(expert, key)
-        if isinstance(expert, dict) and is_path(str(expert.get("model") or "")):
-            move(expert, "model")
-        move((expert or {}).get("vllm"), "tuned_config_folder")
-    for pool in (moved.get("pools") or {}).values():
-        move((pool or {}).get("vllm"), "tuned_config_folder")
-    move(moved.get("router"), "artifact")
-    move(moved.get("store"), "keys_file")
-    move(moved, "models_dir")
+    move_paths(moved, at)
     return moved

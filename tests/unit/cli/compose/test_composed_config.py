@@ -16,6 +16,8 @@ from router_models.composition.highs_solver import CompositionError, solve
 from service.cli.compose.candidate_units import Candidates, Size, candidates
 from service.cli.compose.composed_config import compose_config, rebased, size_text
 from service.config import Config, read_config
+from service.config.server import NO_ARTIFACT
+from service.config.text_fields import TEXT_FIELDS, Meaning
 from service.errors import ConfigError
 from service.models import AdapterInfo, ModelInfo
 from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES, check_plan, plan_pool
@@ -236,23 +238,159 @@ def test_compose_config_tenant_without_a_bought_expert_is_an_error() -> None:
         case.write(found)
 
 
-def test_rebased_paths_lead_to_the_same_files(tmp_path: Path) -> None:
-    old, new = tmp_path / "a" / "b", tmp_path / "c"
-    data = {
-        "models_dir": "./store",
-        "experts": {
-            "one": {"model": "../m/one"},
-            "two": {"base": "one", "adapter": "lora/two"},
-            "hub": {"model": "Org/Name"},
-            "far": {"model": "/abs/model"},
-        },
-        "router": {"artifact": "mine@1", "fallback": "one"},
-        "pools": {"gpu": {"gpus": 1, "vllm": {"tuned_config_folder": "./tuned"}}},
-        "store": {"keys_file": "./keys.jsonl"},
+def _name_everywhere(case: Case, names: list[str]) -> None:
+    """Let every section of the base config name these experts, and recipes."""
+    base = case.base
+    base["savings"] = {"against": [*names[-2:], "own", "same"][:4]}
+    base["recipes"]["same"] = {"kind": "cascade", "members": ["e0", "e1"], "later": ["e2"]}
+    base["shadow"] = {"experts": names[:-1] or names, "judge": names[-1]}
+    if len(names) == 1:
+        del base["shadow"]["judge"]
+    base["tenants"]["t"]["experts"] = names
+    base["keys"] = {"k": {"key_env": "K", "tenant": "t", "experts": names}}
+    base["categories"] = {
+        f"of-{name}": {"examples": [f"{name} {i}" for i in range(3)], "expert": name}
+        for name in names
     }
+    for name in names:
+        base["categories"][f"by-{name}"] = {"examples": [f"by {name} {i}" for i in range(3)]}
+        base["experts"][name]["categories"] = [f"by-{name}"]
+
+
+def _strings(value: object) -> set[str]:
+    if isinstance(value, dict):
+        return {text for one in value.values() for text in _strings(one)}
+    if isinstance(value, list | tuple):
+        return {text for one in value for text in _strings(one)}
+    return {value} if isinstance(value, str) else set()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_compose_config_of_a_base_that_names_every_expert_everywhere_loads(on_gpu: bool) -> None:
+    lost = renamed = 0
+    for seed in range(25):
+        case = Case(seed, on_gpu=on_gpu)
+        try:
+            found = solve(case.problem)
+        except CompositionError:
+            continue
+        everyone = list(case.base["experts"])
+        _name_everywhere(case, everyone)
+        read_config(case.base, "base", Path("/nowhere"))
+        data, config = case.write(found)
+        assert set(config.categories) == set(case.base["categories"])
+        for name, category in config.categories.items():
+            prefix, owner = name.split("-")
+            assert config.category_map()[name] in config.experts
+            if owner in config.experts:
+                assert config.category_map()[name] == owner
+                assert (category.expert is None) == (prefix == "by")
+        lost += len(config.experts) < len(everyone)
+        against = config.savings.against or ()
+        made = [n for n, r in config.recipes.items() if r.recipe() == case.problem.recipes[-1]]
+        # The bought cascade has a name of its own making.
+        assert not made or made[0] in against
+        renamed += bool(made)
+        absent = set(everyone) - set(config.experts)
+        assert not absent & _strings({k: v for k, v in data.items() if k != "experts"})
+    assert lost
+    assert renamed
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_compose_config_of_a_base_that_names_one_expert_loads_or_says_which(on_gpu: bool) -> None:
+    refused = taken = 0
+    for seed in range(15):
+        case = Case(seed, on_gpu=on_gpu)
+        try:
+            found = solve(case.problem)
+        except CompositionError:
+            continue
+        name = [name for name in case.base["experts"] if name.startswith("e")][-1]
+        _name_everywhere(case, [name])
+        bought = {e for h in found.holdings for unit in h.units for e in unit.experts}
+        if name in bought:
+            case.write(found)
+            taken += 1
+            continue
+        with pytest.raises(ConfigError, match=r"tenants\.t\.experts: none of .* is bought"):
+            case.write(found)
+        refused += 1
+        for section in ("tenants", "keys"):
+            del case.base[section]
+        with pytest.raises(ConfigError, match=r"shadow\.experts: none of .* is bought"):
+            case.write(found)
+        del case.base["shadow"]["experts"]
+        case.base["shadow"]["judge"] = name
+        _, config = case.write(found)
+        assert config.shadow.judge is None
+        assert config.savings.against is None or "own" in config.savings.against
+    assert refused
+    assert taken
+
+
+def _with_text(place: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A config's data with one more field; `*` becomes the one name of that section."""
+    data: dict[str, Any] = {
+        "experts": {"one": {"model": "Org/Name"}},
+        "pools": {"main": {"gpus": 1, "vllm": {}}},
+        "router": {"encoder": {}},
+        "shadow": {},
+        "store": {},
+    }
+    if place[-1] in ("adapter", "profile"):
+        data["experts"]["two"] = {"base": "one"}
+    here = data
+    for key in place[:-1]:
+        here = here.setdefault(list(here)[-1] if key == "*" else key, {})
+    here[place[-1]] = value
+    return data
+
+
+_PATHS = {
+    place: meaning
+    for place, meaning in TEXT_FIELDS.items()
+    if meaning in (Meaning.PATH, Meaning.MODEL, Meaning.ARTIFACT)
+}
+
+
+@pytest.mark.parametrize("place", [*_PATHS], ids=".".join)
+@pytest.mark.parametrize("path", ["./x/y", "../x", "/abs/x", "~/x"])
+def test_rebased_path_leads_to_the_same_file(
+    tmp_path: Path, place: tuple[str, ...], path: str
+) -> None:
+    old, new = tmp_path / "a" / "b", tmp_path / "c"
+    data = _with_text(place, path)
     before = read_config(data, "x", old)
-    assert read_config(rebased(data, old, new), "x", new) == before
+    moved = rebased(data, old, new)
+    assert read_config(moved, "x", new) == before
+    assert (moved == data) == (path[0] in "/~")
     assert rebased(data, old, old) == data
+    # The loader knows that it is a path, too.
+    assert read_config(data, "x", new) == before or path[0] == "."
+    assert (read_config(data, "x", new) == before) == (path[0] in "/~")
+
+
+@pytest.mark.parametrize("key", ["speculative_config", "speculative-config"])
+def test_rebased_draft_model_leads_to_the_same_folder(tmp_path: Path, key: str) -> None:
+    old, new = tmp_path / "a" / "b", tmp_path / "c"
+    data = _with_text(("pools", "*", "vllm", "args"), {key: {"model": "./draft"}})
+    moved = rebased(data, old, new)
+    assert read_config(moved, "x", new) == read_config(data, "x", old)
+    assert moved["pools"]["main"]["vllm"]["args"][key]["model"] == "../a/b/draft"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("router", "artifact"), NO_ARTIFACT),
+        (("router", "encoder", "model"), "all-minilm-l6-v2"),
+        (("experts", "*", "model"), "Org/Name"),
+    ],
+)
+def test_rebased_names_stay(tmp_path: Path, place: tuple[str, ...], value: str) -> None:
+    data = _with_text(place, value)
+    assert rebased(data, tmp_path / "a", tmp_path / "b") == data
 
 
 @pytest.mark.parametrize(
