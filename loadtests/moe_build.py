@@ -25,7 +25,7 @@ from loadtests.lib.targets import Report, Table, TargetCheck
 from router_models.experts.conversation_packing import Conversation, pack, shared_beginning
 from router_models.experts.evaluate import ARTIFACTS, RowScore
 from router_models.experts.training_texts import EXPERTS
-from router_models.moe import bits_per_byte, dense_loading, domain_texts, expert_answers, upcycle
+from router_models.moe import bits_per_byte, dense_loading, expert_answers, upcycle, upcycling_texts
 from router_models.moe.dense_reader import Dense, read_config
 from service.errors import ModelStoreError
 from service.models import locate
@@ -33,7 +33,7 @@ from service.models import locate
 TARGET = 0.95
 _BASE = "smollm2-135m-instruct"
 # Held-out rows of each field that are judged; short answers are cheap.
-ROWS = {domain_texts.GENERAL: 40, "math": 100, "intents": 400, "code": 100}
+ROWS = {upcycling_texts.GENERAL: 40, "math": 100, "intents": 400, "code": 100}
 
 
 def base_folder() -> Path:
@@ -62,24 +62,24 @@ def judge(
     base = base_folder()
     tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
     dense = dense_loading.blank(read_config(base))
-    dense_loading.fill(dense, Dense(domain_texts.GENERAL, base))
+    dense_loading.fill(dense, Dense(upcycling_texts.GENERAL, base))
 
     def ask(prompts: list[str]) -> list[str]:
         return expert_answers.greedy(dense, tokenizer, prompts)
 
     fields: dict[str, list[Conversation]] = {}
     scores: dict[tuple[str, str], list[RowScore]] = {}
-    for name in (domain_texts.GENERAL, *EXPERTS):
-        field = domain_texts.read(name, data)
-        short = domain_texts.Field(name, (), field.held_out, field.source, field.licence)
-        done = domain_texts.answered(short, ask, rows[name])
+    for name in (upcycling_texts.GENERAL, *EXPERTS):
+        field = upcycling_texts.read(name, data)
+        short = upcycling_texts.Field(name, (), field.held_out, field.source, field.licence)
+        done = upcycling_texts.answered(short, ask, rows[name])
         fields[name] = bits_per_byte.conversations(done.held_out, tokenizer)
     for name, held_out in fields.items():
         scores[name, "base"] = bits_per_byte.measure(dense, held_out)
     for name in EXPERTS:
         dense_loading.fill(dense, Dense(name, base, ARTIFACTS / name))
         scores[name, "expert"] = bits_per_byte.measure(dense, fields[name])
-    scores[domain_texts.GENERAL, "expert"] = scores[domain_texts.GENERAL, "base"]
+    scores[upcycling_texts.GENERAL, "expert"] = scores[upcycling_texts.GENERAL, "base"]
     mixture = AutoModelForCausalLM.from_pretrained(
         str(model), dtype=torch.float32, local_files_only=True
     ).eval()
@@ -150,7 +150,7 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
         ("field", "rows", "base", "expert", "mixture", "kept", "±", "tokens gone to its expert"),
     )
     for name, item in kept.items():
-        gained = name != domain_texts.GENERAL
+        gained = name != upcycling_texts.GENERAL
         table.rows.append(
             (
                 name,
@@ -165,11 +165,11 @@ def report(data: Path, model: Path | None, rows: Mapping[str, int] = ROWS) -> Re
             )
         )
     made.tables.append(table)
-    made.notes.append(f"The answers of {domain_texts.GENERAL} are the base's own greedy ones.")
+    made.notes.append(f"The answers of {upcycling_texts.GENERAL} are the base's own greedy ones.")
     made.reach = reach(kept)
     made.facts["fields"] = {
         name: asdict(item)
-        if name != domain_texts.GENERAL
+        if name != upcycling_texts.GENERAL
         else {"base": item.base, "model": item.model}
         for name, item in kept.items()
     }

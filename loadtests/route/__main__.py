@@ -28,7 +28,7 @@ from loadtests.lib.targets import Report, Table, TargetCheck, at_most
 from loadtests.route import (
     agent_sessions,
     budget_replay,
-    classifier_stages,
+    classifier_stage_worth,
     selection_latency,
     traffic_share_by_load,
 )
@@ -156,7 +156,7 @@ def main() -> int:
 def _measured(given: argparse.Namespace) -> Report:
     report = Report("route")
     if given.stages:
-        classifier_stages.measure(
+        classifier_stage_worth.measure(
             report,
             given.artifact,
             given.encoder,

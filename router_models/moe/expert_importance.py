@@ -24,7 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_models.moe.gate_hooks import LayerActivations, RoutedLayer, capture_activations
+from router_models.moe.gate_recording_and_steering import (
+    LayerActivations,
+    RoutedLayer,
+    capture_activations,
+)
 from service.moe.steering_profile import MoeShape
 
 Floats = NDArray[np.float64]

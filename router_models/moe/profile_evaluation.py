@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from router_models.experts.evaluate import RowScore, compare
-from router_models.moe.gate_hooks import RoutedLayer, capture_choices, steer_gates
+from router_models.moe.gate_recording_and_steering import RoutedLayer, capture_choices, steer_gates
 from router_models.moe.profile_text_reader import Text
 from service.moe.steering_profile import MoeShape, SteeringProfile
 

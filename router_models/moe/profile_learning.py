@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.moe.expert_importance import Importance, keep_best, measure
-from router_models.moe.gate_hooks import find_routed
+from router_models.moe.gate_recording_and_steering import find_routed
 from router_models.moe.profile_evaluation import ExpertReads, Judged, QualityLoss
 from router_models.moe.profile_text_reader import ProfileError, read_texts, tokenized
 from service.models import inspect_model, locate

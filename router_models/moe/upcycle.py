@@ -21,10 +21,10 @@ from router_models.experts.conversation_packing import tokenize
 from router_models.moe import (
     dense_loading,
     dense_reader,
-    domain_texts,
     expert_answers,
     mixtral_checkpoint,
     mixture_card,
+    upcycling_texts,
 )
 from router_models.moe.dense_reader import Dense, UpcycleError
 from router_models.moe.gate_fit import Origin, Statistics
@@ -50,7 +50,7 @@ class Plan:
     config: Mapping[str, Any]
     statistics: Statistics | None
     experts: tuple[Dense, ...]
-    fields: Mapping[str, domain_texts.Field]
+    fields: Mapping[str, upcycling_texts.Field]
 
 
 def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
@@ -68,8 +68,8 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
     before = dense_reader.statistics_of(base)
     if not experts:
         raise UpcycleError("no experts to join with the base")
-    named = {domain_texts.GENERAL: base, **experts} if before is None else dict(experts)
-    taken = before.experts if before is not None else (domain_texts.GENERAL,)
+    named = {upcycling_texts.GENERAL: base, **experts} if before is None else dict(experts)
+    taken = before.experts if before is not None else (upcycling_texts.GENERAL,)
     for name in experts:
         if name in taken:
             raise UpcycleError(f"an expert {name!r} is in {base} already: give it another name")
@@ -84,7 +84,7 @@ def plan(base: Path, experts: Mapping[str, Path], data: Path | None) -> Plan:
         config,
         before,
         joined,
-        {expert.name: domain_texts.read(expert.name, data) for expert in joined},
+        {expert.name: upcycling_texts.read(expert.name, data) for expert in joined},
     )
 
 
@@ -150,11 +150,11 @@ def _fill(
 
 
 def _learn(
-    statistics: Statistics, expert: Dense, field: domain_texts.Field, model: Any, tokenizer: Any
+    statistics: Statistics, expert: Dense, field: upcycling_texts.Field, model: Any, tokenizer: Any
 ) -> Statistics:
     """Add this expert's own statistics. `model` has the expert's weights."""
-    answered = domain_texts.answered(
-        domain_texts.Field(field.name, field.train, (), field.source, field.licence),
+    answered = upcycling_texts.answered(
+        upcycling_texts.Field(field.name, field.train, (), field.source, field.licence),
         lambda prompts: expert_answers.greedy(model, tokenizer, prompts),
         TEXTS if all(row.answer for row in field.train[:TEXTS]) else ANSWERED,
     )
@@ -166,7 +166,7 @@ def _learn(
         kept.append(conversation)
         total += len(conversation)
     if not kept:
-        raise domain_texts.NoTextsError(
+        raise upcycling_texts.NoTextsError(
             f"texts of {expert.name}: none of {len(field.train)} has an answer and fits "
             f"{MAX_TOKENS} tokens"
         )
@@ -178,7 +178,7 @@ def _learn(
 
 def _tell_lost(expert: Dense, shared: dict[str, torch.Tensor], say: Callable[[str], None]) -> None:
     changed, share = (
-        dense_reader.lost(expert, shared) if expert.name != domain_texts.GENERAL else (0, 0.0)
+        dense_reader.lost(expert, shared) if expert.name != upcycling_texts.GENERAL else (0, 0.0)
     )
     if changed:
         say(

@@ -453,10 +453,12 @@ def export(tenant: str | None, folder: Path | None, config: Path | None, out: Pa
     Rows of tenants that keep no prompts have a hash instead. `coe router refit` uses all rows,
     `coe router fit` those with prompts.
     """
-    from router_models.outcome_recording import traffic
+    from router_models.outcome_recording import traffic_outcomes_export
 
     count, prompts = _guarded(
-        lambda: traffic.export(traffic.folder_of(folder, config), out, tenant)
+        lambda: traffic_outcomes_export.export(
+            traffic_outcomes_export.folder_of(folder, config), out, tenant
+        )
     )
     _note(f"{out}: {count} rows, {prompts} with their prompts")
 
@@ -470,11 +472,15 @@ def forget(tenant: str | None, folder: Path | None, config: Path | None, everybo
     Requests that were answered before are not recorded any more, also where a gateway evaluates
     them just now.
     """
-    from router_models.outcome_recording import traffic
+    from router_models.outcome_recording import traffic_outcomes_export
 
     if (tenant is None) is not everybody:
         raise click.UsageError("give either --tenant NAME or --all")
-    count = _guarded(lambda: traffic.forget(traffic.folder_of(folder, config), tenant))
+    count = _guarded(
+        lambda: traffic_outcomes_export.forget(
+            traffic_outcomes_export.folder_of(folder, config), tenant
+        )
+    )
     _note(f"deleted {count} outcomes")
 
 

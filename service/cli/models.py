@@ -69,7 +69,7 @@ def pull(
 
 def _pin(path: Path, pinned: dict[str, str]) -> None:
     """Write the commits into the file, atomically."""
-    from service.config.commit_pinning import pin_models
+    from service.config.model_pin_writer import pin_models
 
     with path.open(encoding="utf-8", newline="") as file:  # keeps the line ends
         text = file.read()

@@ -16,7 +16,7 @@ from service.config.moe_kernels import ExpertKernels
 from service.config.pools import VllmOptions
 from service.config.schema import SECTIONS, Config
 from service.config.server import NO_ARTIFACT
-from service.config.yaml_loader import ConfigLoader, line_of, written_at
+from service.config.strict_yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError
 
 _Tuned = TypeVar("_Tuned", ExpertKernels, VllmOptions)

@@ -11,8 +11,8 @@ from ray.serve.config import RequestRouterConfig
 
 from service.config import Config, PoolConfig
 from service.deployment.autoscaling import gateway_scaling, pool_scaling
-from service.deployment.replica_discovery import DiscoveryRequestRouter
 from service.deployment.replicas import GatewayReplica, PoolReplica
+from service.deployment.serve_pool_discovery import DiscoveryRequestRouter
 
 APP = "coe"
 # Ray resources place replicas on nodes: a node has one unit of a resource for each replica that it

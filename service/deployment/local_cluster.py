@@ -15,8 +15,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from service.config import Config
 from service.deployment.application import APP, application
 from service.deployment.end_of_service import EndOfService
+from service.deployment.find_run_processes import processes_of_run
 from service.deployment.gpu_check import check_gpus
-from service.deployment.run_processes import processes_of_run
 
 _EXIT_TIMEOUT_S = 3.0
 

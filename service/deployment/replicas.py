@@ -30,7 +30,7 @@ from service.deployment.pool_http_server import QuietServer, bind_free_port, ser
 from service.errors import UnavailableError
 from service.gateway.gateway_reload import GatewayRuntime
 from service.pool.pool_process import PoolProcess
-from service.rpc import pool_addresses
+from service.rpc import pool_address_registry
 from service.rpc.cluster_secret import node_folder, read_secret
 from service.telemetry.json_logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_exporter import own_folder
@@ -166,7 +166,7 @@ class GatewayReplica:
             )
         loop = asyncio.get_running_loop()
         directory = self._process.directory
-        pool_addresses.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
+        pool_address_registry.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
         for kind, pool in config.pools.items():
             if pool.min_replicas > 0:
                 self._wake(kind)

@@ -15,7 +15,7 @@ from service import __version__
 from service.errors import CoeError, InvalidRequestError, UnknownEndpointError
 from service.gateway.console.endpoints import console_routes
 from service.gateway.console.event_stream import EventStream
-from service.gateway.cross_origin import CrossOriginMiddleware, CrossOriginRules
+from service.gateway.cross_site_guard import CrossOriginMiddleware, CrossOriginRules
 from service.gateway.dependencies import GatewayServices
 from service.gateway.path_hints import hint_for
 from service.gateway.routes import (

@@ -2,8 +2,8 @@
 
 `coe serve` opens it in its first second. After HAProxy has started, HAProxy sends it all requests
 before the first gateway runs and after the last gateway has stopped. The server applies the
-gateway's rules for browsers (`gateway.cross_origin`). It uses only the standard library, because
-other imports take time. Error texts are imported when they are needed.
+gateway's rules for browsers (`gateway.cross_site_guard`). It uses only the standard library,
+because other imports take time. Error texts are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from service.errors import CoeError
 from service.gateway.console.assets import Asset, load_assets
-from service.gateway.cross_origin import CrossOriginRules, has_body
+from service.gateway.cross_site_guard import CrossOriginRules, has_body
 
 _EVENT_INTERVAL_S = 0.5
 _MAX_CONNECTIONS = 64

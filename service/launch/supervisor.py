@@ -25,7 +25,7 @@ from service.config import Config, load_config
 from service.config.server import LOOPBACK
 from service.deployment.config_reload import RunningConfig, config_file, reload
 from service.errors import CoeError, StoreUnavailableError
-from service.gateway.cross_origin import CrossOriginRules
+from service.gateway.cross_site_guard import CrossOriginRules
 from service.launch import environment
 from service.launch.startup_server import StartupServer
 from service.rpc.cluster_secret import admin_key_path, make_secret, node_folder, read_secret

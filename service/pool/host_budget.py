@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.pool.knapsack import keep
+from service.pool.knapsack_solver import keep
 from service.pool.swap_planner import SwapPolicy, UnitView, owner_of, retention_values, turn
 from service.pool.unit_placement import Place
 from service.types import Residency

@@ -11,8 +11,8 @@ from service.errors import CoeError
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
 from service.moe.virtual_expert_profiles import profile_bytes
-from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
+from service.pool.pool_builder import PoolBuilder
 from service.rpc.server import PoolApp
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.process_telemetry import node_target, traces_of
@@ -23,8 +23,8 @@ class PoolProcess:
 
     def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
         self.pool_metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self._factory = PoolFactory(config, kind, Pool(kind, self.pool_metrics), self.pool_metrics)
-        self.pool = self._factory.pool
+        self._builder = PoolBuilder(config, kind, Pool(kind, self.pool_metrics), self.pool_metrics)
+        self.pool = self._builder.pool
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
             self.pool_metrics.traced = self._traces.pooled
@@ -42,7 +42,7 @@ class PoolProcess:
 
     async def stop(self, drain_s: float) -> None:
         """Drain for at most `drain_s` seconds, then stop the engines."""
-        await self._factory.stop(drain_s)
+        await self._builder.stop(drain_s)
         if self._traces is not None:
             await asyncio.to_thread(self._traces.stop)
         if self._node is not None:
@@ -52,7 +52,7 @@ class PoolProcess:
         """Change the pool to match another config."""
         self._config = config
         self._weights.clear()
-        await self._factory.reload(config)
+        await self._builder.reload(config)
 
     def experts(self) -> dict[str, Any]:
         details = self.pool.details()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service.pool.knapsack import keep
+from service.pool.knapsack_solver import keep
 from service.types import Residency
 
 

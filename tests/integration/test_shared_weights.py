@@ -13,8 +13,8 @@ import pytest
 from service.config import Config
 from service.engine.base import Message
 from service.errors import CoeError
-from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
+from service.pool.pool_builder import PoolBuilder
 from service.rpc.call_headers import Call
 from service.rpc.snapshot import Queue
 from service.telemetry.pool_metrics import PoolMetrics
@@ -48,7 +48,7 @@ class Stage:
 
     async def start(self, **experts: Any) -> None:
         self.metrics = PoolMetrics()
-        self.factory = PoolFactory(self.config(**experts), "p", self.pool, self.metrics)
+        self.factory = PoolBuilder(self.config(**experts), "p", self.pool, self.metrics)
         self.metrics.follow(self.pool)
         self.pool.start()
 

@@ -448,7 +448,7 @@ def _composed(
 def _data(path: Path) -> dict[str, Any]:
     import yaml
 
-    from service.config.yaml_loader import ConfigLoader
+    from service.config.strict_yaml_loader import ConfigLoader
 
     with path.open(encoding="utf-8") as file:
         data: dict[str, Any] = yaml.load(file, ConfigLoader)  # a safe loader, made stricter

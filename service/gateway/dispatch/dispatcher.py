@@ -47,7 +47,7 @@ from service.gateway.dispatch.pool_errors import (
     read_whole_answer,
 )
 from service.gateway.dispatch.remote_pool import RemotePool, remote_pool_view
-from service.gateway.dispatch.retries import (
+from service.gateway.dispatch.retry_decisions import (
     MOST_LOSSES,
     AfterFault,
     WithoutOption,

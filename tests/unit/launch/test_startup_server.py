@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from service.gateway.cross_origin import CrossOriginRules
+from service.gateway.cross_site_guard import CrossOriginRules
 from service.launch.startup_server import StartupServer
 
 

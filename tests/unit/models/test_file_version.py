@@ -16,8 +16,8 @@ from service.engine.base import EngineRequest, Send
 from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.models.file_version import version_of
-from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
+from service.pool.pool_builder import PoolBuilder
 from service.telemetry.pool_metrics import PoolMetrics
 
 # Whatever a tokenizer, a template, a processor or the end of an answer is read from.
@@ -187,7 +187,7 @@ async def test_reload_restarts_experts_whose_files_were_replaced_only(
         }
     )
     pool = _Noted()
-    assembly = PoolFactory(config, "p", pool, PoolMetrics())
+    assembly = PoolBuilder(config, "p", pool, PoolMetrics())
     pool.start()
     await assembly.reload(config)
     await assembly.settled()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from router_models.moe.expert_importance import Importance, keep_best, measure
-from router_models.moe.gate_hooks import (
+from router_models.moe.gate_recording_and_steering import (
     NotSteerableError,
     capture_choices,
     find_routed,

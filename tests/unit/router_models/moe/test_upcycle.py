@@ -16,9 +16,9 @@ from router_models.moe import (
     bits_per_byte,
     dense_loading,
     dense_reader,
-    domain_texts,
     gate_fit,
     upcycle,
+    upcycling_texts,
 )
 from router_models.moe.dense_reader import UpcycleError
 from service.models import ModelInfo, inspect_model, locate
@@ -128,7 +128,7 @@ def test_upcycle_gates_separate_the_domains(made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(made / "moe"))
     model = _model(made / "moe")
     for index, name in enumerate(("general", "sums", "law")):
-        held_out = domain_texts.read(name, made / "texts").held_out
+        held_out = upcycling_texts.read(name, made / "texts").held_out
         share = right_share(model, bits_per_byte.conversations(held_out, tokenizer), index)
         right = float(share.mean())
         assert right > 0.8, f"{name}: {right}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from service.rpc import pool_addresses
+from service.rpc import pool_address_registry
 from service.rpc.client import PoolAddress
 
 
@@ -22,7 +22,7 @@ class DiscoveryRequestRouter(RequestRouter):
             metadata = replica.replica_metadata
             if {"url", "kind", "boot"} <= metadata.keys():
                 found.append(PoolAddress(metadata["url"], metadata["kind"], metadata["boot"]))
-        pool_addresses.put(str(self._deployment_id), found)
+        pool_address_registry.put(str(self._deployment_id), found)
 
     async def choose_replicas(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.lib.targets import Report
-from loadtests.route import classifier_stages
+from loadtests.route import classifier_stage_worth
 from router_models.category_fit import fit_categories, write_artifact
 from router_models.prompt_files import LabelledPrompt
 from service.classifier.static_table import built_in_table
@@ -34,7 +34,7 @@ def test_measure_reports_every_stage_and_the_share_that_reaches_the_encoder(
     monkeypatch.setattr(OnnxEncoder, "vocabulary_size", 1005)
     monkeypatch.setattr(OnnxEncoder, "encode_ids", _known_ids(OnnxEncoder.encode_ids))
     report = Report("route")
-    classifier_stages.measure(report, tmp_path / "mine@1", str(folder), [test], 10, 0.2)
+    classifier_stage_worth.measure(report, tmp_path / "mine@1", str(folder), [test], 10, 0.2)
     for stage in ("ngrams", "static", "encoder"):
         assert 0 <= report.facts[f"{stage}_accuracy"] <= 1
     assert 0 <= report.facts["encoder_share"] <= 1

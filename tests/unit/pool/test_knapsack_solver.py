@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pool import knapsack
-from service.pool.knapsack import keep
+from service.pool import knapsack_solver
+from service.pool.knapsack_solver import keep
 
 SIZES = st.one_of(
     st.integers(0, 20),
@@ -81,7 +81,7 @@ def test_keep_too_many_states_rounds_sizes_and_still_fits(monkeypatch: pytest.Mo
     sizes = [chance.randint(2**28, 2**34) for _ in range(60)]
     values = [size / 2**30 for size in sizes]
     capacity = sum(sizes) // 3
-    monkeypatch.setattr(knapsack, "_MOST_STATES", 8)
+    monkeypatch.setattr(knapsack_solver, "_MOST_STATES", 8)
     kept = keep(values, sizes, capacity)
     total = sum(sizes[i] for i in kept)
     assert capacity * 0.98 <= total <= capacity

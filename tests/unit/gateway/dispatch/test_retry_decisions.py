@@ -8,7 +8,7 @@ import pytest
 
 from service import errors
 from service.errors import CoeError, UnavailableError, UpstreamError
-from service.gateway.dispatch.retries import (
+from service.gateway.dispatch.retry_decisions import (
     MOST_LOSSES,
     AfterFault,
     WithoutOption,

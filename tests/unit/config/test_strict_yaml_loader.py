@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import Config, load_config, parse_config
-from service.config.commit_pinning import pin_models
-from service.config.yaml_loader import ConfigLoader
+from service.config.model_pin_writer import pin_models
+from service.config.strict_yaml_loader import ConfigLoader
 from service.errors import ConfigError
 
 POOLS = "\npools: {cpu: {engine: simulated}}\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.deployment.run_processes import processes_of_run
+from service.deployment.find_run_processes import processes_of_run
 
 # Whoever waits ends when the other end of its standard input is closed.
 _WAIT = "import sys; sys.stdin.read()"

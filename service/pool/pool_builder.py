@@ -30,7 +30,7 @@ _SWAP_GUESS_S = 0.05
 _WEIGHTS_GUESS_BYTES = 1024**3
 
 
-class PoolFactory:
+class PoolBuilder:
     """Builds the pool of one kind, and changes it when its config changes.
 
     A unit is an expert with weights and its adapters. Each unit has a slot, where it takes turns

@@ -12,7 +12,7 @@ import pytest
 from router_models.experts import training_texts
 from router_models.experts.evaluate import RowScore
 from router_models.experts.training_texts import Example
-from router_models.moe import bits_per_byte, domain_texts
+from router_models.moe import bits_per_byte, upcycling_texts
 
 
 def _write(folder: Path, name: str, rows: int) -> None:
@@ -27,18 +27,18 @@ def _write(folder: Path, name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", ["law.jsonl", "law.jsonl.gz"])
 def test_domain_from_a_file_is_read(tmp_path: Path, name: str) -> None:
     _write(tmp_path, name, 100)
-    field = domain_texts.read("law", tmp_path)
+    field = upcycling_texts.read("law", tmp_path)
     assert len(field.train) + len(field.held_out) == 100
     assert 8 <= len(field.held_out) <= 35
     assert not {row.group for row in field.train} & {row.group for row in field.held_out}
-    assert domain_texts.read("law", tmp_path) == field
+    assert upcycling_texts.read("law", tmp_path) == field
 
 
 def test_domain_without_texts_raises_with_what_to_write(tmp_path: Path) -> None:
-    with pytest.raises(domain_texts.NoTextsError, match=r"no texts for 'law'.*law\.jsonl in"):
-        domain_texts.read("law", tmp_path)
-    with pytest.raises(domain_texts.NoTextsError, match="no folder of texts is given"):
-        domain_texts.read("law", None)
+    with pytest.raises(upcycling_texts.NoTextsError, match=r"no texts for 'law'.*law\.jsonl in"):
+        upcycling_texts.read("law", tmp_path)
+    with pytest.raises(upcycling_texts.NoTextsError, match="no folder of texts is given"):
+        upcycling_texts.read("law", None)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_domain_with_an_invalid_file_raises_with_the_reason(
     tmp_path: Path, line: str, said: str
 ) -> None:
     (tmp_path / "law.jsonl").write_text(line + "\n")
-    with pytest.raises(domain_texts.NoTextsError, match=said):
-        domain_texts.read("law", tmp_path)
+    with pytest.raises(upcycling_texts.NoTextsError, match=said):
+        upcycling_texts.read("law", tmp_path)
 
 
-@pytest.mark.parametrize("name", domain_texts.DEMO_FIELDS)
+@pytest.mark.parametrize("name", upcycling_texts.DEMO_FIELDS)
 def test_demo_domains_have_prompts_without_any_file(name: str) -> None:
-    field = domain_texts.own_prompts(name)
+    field = upcycling_texts.own_prompts(name)
     assert len(field.train) >= 200
     assert len(field.held_out) >= 50
     groups = {row.group for row in field.train} & {row.group for row in field.held_out}
@@ -72,26 +72,26 @@ def test_demo_domains_have_prompts_without_any_file(name: str) -> None:
 def test_demo_domains_hold_out_the_evaluation_prompts(tmp_path: Path) -> None:
     rows = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(400)]
     (tmp_path / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
-    field = domain_texts.read("math", tmp_path)
+    field = upcycling_texts.read("math", tmp_path)
     assert field.held_out == training_texts.load("math", tmp_path, seed=0).held_out
     assert len(field.train) == 100
 
 
 def test_answer_prompts_answers_only_rows_without_an_answer() -> None:
     rows = (Example("a", "", "1"), Example("b", "told", "2"), Example("c", "", "3"))
-    field = domain_texts.Field("law", rows, rows[:1], "", "")
+    field = upcycling_texts.Field("law", rows, rows[:1], "", "")
     batches: list[list[str]] = []
 
     def answer(prompts: list[str]) -> list[str]:
         batches.append(prompts)
         return [prompt.upper() if prompt != "c" else "" for prompt in prompts]
 
-    done = domain_texts.answered(field, answer, 3)
+    done = upcycling_texts.answered(field, answer, 3)
     # An expert that has nothing to say leaves nothing to learn from.
     assert [(row.prompt, row.answer) for row in done.train] == [("a", "A"), ("b", "told")]
     assert [row.answer for row in done.held_out] == ["A"]
     assert batches == [["a", "c"], ["a"]]
-    assert len(domain_texts.answered(field, answer, 1).train) == 1
+    assert len(upcycling_texts.answered(field, answer, 1).train) == 1
 
 
 def _scores(*row_bits: float) -> list[RowScore]:

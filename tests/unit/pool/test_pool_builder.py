@@ -15,8 +15,8 @@ from service.engine.base import Message
 from service.engine.simulated import SimulatedEngine
 from service.errors import CoeError, UnknownModelError
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
-from service.pool.factory import PoolFactory
 from service.pool.pool import Pool
+from service.pool.pool_builder import PoolBuilder
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.support.waiting import until
@@ -39,7 +39,7 @@ class Running:
         watch = PoolMetrics()
         self.pool = Pool("p")
         self.count = itertools.count()
-        self.assembly = PoolFactory(first, "p", self.pool, watch)
+        self.assembly = PoolBuilder(first, "p", self.pool, watch)
         self.pool.start()
 
     async def reload(self, config: Config) -> None:
@@ -295,7 +295,7 @@ async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Pa
     from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
     pool = Pool("p")
-    assembly = PoolFactory(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
+    assembly = PoolBuilder(on_a_gpu(tmp_path, "a b a1"), "p", pool, PoolMetrics())
 
     def engine_for(unit: str) -> Any:
         return assembly.engines.shared_engine(unit).make()  # type: ignore[attr-defined]
@@ -340,7 +340,7 @@ async def test_shared_weights_bound_is_that_of_the_config(tmp_path: Path) -> Non
         changed = {"p": pool.model_copy(update={"swap": swap})}
         return config.model_copy(update={"pools": changed})
 
-    assembly = PoolFactory(bounded(1000), "p", Pool("p"), PoolMetrics())
+    assembly = PoolBuilder(bounded(1000), "p", Pool("p"), PoolMetrics())
     cache = assembly.engines.weight_cache()
     assert cache is not None
     assert cache.bound_bytes == 1000
@@ -353,7 +353,7 @@ async def test_shared_weights_bound_is_that_of_the_config(tmp_path: Path) -> Non
 async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
-    assembly = PoolFactory(first, "p", Pool("p"), PoolMetrics())
+    assembly = PoolBuilder(first, "p", Pool("p"), PoolMetrics())
     engine: Any = assembly.engines.shared_engine("a").make()  # type: ignore[attr-defined]
     engine._places = 2
     assert engine.swappable_experts == {"a", "a1", "b"}

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service.config import ServerConfig
 from service.errors import CoeError, UnsupportedMediaTypeError
-from service.gateway.cross_origin import CrossOriginRules, has_body
+from service.gateway.cross_site_guard import CrossOriginRules, has_body
 
 RULES = CrossOriginRules(
     "127.0.0.1",
