@@ -27,7 +27,7 @@ from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
 from router_models.recipes import RecipeResults, candidates, play
 from service.broker.reference_cost import best_shares
 from service.classifier.artifact import CARD, Artifact, load_artifact, save_artifact
-from service.classifier.classifier import Classifier
+from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.static_table import built_in_table
 from service.config.presets import PresetsConfig
 from service.types import MAX_LATER, Recipe
@@ -400,6 +400,7 @@ def _card(
         else f"{len(winners)} recipes are the best in some category."
     )
     files = "\n".join(f"| {d['file']} | {d['source']} | `{d['sha256'][:16]}` |" for d in data)
+    count = f"{len(labels)} categories" + (f", `{GENERAL}` included" if GENERAL in labels else "")
     best, best_score, gains = judged
     card = known.path / CARD
     about = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -407,7 +408,7 @@ def _card(
     return f"""# {name}: which recipe is worth its price for a prompt
 
 The classifier of `{known.name}` and a map of {len(found.recipes)} recipes over its
-{len(labels)} categories. Experts: {", ".join(f"`{e}`" for e in table.experts)}.
+{count}. Experts: {", ".join(f"`{e}`" for e in table.experts)}.
 
 ## Data
 

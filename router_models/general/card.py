@@ -42,9 +42,9 @@ def card(name: str, manifest: dict[str, Any]) -> str:
 Fitted by `python -m router_models.general.fit`: three linear models, on hashed n-grams, on the
 service's static table and on all-MiniLM-L6-v2 (int8), joined as a product of posteriors. A prompt
 counts as `general` below a confidence of {least:.3g}, where the model takes it for a scrap that
-asks for nothing, and where it is new to every stage. There is no map of experts: experts
-name categories in the config. The licence of the weights is Apache-2.0. The artifact holds weights
-and hashed n-grams, and no text.
+asks for nothing, and where it is new to every stage. `{name}` itself has no map of
+experts: experts name categories in the config. The licence of the weights is Apache-2.0. The
+artifact holds weights and hashed n-grams, and no text.
 
 Categories: {categories}.
 
