@@ -153,8 +153,13 @@ class CostModel:
         """The price of one expert."""
         return self.prices[self._expert[expert]]
 
-    def floor(self, prompt_tokens: int, answers: int) -> Floats:
-        """(experts,), the cost of a prompt of this length and one token for each answer."""
+    def floor(self, prompt_tokens: int | Floats, answers: int) -> Floats:
+        """(experts,), the cost of a prompt of this length and one token for each answer.
+
+        Args:
+            prompt_tokens: Length of all prompts together, the same for all experts or (experts,).
+            answers: How many answers are asked for.
+        """
         return self._per_prompt * prompt_tokens + self._per_answer * answers
 
     def expect(

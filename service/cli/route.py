@@ -86,6 +86,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.broker.selection import select
     from service.config import load_config
     from service.default_prices import with_default_prices
+    from service.gateway.request.expert_defaults import RequestDefaults
     from service.gateway.request.parsing import parse_request
     from service.gateway.routing.explain import explain
     from service.gateway.routing.semantic_router import RoutingSetup, selection_request
@@ -98,7 +99,6 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     pool_matrix = PoolStateTable(routing.catalog.index).to_matrix(
         [idle_view(routing.catalog.experts)]
     )
-    return explain(
-        plan,
-        select(routing.catalog, pool_matrix, selection_request(routing.cost_model, request, plan)),
-    )
+    added = RequestDefaults(config).added(request, routing.catalog.experts)
+    wanted = selection_request(routing.cost_model, request, plan, added=added)
+    return explain(plan, select(routing.catalog, pool_matrix, wanted))

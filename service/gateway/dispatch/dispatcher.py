@@ -174,7 +174,7 @@ class Dispatcher:
             excluded=excluded,
             budget_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request),
-            added_tokens=self.defaults.added_tokens(request, self.catalog.experts),
+            added=self.defaults.added(request, self.catalog.experts),
         )
         matrix = self._pool_table.to_matrix(self.views() if views is None else views)
         return select(self.catalog, matrix, wanted)

@@ -168,7 +168,7 @@ class RecipeExecutor:
             prompt_tokens=request.prompt_tokens,
             most_tokens=request.most_tokens,
             answers=request.answers,
-            added_tokens=self._dispatcher.defaults.added_tokens(request, self._catalog.experts),
+            added_tokens=self._dispatcher.defaults.added(request, self._catalog.experts).tokens,
             max_cost=request.max_cost,
         )
 
@@ -178,7 +178,8 @@ class RecipeExecutor:
         Raises:
             InfeasibleBoundsError: No candidate keeps them; the error states the nearest bounds.
         """
-        wanted = selection_request(self._cost_model, request, plan)
+        added = self._dispatcher.defaults.added(request, self._catalog.experts)
+        wanted = selection_request(self._cost_model, request, plan, added=added)
         return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost)
 
     def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
@@ -189,7 +190,7 @@ class RecipeExecutor:
         left = self._budget_prices.left(request.tenant)
         if math.isinf(left) or len(plan.rows) < 2:
             return plan
-        added = self._dispatcher.defaults.added_tokens(request, self._catalog.experts)
+        added = self._dispatcher.defaults.added(request, self._catalog.experts).tokens
         costs = self._cost_model.expect(
             plan.category, request.prompt_tokens + added, request.most_tokens, request.answers
         ).cost

@@ -113,6 +113,22 @@ SYSTEM: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class AddedPrompt:
+    """What the defaults of each expert add to a prompt.
+
+    Attributes:
+        tokens: (experts,), the tokens to expect; 0 where no expert adds any.
+        most_tokens: (experts,), a bound on them: a text never has more tokens than bytes.
+    """
+
+    tokens: Floats | int
+    most_tokens: Floats | int
+
+
+NOTHING_ADDED = AddedPrompt(0, 0)
+
+
 class RequestDefaults:
     """The defaults of a config's experts."""
 
@@ -156,15 +172,15 @@ class RequestDefaults:
         defaults = self._defaults.get(expert)
         return len(self._system(request, defaults).encode()) if defaults is not None else 0
 
-    def added_tokens(self, request: InferenceRequest, experts: Sequence[str]) -> Floats | int:
-        """Estimate the tokens that each expert's system prompt adds to a request, (experts,).
-
-        The result is 0 where no expert adds any.
-        """
+    def added(self, request: InferenceRequest, experts: Sequence[str]) -> AddedPrompt:
+        """Return what each expert's system prompt adds to a request."""
         if not self._adds_system:
-            return 0
-        added = [estimate_tokens(self.system_bytes(request, name)) for name in experts]
-        return np.array(added, dtype=np.float64)
+            return NOTHING_ADDED
+        sizes = [self.system_bytes(request, name) for name in experts]
+        return AddedPrompt(
+            np.array([estimate_tokens(size) for size in sizes], dtype=np.float64),
+            np.array(sizes, dtype=np.float64),
+        )
 
     @staticmethod
     def _system(request: InferenceRequest, defaults: DefaultsConfig) -> str:

@@ -49,12 +49,21 @@ def allowed_experts(request: InferenceRequest, experts: Sequence[str]) -> NDArra
     )
 
 
-def bounds_of(request: InferenceRequest, plan: RoutePlan, cost_model: CostModel) -> RequestBounds:
-    """The bounds of a request, as the selection sees them."""
+def bounds_of(
+    request: InferenceRequest, plan: RoutePlan, cost_model: CostModel, most_added: Floats | int = 0
+) -> RequestBounds:
+    """The bounds of a request, as the selection sees them.
+
+    Args:
+        request: The request.
+        plan: Its candidates.
+        cost_model: Knows the prices.
+        most_added: (experts,), the most tokens that the defaults of each expert add to the prompt.
+    """
     if request.max_cost is None:
         return RequestBounds(plan.allowed, request.min_quality)
     answers = request.answers if TABLE[request.endpoint].generates else 0
-    floor = cost_model.floor(request.most_prompt_tokens, answers)
+    floor = cost_model.floor(request.most_prompt_tokens + most_added, answers)
     return RequestBounds(plan.allowed, request.min_quality, request.max_cost, floor)
 
 

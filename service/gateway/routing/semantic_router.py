@@ -29,6 +29,7 @@ from service.config.presets import PresetConfig
 from service.config.schema import silent_member
 from service.config.server import NO_ARTIFACT
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
+from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.routing.prompt_stages import PromptStages
 from service.gateway.routing.quality import Escalations, QualityModel, named_categories
@@ -521,7 +522,7 @@ def selection_request(
     excluded: Collection[Place] = (),
     budget_price: float = 0.0,
     prefix_cache: PrefixCacheHint | None = None,
-    added_tokens: Floats | int = 0,
+    added: AddedPrompt = NOTHING_ADDED,
 ) -> SelectionRequest:
     """Build the request for the broker's selection.
 
@@ -533,9 +534,9 @@ def selection_request(
         excluded: Places, as (expert, pool's boot id), that must not be selected.
         budget_price: Shadow price of the tenant's budgets, in quality per unit of cost.
         prefix_cache: Where the conversation's prefix is cached, if known.
-        added_tokens: Tokens that the defaults of each expert add to the prompt, (experts,).
+        added: What the defaults of each expert add to the prompt.
     """
-    prompt_tokens = request.prompt_tokens + added_tokens
+    prompt_tokens = request.prompt_tokens + added.tokens
     expected = cost_model.expect(plan.category, prompt_tokens, request.most_tokens, request.answers)
     return SelectionRequest(
         rows=plan.rows,
@@ -547,7 +548,7 @@ def selection_request(
         time_price=plan.time_price,
         cost_price=_preset_price(plan, expected.cost) + budget_price,
         budget_price=budget_price,
-        bounds=bounds_of(request, plan, cost_model),
+        bounds=bounds_of(request, plan, cost_model, added.most_tokens),
         deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
         # A bound above that is a cap: what does not fit is clipped.
         context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from service.gateway.request.expert_defaults import (
     COUNT_TOKENS,
     FIELDS,
     MESSAGES,
+    NOTHING_ADDED,
     RESPONSES,
     SYSTEM,
     TOKENIZE,
@@ -258,9 +260,13 @@ def test_apply_counts_the_system_prompt_in_the_estimate() -> None:
     assert after.prompt_tokens >= before.prompt_tokens + 1000
     assert defaults.system_bytes(before, "v") == 4000
     assert defaults.system_bytes(after, "v") == defaults.system_bytes(before, "base") == 0
-    assert list(defaults.added_tokens(before, ["base", "v"])) == [0, 1000]  # type: ignore[arg-type]
-    assert not any(defaults.added_tokens(after, ["base", "v"]))  # type: ignore[arg-type]
-    assert RequestDefaults(config({"seed": 1})).added_tokens(before, ["base", "v"]) == 0
+    added = defaults.added(before, ["base", "v"])
+    np.testing.assert_array_equal(added.tokens, [0, 1000])
+    np.testing.assert_array_equal(added.most_tokens, [0, 4000])
+    none = defaults.added(after, ["base", "v"])
+    assert not np.any(none.tokens)
+    assert not np.any(none.most_tokens)
+    assert RequestDefaults(config({"seed": 1})).added(before, ["base", "v"]) == NOTHING_ADDED
 
 
 def test_apply_without_defaults_keeps_the_body_as_it_came() -> None:
