@@ -394,7 +394,7 @@ def _expert_times(
     def in_best_pool(figure: Floats) -> Floats:
         return np.where(exists, figure[pool, columns], _INFINITE)
 
-    # The decode less its part that is read along.
+    # Subtract the part of the decode during which the client reads.
     decode -= np.minimum((1 - READ_ALONG) * decode, _READ_UNNOTICED_S * request.tokens)
     decode += prefill
     best_wait = in_best_pool(wait)

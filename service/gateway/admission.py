@@ -309,7 +309,8 @@ class Admission:
         )
         self._charged(entry.tenant, entry.outcome, calls)
         savings = self._savings(entry, calls)
-        # The usage is written to the store in the same step as a reservation is settled there.
+        # Only a reservation with lines is settled in the store; the last of these carries the
+        # usage note.
         kept = [held for held in entry.held if held.granted.claim.lines] or entry.held
         settled = await asyncio.gather(
             *(

@@ -97,7 +97,7 @@ class Unfinished:
     Attributes:
         asks: Asks the pool for the prompt's and the answer's tokens, as its engine counted
             them; None where it can't tell, or nobody can.
-        guess: The same by the clock.
+        guess: Prompt and answer tokens, estimated from the time that passed.
     """
 
     asks: Callable[[], Awaitable[tuple[int, int] | None]] | None
@@ -111,7 +111,9 @@ class Unfinished:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request, from its arrival to its end. Times `..._s` are of `time.monotonic`; 0: never.
+    """One request, from its arrival to its end.
+
+    `arrived_s`, `ended_s` and the moments `..._at_s` are of `time.monotonic`; 0 means never.
 
     Attributes:
         arrived_s: When the request arrived. Its deadline counts from here.
@@ -134,7 +136,7 @@ class RequestRecord:
         queue_ms: Time in the pool's queue, swaps included.
         swap_ms: Time of these swaps.
         engine_ms: Until the engine's first byte, as the pool measured it.
-        predicted_s: The wait that was expected of the candidate that answered.
+        predicted_s: The wait in seconds that was expected of the candidate that answered.
         predicted_cost: Its expected cost, in the unit of prices.
         began_at_s: When choosing began.
         sent_at_s: When the call that answered was sent.

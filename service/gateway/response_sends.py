@@ -147,7 +147,8 @@ class ResponseSend:
         if (error := _error_in(event)) is not None:
             self._record_failure(error)
             if not chat and "type" not in event:
-                # Pools and engines send OpenAI's format. Its own blank line follows.
+                # Pools and engines send OpenAI's format. The event's blank line follows in the
+                # stream, so ours is cut off.
                 return self._last_events(error, 503, self.events - 1)[:-1]
         usage = usage_of(event)
         if usage is None or event.get("type") == "message_start":

@@ -514,8 +514,8 @@ class Pool:
         shares = self._shares(held)
         by_name = {name: queues[own] for name, own in held.items()}
         for name, first in shares.items():
-            # `first` is the first served name of the shared weights. It keeps the requests that
-            # did not ask for another of their names.
+            # `first` is the first served name of the shared weights. Requests under the other
+            # names are subtracted from the first name's queue.
             by_name[name] = slot_of[held[name]].queue_of(held[name], name)
             by_name[first] = by_name[first].without(by_name[name])
         return Snapshot(

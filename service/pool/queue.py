@@ -3,9 +3,9 @@
 `FairQueue` makes the decisions and is pure: it has no I/O and no clock. `TicketQueue` wakes the
 requests that wait.
 
-Tenants take turns by tokens served (`fairness`). A tenant's own requests for ready experts are
-served first come, first served, so that vLLM batches them together. A request for an expert that
-is still loading doesn't hold up the others. A full queue sheds requests of the tenant with the
+Tenants take turns by tokens served (`tenant_fairness`). A tenant's own requests for ready experts
+are served first come, first served, so that vLLM batches them together. A request for an expert
+that is still loading doesn't hold up the others. A full queue sheds requests of the tenant with the
 most load.
 
 A running ticket takes one place of the engine for each of its answers, or for each prompt where

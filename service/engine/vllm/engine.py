@@ -288,7 +288,8 @@ class VllmEngine:
         except Exception:
             if refusal.error is None:
                 raise
-            raise refusal.error from None  # the pool ends a started stream with this error
+            # `_Reply.fail` of rpc/server.py ends a started stream with this error.
+            raise refusal.error from None
         finally:
             if self._routing_stats is not None:
                 self._routing_stats.has_news = True

@@ -97,7 +97,7 @@ class CircuitBreakers:
         self._registry.add(metrics.RETRIES, 1, "made" if paid else "refused")
         return paid
 
-    async def retry_delay_s(self, times_tried: int) -> None:
+    async def wait_before_retry(self, times_tried: int) -> None:
         """Wait before another attempt at a place that has just failed."""
         await asyncio.sleep(backoff_s(times_tried, random))
 

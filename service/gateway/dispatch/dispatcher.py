@@ -158,6 +158,8 @@ class Dispatcher:
     ) -> Selection:
         """Compute the utility of every candidate now, without side effects.
 
+        U = quality − price·cost − price·(wait + displaced); see `broker/selection.py`.
+
         Args:
             request: The request.
             plan: Its candidates.
@@ -208,7 +210,8 @@ class Dispatcher:
         self.breakers.record_request()
         while True:
             if len(record.losses) >= MOST_LOSSES:
-                # Another call of the same request may have lost the second pool.
+                # `losses` is shared by all calls of a recipe; another call may have added the
+                # second.
                 raise _died_twice_error()
             option = self._next_candidate(request, single, record, fault, deadline_s, first)
             first = None
@@ -221,7 +224,7 @@ class Dispatcher:
             record.predicted_s = option.wait_s
             record.attempts += 1
             if (tried := record.tried[option.expert, option.boot]) > 0:
-                await self.breakers.retry_delay_s(tried)
+                await self.breakers.wait_before_retry(tried)
             record.tried[option.expert, option.boot] += 1
             left_s = deadline_s - time.monotonic()
             try:
@@ -311,16 +314,17 @@ class Dispatcher:
         Raises:
             CoeError: No candidate is left, and waiting would not help.
         """
-        # A pool is tried again only if its engine died, because the pool starts another engine.
+        # A pool is tried again only if its engine died, because the pool starts another engine,
+        # or if the connection to the pool was lost or could not be made.
         tries = tries_per_pool(fault)
-        # After a fault, other pools come first.
-        least_tried = range(min(1, len(record.tried)), tries + 1)
+        # After a fault: first places tried less than once, then less than twice.
+        bounds = range(min(1, len(record.tried)), tries + 1)
         if first is not None and (found := self._best(first, record)) is not None:
             return found
         views = self.views()
         # While a tool call is open, its expert is tried again before another one is.
         locked = plan.session is not None and plan.session.locked
-        for only_locked, most in product((True, False) if locked else (False,), least_tried):
+        for only_locked, most in product((True, False) if locked else (False,), bounds):
             excluded = frozenset(key for key, count in record.tried.items() if count >= most)
             left_s = max(0.0, deadline_s - time.monotonic())
             selection = self.weigh_candidates(
@@ -420,7 +424,7 @@ class Dispatcher:
         body = request.body_for(option.expert)
         remote = option.boot is None
         limit = asyncio.timeout(left_ms / 1000 + (0 if remote else _GRACE_S))
-        # The time limit of an earlier attempt has expired, so each attempt sets it anew.
+        # An earlier attempt's limit has ended, so each attempt sets its own.
         reply.first_byte_limit = limit if remote and request.stream else None
         reply.sent_s = time.monotonic()
         reply.record.pool = option.boot
@@ -473,6 +477,8 @@ class Dispatcher:
                     places=request.sequences,
                 )
                 try:
+                    # POST to the pool's port; `rpc/server.py` there calls `Pool.run`. Leaving the
+                    # context cancels it.
                     async with link.call(call, body) as answer:
                         reply.record.calls.append(expert_call)
                         await self._forward(answer, request, limit, reply)

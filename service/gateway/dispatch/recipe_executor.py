@@ -85,7 +85,8 @@ class RecipeExecutor:
             CoeError: The request failed, and nothing has been sent.
         """
         record = reply.record
-        asked = request
+        # For the savings: the request before the cost bound clips it.
+        unclipped = request
         select_began_s = reply.began_s = time.monotonic()
         deadline_s = record.arrived_s + request.deadline_ms / 1000
         if select_began_s >= deadline_s:
@@ -147,7 +148,7 @@ class RecipeExecutor:
                 self._quality_model.observe_escalations(row, expected, ensemble.escalations)
         finally:
             if complete and row >= 0 and record.status == 200:
-                record.comparison = self._compare(asked, plan, row, record.expert)
+                record.comparison = self._compare(unclipped, plan, row, record.expert)
             self._learn_lengths(plan, reply, complete=complete)
             if row >= 0 and record.status == 200:
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)

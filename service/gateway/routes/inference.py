@@ -63,11 +63,13 @@ class InferenceHandler:
         self._behind_serve = behind_serve
 
     async def handle(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request; its steps follow one another as these lines do."""
+        """Answer one request. The steps run in the order of the lines."""
         # The scope also answers errors, in the client's dialect.
         async with RequestScope(self._observers, scope, send) as request_scope:
             record = request_scope.record
             headers = self._validator.headers(scope["headers"])
+            # The request counts against request limits before its body is read. `_admit` reserves
+            # tokens and cost later. The exit settles them.
             async with self._admission.enter(headers, record) as entry:
                 validated = await self._validator.validate(
                     record.path, headers, entry.tenant, receive
@@ -87,9 +89,11 @@ class InferenceHandler:
                 plan = self._executor.within_bounds(request, plan)
                 plan = self._executor.affordable(request, plan)
                 send_answer, shadowed = self._shadow.watch(request, plan, cached.send)
-                # The body may now ask for usage in every chunk, and its answer may be bounded.
+                # Admission may make the body ask for usage in every chunk, and may lower the
+                # answer's bound.
                 request, plan = await self._admit(entry, request, plan)
-                # Order of a message: UsageMeter, ResponseSend, answer cache, session, server.
+                # Order of a message: UsageMeter, ResponseSend, shadow, answer cache, session,
+                # server.
                 reply = ResponseSend(
                     send_answer,
                     request_scope.headers,

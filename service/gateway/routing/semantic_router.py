@@ -45,7 +45,7 @@ PRESETS = ("fast", "", "best")
 # Recipes of a lower quality are no candidates, however idle their pools are.
 _MIN_QUALITY = 0.05
 # The allowed recipes are cached for this many sets of allowed experts, and the reference cost's
-# weights for as many sets of able ones.
+# weights for as many sets of recipes that can answer.
 _MAX_ALLOWANCES = 1000
 
 # A recipe that the client names has full quality, because nothing competes with it.
@@ -190,13 +190,13 @@ class SemanticRouter:
 
         Raises what `plan` raises.
         """
-        if self._assess is None or self._refine is None or not self._is_open(request.model):
+        if self._assess is None or self._refine is None or not self._prompt_decides(request.model):
             return self.plan(request, session=session)
         first = self._assess(request.data)
         refined = await self._refine(request.data, first, request.tenant.name)
         return self.plan(request, refined, session)
 
-    def _is_open(self, model: str) -> bool:
+    def _prompt_decides(self, model: str) -> bool:
         """Whether the prompt decides: the client names neither an expert nor a category."""
         head = model.partition(":")[0]
         return head == AUTO and "/" not in model and model not in self._named
@@ -550,7 +550,7 @@ def selection_request(
         budget_price=budget_price,
         bounds=bounds_of(request, plan, cost_model, added.most_tokens),
         deadline_s=left_s if left_s is not None else request.deadline_ms / 1000,
-        # A bound above that is a cap: what does not fit is clipped.
+        # A larger max_tokens is a cap, not an expectation: count at most LONG_TOKENS.
         context_tokens=request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS),
         streams=request.stream,
         prefix_cache=prefix_cache or plan.prefix_cache,

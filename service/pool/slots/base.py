@@ -236,7 +236,7 @@ class BaseSlot(ABC, Generic[E]):
         try:
             yield run
         except asyncio.CancelledError:
-            # The same is done in asyncio.timeout: other code may have cancelled the request, too.
+            # As in asyncio.timeout: if other code cancelled the task too, that cancellation wins.
             if not run.revoked or task.uncancel() > cancelled:
                 raise
             raise LeaseRevokedError(ticket.arrived_s, put_back=True) from None
