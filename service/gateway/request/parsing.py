@@ -203,8 +203,18 @@ def parse_request(
     headers: dict[bytes, bytes],
     default_deadline_ms: int,
     tenant: Tenant = NOBODY,
+    max_messages: int | None = None,
 ) -> InferenceRequest:
     """Parse a request.
+
+    Args:
+        endpoint: Its path.
+        raw: Its body.
+        headers: Its headers.
+        default_deadline_ms: Its deadline if it sets none.
+        tenant: Whose it is.
+        max_messages: Most messages and parts of messages; None: no bound. They are counted before
+            anything looks into them.
 
     Raises:
         InvalidRequestError: A field is not valid. The error names the field.
@@ -234,6 +244,8 @@ def parse_request(
             f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
         )
     _check_prompt(endpoint, data)
+    if max_messages is not None:
+        _check_messages(endpoint, data, max_messages)
     _check_integers(data)
     left_out = leave_out_hosted_tools(endpoint, data)
     media = media_of(data)
@@ -297,6 +309,20 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
                     f"`messages[{i}]` must be an object, not {_kind(message)}",
                     param=f"messages[{i}]",
                 )
+
+
+def _check_messages(endpoint: str, data: dict[str, Any], most: int) -> None:
+    name = TABLE[endpoint].prompt or "messages"  # /tokenize takes a text or messages
+    given = None if TABLE[endpoint].several else data.get(name)
+    if not isinstance(given, list):
+        return
+    parts = (one.get("content") for one in given if isinstance(one, dict))
+    count = len(given) + sum(len(part) for part in parts if isinstance(part, list))
+    if count > most:
+        raise InvalidRequestError(
+            f"`{name}` holds {count} messages and parts of messages; at most {most} are allowed",
+            param=name,
+        )
 
 
 def _check_integers(data: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from service.http.prompt_endpoints import TABLE
 
 
 def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
-    """Check the number of prompts, answers and messages of a request.
+    """Check the number of prompts and answers of a request.
 
     Raises:
         InvalidRequestError: A number exceeds its limit.
@@ -40,16 +40,6 @@ def check_extent(request: InferenceRequest, limits: RequestLimits) -> None:
             f"{request.answers} answers; at most {most} are allowed in one request",
             param="n",
         )
-    given = None if endpoint.several else request.data.get(name)
-    if isinstance(given, list):
-        parts = (one.get("content") for one in given if isinstance(one, dict))
-        count = len(given) + sum(len(part) for part in parts if isinstance(part, list))
-        if count > limits.max_messages:
-            raise InvalidRequestError(
-                f"`{name}` holds {count} messages and parts of messages; "
-                f"at most {limits.max_messages} are allowed",
-                param=name,
-            )
 
 
 def within_context(request: InferenceRequest, expert: str, context: int) -> InferenceRequest:

@@ -75,10 +75,12 @@ class RequestValidator:
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
     ) -> InferenceRequest:
         self._limits.shape(raw)
-        request = parse_request(path, raw, headers, self._server.deadline_ms, tenant)
+        server = self._server
+        most = server.limits.max_messages
+        request = parse_request(path, raw, headers, server.deadline_ms, tenant, most)
         if tokens := self._media.tokens(request.model, request.media):
             request = replace(request, media_tokens=tokens)
-        check_extent(request, self._server.limits)
+        check_extent(request, server.limits)
         self._limits.fields(request.data)
         return request
 

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from service.errors import InvalidRequestError
+from service.gateway.request import parsing
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.http.prompt_endpoints import ENDPOINTS
 from service.types import Tenant
@@ -286,3 +287,28 @@ def test_parse_request_invalid_bounds_in_headers_are_named(
     with pytest.raises(InvalidRequestError, match=words) as caught:
         request_for({"messages": HELLO}, headers={header: value})
     assert caught.value.param == header.decode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": HELLO * 5}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 4}]}),
+        ("/v1/messages", {"messages": HELLO * 5}),
+        ("/v1/messages/count_tokens", {"messages": HELLO * 5}),
+        ("/v1/responses", {"input": HELLO * 5}),
+        ("/tokenize", {"messages": HELLO * 5}),
+    ],
+)
+def test_parse_request_counts_messages_before_anything_reads_them(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse_request(path, orjson.dumps(body), {}, 1000, max_messages=5)
+
+    def reads(*_: object) -> Any:
+        raise AssertionError("the conversation was read before its length was checked")
+
+    for name in ("turn_state", "media_of", "leave_out_hosted_tools"):
+        monkeypatch.setattr(parsing, name, reads)
+    with pytest.raises(InvalidRequestError, match="5 messages and parts of messages; at most 4"):
+        parse_request(path, orjson.dumps(body), {}, 1000, max_messages=4)
