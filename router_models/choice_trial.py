@@ -21,7 +21,7 @@ from router_models.linear_models import design, featurize
 from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.ridge_regression import TextKernel
 from router_models.settings import Settings
-from router_models.training import Fitted, Predicted, Problem
+from router_models.two_stage_fit import Fitted, Predicted, Problem
 from service.classifier.expert_map import DirectEstimate
 from service.classifier.features import FeatureSpec
 

@@ -181,7 +181,7 @@ def calibrate(data: tuple[tuple[str, Path, Path, str], ...], seed: int, as_json:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
 def add_map(**options: Any) -> None:
     """Fit an expert map for the categories of an existing classifier."""
-    from router_models import posterior_map as work
+    from router_models import expert_map_for_classifier as work
 
     options["outcomes"] = list(options["outcomes"])
     _guarded(lambda: work.run(**options, say=_note))

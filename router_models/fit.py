@@ -18,7 +18,7 @@ from router_models.frontier_evaluation import compared_lines, default_budgets, r
 from router_models.linear_models import calibration_error
 from router_models.outcomes import Table, costs_of, read_outcomes
 from router_models.settings import Settings
-from router_models.training import Fitted, Predicted, Problem
+from router_models.two_stage_fit import Fitted, Predicted, Problem
 from service.classifier.artifact import Artifact, save_artifact
 from service.classifier.features import FeatureSpec
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from router_models.expert_map_fit import prices_for
 from router_models.outcomes import Table
-from router_models.recipes import RecipeResults
-from router_models.training import Predicted
+from router_models.recipe_replay import RecipeResults
+from router_models.two_stage_fit import Predicted
 
 Floats = NDArray[np.float64]
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from router_models.frontier_evaluation import comparison, standard_error
 from router_models.outcomes import read_costs, read_outcomes
 from router_models.settings import Settings
-from router_models.training import Predicted, Problem
+from router_models.two_stage_fit import Predicted, Problem
 from service.broker.reference_cost import best_shares
 
 Floats = NDArray[np.float64]

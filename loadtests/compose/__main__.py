@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what 
 
 import numpy as np
 
-from loadtests.compose import recorded_outcomes, served
+from loadtests.compose import held_out_compositions, served_vs_predicted
 from loadtests.compose.brute_force import best_value
 from loadtests.compose.random_problems import large, small
 from loadtests.lib.command_line import parser, tell
@@ -117,22 +117,22 @@ def measure_recorded(report: Report, data: Path, folds: int) -> None:
         if not file.is_file():
             report.notes.append(f"{file.name} is not in {data.name}: left out")
             continue
-        rows, sizes = recorded_outcomes.read(file, data / _COSTS)
-        for budget, cost in recorded_outcomes.costs_of(rows, _BUDGET_PARTS).items():
-            found = recorded_outcomes.compare(rows, sizes, folds=folds, seed=0, cost=cost)
+        rows, sizes = held_out_compositions.read(file, data / _COSTS)
+        for budget, cost in held_out_compositions.costs_of(rows, _BUDGET_PARTS).items():
+            found = held_out_compositions.compare(rows, sizes, folds=folds, seed=0, cost=cost)
             table = Table(
                 f"{name}, {len(rows)} prompts, {len(sizes)} experts, budget: {budget}; "
                 f"{folds} folds, held out",
                 ("memory", "way", "score, %", "cost", "predicted, %", "bought gains", "±"),
             )
             for fraction, ways in found.items():
-                bought = ways[recorded_outcomes.BOUGHT]
+                bought = ways[held_out_compositions.BOUGHT]
                 for way, one in ways.items():
-                    more, error = recorded_outcomes.gain(bought.score, one.score)
+                    more, error = held_out_compositions.gain(bought.score, one.score)
                     if more < worst.value:
                         worst = Estimate(more, more - 1.96 * error, more + 1.96 * error)
                     score = float(np.nanmean(one.score))
-                    same = way == recorded_outcomes.BOUGHT
+                    same = way == held_out_compositions.BOUGHT
                     table.rows.append(
                         (
                             f"{100 * fraction:.0f} %",
@@ -177,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     words.add_argument("--large", type=int, default=3, help="large problems of each kind; 0: none")
     words.add_argument("--service", metavar="URL", help="a running service")
     words.add_argument("--config", type=Path, help="the config that --service runs from")
-    words.add_argument("--tasks", type=Path, default=served.TASKS, help="tasks for --service")
+    words.add_argument(
+        "--tasks", type=Path, default=served_vs_predicted.TASKS, help="tasks for --service"
+    )
     words.add_argument("--preset", default="", choices=("", "fast", "best"), help="of auto")
     words.add_argument(
         "--wait-s",
@@ -198,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.data is not None:
             measure_recorded(report, given.data, given.folds)
         if given.service is not None:
-            served.measure_served(
+            served_vs_predicted.measure_served(
                 report, given.service, given.config, given.tasks, given.preset, given.wait_s
             )
         return report

@@ -18,9 +18,9 @@ from scipy import optimize, sparse
 from loadtests.lib.child_processes import say
 from loadtests.lib.targets import Report, Table, TargetCheck
 from router_models.outcomes import read_costs, read_outcomes
-from router_models.recipes import RecipeResults
+from router_models.recipe_replay import RecipeResults
 from router_models.settings import Settings
-from router_models.training import Predicted, Problem
+from router_models.two_stage_fit import Predicted, Problem
 from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot, upper_concave_hull
 
 Floats = NDArray[np.float64]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from router_models.expert_map_fit import shrunk_cells
 from router_models.outcomes import OutcomeError, Table
-from router_models.recipes import candidates, play
+from router_models.recipe_replay import candidates, play
 from router_models.settings import Settings
 from service.classifier.expert_map import ExpertMap
 from service.types import Recipe

@@ -20,7 +20,7 @@ import click
 if TYPE_CHECKING:
     from router_models.outcome_recording.recorder import Progress, RecorderSettings
     from router_models.outcome_recording.task_reader import Task
-    from service.broker.prices import Price
+    from service.broker.token_prices import Price
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _PLAIN_EVERY_S = 15.0
@@ -245,7 +245,7 @@ def _experts(given: tuple[str, ...], listed: Mapping[str, Any]) -> tuple[str, ..
 
 def _read_prices(path: Path) -> dict[str, Price]:
     from router_models.outcomes import OutcomeError
-    from service.broker.prices import Price
+    from service.broker.token_prices import Price
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from service.broker.prices import Price, cost
+from service.broker.token_prices import Price, cost
 
 # Tokens that templates and an expert's own system prompt may add to a prompt.
 _TEMPLATE_TOKENS = 1024

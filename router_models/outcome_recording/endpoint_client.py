@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from router_models.outcomes import OutcomeError
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _MAX_REPLY_BYTES = 16 * 1024**2

@@ -26,7 +26,7 @@ from router_models.outcome_recording.outcome_file import OutcomeFile, Row
 from router_models.outcome_recording.sandboxed_unit_tests import score_code
 from router_models.outcome_recording.task_reader import Task
 from router_models.outcomes import OutcomeError
-from service.broker.prices import Price, cost
+from service.broker.token_prices import Price, cost
 
 # Prompts that one expert is asked before the next expert's turn. Experts that share memory are
 # swapped once in so many prompts, and a recording that stops early has rows of all experts.

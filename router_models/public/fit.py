@@ -21,7 +21,7 @@ from typing import Any
 import click
 import yaml
 
-from router_models import posterior_map
+from router_models import expert_map_for_classifier
 
 FILE = "mmlu_pro_dev.jsonl.gz"
 SOURCE = "MMLU-Pro, eval_results (TIGER-AI-Lab/MMLU-Pro), half of the questions; Apache-2.0"
@@ -158,7 +158,7 @@ def main(data: Path, classifier: Path, out: Path) -> None:
         with rows.open("w", encoding="utf-8") as file:
             for row in outcome_rows(data / FILE, models):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        posterior_map.run(
+        expert_map_for_classifier.run(
             classifier=classifier, outcomes=[rows], out=out, source=SOURCE, say=click.echo
         )
     (out / "experts.yaml").write_text(experts_config(models), encoding="utf-8")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.broker.pool_state import Floats
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 
 _EWMA = 0.05
 # The average over all categories weighs as much as so many answers.

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from service.broker.prices import MICRO, micro
 from service.broker.savings import Saving
+from service.broker.token_prices import MICRO, micro
 from service.config import BudgetConfig, Config, LimitsConfig
 from service.errors import RateLimitExceededError
 from service.store.limit_windows import DAY, MINUTE, MONTH, NOW, Window, fixed

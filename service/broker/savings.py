@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats
-from service.broker.prices import MICRO, micro
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.token_prices import MICRO, micro
 
 # What the store counts for each baseline, all of it in whole numbers that only grow.
 _PREFIX = "against\n"

@@ -26,7 +26,10 @@ _COMMANDS = {
     "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
     "experts": ("service.cli.experts:experts", "Show where experts' weights are, and move them."),
     "keys": ("service.cli.keys:keys", "Create, list, rotate and revoke API keys."),
-    "completion": ("service.cli.completion:completion", "Print completion for bash, zsh or fish."),
+    "completion": (
+        "service.cli.shell_completion:completion",
+        "Print completion for bash, zsh or fish.",
+    ),
     "moe": ("service.cli.moe:moe", "Inspect, steer, build and place mixtures of experts."),
     "outcomes": (
         "router_models.outcome_recording.cli:group",

@@ -93,7 +93,7 @@ def _plan_json(plan: Any) -> dict[str, Any]:
 
 def _prices(config: Config) -> dict[str, Any]:
     """Return the unit of cost, the price of every expert, and what makes prices useless."""
-    from service.broker.prices import prices_of
+    from service.broker.token_prices import prices_of
     from service.default_prices import price_warnings, with_default_prices
 
     prices = prices_of(with_default_prices(config))

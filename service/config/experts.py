@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from service.config.base import Section
-from service.config.defaults import DefaultsConfig
-from service.config.moe_kernels import ExpertKernels
+from service.config.expert_request_defaults import DefaultsConfig
+from service.config.moe_options import ExpertKernels
 
 
 class RemoteConfig(Section):

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from service.config.base import is_path, shown
-from service.config.moe_kernels import ExpertKernels
+from service.config.moe_options import ExpertKernels
 from service.config.pools import VllmOptions
 from service.config.schema import SECTIONS, Config
 from service.config.server import NO_ARTIFACT

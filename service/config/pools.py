@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from service.config.autoscaling import AutoscalingConfig, refuse_changes
 from service.config.base import Bytes, Section
-from service.config.moe_kernels import MoeKernelOptions
+from service.config.moe_options import MoeKernelOptions
 from service.config.vllm_args import PARALLEL, EngineArguments
 
 

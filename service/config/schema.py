@@ -14,12 +14,12 @@ from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.base import Name, Section
 from service.config.breaker import BreakerConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
-from service.config.defaults import DefaultsConfig
+from service.config.expert_request_defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.limits import RequestLimits
-from service.config.moe_kernels import ON_CPU, EplbOptions, ExpertKernels
+from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.presets import (
     AutoPresetConfig,

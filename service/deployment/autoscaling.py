@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from service.broker.autoscaling import Load, ScalingPolicy, ScalingState, desired_replicas
 from service.config import Config, GatewaysConfig
-from service.pool.load import PoolLoad
+from service.pool.autoscaling_load import PoolLoad
 
 # Names of what replicas report. Those by expert go on with a colon and the expert's name.
 _ONGOING, _TOKENS, _SERVING, _START = "ongoing", "tokens_per_s", "serving", "start_s"

@@ -33,7 +33,7 @@ from service.pool.pool_process import PoolProcess
 from service.rpc import pool_address_registry
 from service.rpc.cluster_secret import node_folder, read_secret
 from service.telemetry.json_logging import ENGINE_LOGS, set_up_logs
-from service.telemetry.node_exporter import own_folder
+from service.telemetry.node_scrape_target import own_folder
 
 log = logging.getLogger("coe.deployment")
 

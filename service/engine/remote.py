@@ -18,7 +18,7 @@ import orjson
 from service.config import RemoteConfig
 from service.engine.base import EngineReport, EngineRequest, Send
 from service.engine.cache_salt import combine_salts
-from service.engine.deferred_start import openai_error
+from service.engine.deferred_response_start import openai_error
 from service.errors import (
     ExpertFailedError,
     InvalidRequestError,
@@ -26,7 +26,7 @@ from service.errors import (
     UpstreamError,
 )
 from service.http.asgi import body_message, send_json, start_response
-from service.http.reply_model import rename, rename_lines
+from service.http.reply_model_name import rename, rename_lines
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}

@@ -20,8 +20,8 @@ from typing import Any
 import orjson
 
 from service.broker.ledger import Ledger, Reservation, UsageBound
-from service.broker.prices import Price, cost, prices_of
 from service.broker.savings import Saving
+from service.broker.token_prices import Price, cost, prices_of
 from service.config import Config
 from service.errors import (
     CoeError,

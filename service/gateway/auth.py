@@ -22,7 +22,7 @@ from service.errors import (
     UnauthorizedError,
 )
 from service.gateway.audit_log import REFUSALS
-from service.store.keys import KeyRecord, KeyRepository, KeyTable, digest_of
+from service.store.api_keys import KeyRecord, KeyRepository, KeyTable, digest_of
 from service.task_cancellation import cancel_and_wait
 from service.types import NOBODY, Tenant
 

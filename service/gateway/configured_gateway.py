@@ -39,7 +39,7 @@ from service.gateway.routing.sessions import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
-from service.store.keys import KeyService
+from service.store.api_keys import KeyService
 from service.store.store_interface import Store
 from service.store.volatile import VolatileStore
 from service.telemetry import metrics

@@ -23,7 +23,7 @@ from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.routing.sessions import SessionService
 from service.rpc.cluster_secret import same
 from service.rpc.pool_directory import PoolDirectory
-from service.store.keys import KeyService
+from service.store.api_keys import KeyService
 from service.types import Tenant
 
 # Puts the config's file in force again, and returns what changed.

@@ -12,7 +12,7 @@ from service.config.base import Name
 from service.config.schema import unknown_tenant
 from service.config.tenants import Priority, known_tenant
 from service.errors import InvalidRequestError
-from service.store.keys import KeyRecord
+from service.store.api_keys import KeyRecord
 
 _Body = TypeVar("_Body", bound=BaseModel)
 

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from service.broker.pool_state import BootId, Place
-from service.broker.prices import Price, cost
 from service.broker.savings import Comparison
 from service.broker.session_terms import SessionOutcome
+from service.broker.token_prices import Price, cost
 from service.engine.base import Send
 from service.errors import CoeError
 from service.http.asgi import ClientDisconnectedError, send_response

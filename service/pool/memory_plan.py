@@ -17,7 +17,7 @@ from service.config import Config, ExpertConfig, PoolConfig
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
-from service.moe.kernel_check import check_kernels
+from service.moe.option_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
 from service.pool.argument_effects import (
     argument_warnings,

@@ -27,9 +27,9 @@ from service.errors import (
     UnknownEndpointError,
     UnknownModelError,
 )
+from service.pool.autoscaling_load import LoadMeter, PoolLoad, SlotLoad, pool_load
 from service.pool.call_records import AbandonedCalls, Acknowledgements, TimedSend
 from service.pool.host_budget import claims, divide, least
-from service.pool.load import LoadMeter, PoolLoad, SlotLoad, pool_load
 from service.pool.renamed_send import RenamedSend
 from service.pool.slot_units import Unit
 from service.pool.slots.base import BaseSlot, LeaseRevokedError

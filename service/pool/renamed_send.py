@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from service.engine.base import Message, Send
 from service.http.asgi import LineBuffer
-from service.http.reply_model import rename_lines, rename_reply
+from service.http.reply_model_name import rename_lines, rename_reply
 
 
 class RenamedSend:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.config import Config
-from service.telemetry.node_exporter import NodeTarget
+from service.telemetry.node_scrape_target import NodeTarget
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Traces

@@ -17,7 +17,7 @@ import pytest_asyncio
 from redis import Redis
 
 from service.classifier.classifier import Classifier
-from service.store.keys import FileKeyRepository, KeyRepository, KeyTable, StoreKeyRepository
+from service.store.api_keys import FileKeyRepository, KeyRepository, KeyTable, StoreKeyRepository
 from service.store.limit_windows import DAY, MONTH
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore

@@ -12,7 +12,7 @@ import pytest_asyncio
 from redis import Redis
 
 from service.errors import StoreUnavailableError
-from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
+from service.store.api_keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.limit_windows import DAY
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from tests.support.serving import CHAT, RunningGateway, chat, run_gateway, simulated
 from tests.support.waiting import until
 

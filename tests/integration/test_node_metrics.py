@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from service.rpc.cluster_secret import node_folder
-from service.telemetry import node_exporter
-from service.telemetry.node_exporter import NodeTarget
+from service.telemetry import node_scrape_target
+from service.telemetry.node_scrape_target import NodeTarget
 from tests.support.waiting import until
 
 
@@ -117,7 +117,7 @@ async def test_node_target_waiting_for_the_port_holds_no_resources(
             await super().start()
 
     monkeypatch.setattr(web, "TCPSite", Site)
-    monkeypatch.setattr(node_exporter, "_RETRY_S", 0.001)
+    monkeypatch.setattr(node_scrape_target, "_RETRY_S", 0.001)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

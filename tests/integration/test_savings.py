@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from tests.support.serving import ADMIN_KEY, SECRET, chat, run_gateway, serving, simulated
 
 KEY = "coe-a-very-secret-key-of-a-tenant"

@@ -11,7 +11,7 @@ import pytest
 
 from service.config import Config
 from service.engine import simulated as engine
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from service.telemetry import metrics
 from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 from tests.support.waiting import until

@@ -14,7 +14,7 @@ import pytest
 from service.engine.simulated import SimulatedEngine
 from service.errors import ExpertFailedError
 from service.gateway.gateway_reload import GatewayRuntime
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from tests.support.redis import redis_server
 from tests.support.serving import (
     ADMIN_KEY,

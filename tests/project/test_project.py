@@ -40,7 +40,7 @@ ONLY_IN = {
     "vllm": {
         "service/engine/vllm/handle.py",
         "service/engine/vllm/worker/expert_grammars.py",
-        "service/engine/vllm/worker/shadow_model.py",
+        "service/engine/vllm/worker/second_model.py",
         "service/engine/vllm/worker/merged_worker.py",
         "service/engine/vllm/worker/gate_capture.py",
         "service/engine/vllm/worker/gate_access.py",

@@ -16,7 +16,7 @@ from service.broker.autoscaling import (
     desired_replicas,
     required_replicas,
 )
-from service.pool.load import LoadMeter, SlotLoad, pool_load
+from service.pool.autoscaling_load import LoadMeter, SlotLoad, pool_load
 from service.pool.queue import Backlog
 
 positive = st.floats(0, 200, allow_nan=False)

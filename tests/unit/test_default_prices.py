@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.broker.prices import Price, prices_of
+from service.broker.token_prices import Price, prices_of
 from service.config import Config
 from service.default_prices import (
     active_parameters,

@@ -300,7 +300,7 @@ def _measured(url: str | None) -> dict[str, float]:
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     from router_models.composition.recipe_estimates import estimate, from_map, with_alternatives
     from router_models.outcomes import read_costs, read_outcomes
-    from service.broker.prices import cost, prices_of
+    from service.broker.token_prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
     from service.cli.compose.traffic_shares import read_traffic
 

@@ -26,7 +26,7 @@ from service.engine.base import (
     SwapResult,
 )
 from service.engine.cache_salt import CACHE_SALT
-from service.engine.deferred_start import DeferredStartSend
+from service.engine.deferred_response_start import DeferredStartSend
 from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.expert_stats import EngineStats
 from service.engine.vllm.grammar_trials import GrammarTrials

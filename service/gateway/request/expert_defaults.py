@@ -14,7 +14,7 @@ import numpy as np
 
 from service.broker.pool_state import Floats
 from service.config import Config
-from service.config.defaults import DefaultsConfig
+from service.config.expert_request_defaults import DefaultsConfig
 from service.gateway.request.parsing import InferenceRequest
 from service.http.prompt_endpoints import TABLE
 from service.http.token_usage import estimate_tokens

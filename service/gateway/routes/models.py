@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from service.broker.pool_state import PoolView
-from service.broker.prices import prices_of
+from service.broker.token_prices import prices_of
 from service.config import Config
 from service.errors import UnknownEndpointError, UnknownModelError
 from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response

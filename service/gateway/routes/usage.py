@@ -7,8 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.broker.prices import MICRO
 from service.broker.savings import is_saving, totals
+from service.broker.token_prices import MICRO
 from service.config import Config
 from service.errors import InvalidRequestError
 from service.gateway.dependencies import CountedTenant, Services, json_response

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from service.broker.pool_state import Floats
-from service.broker.prices import cost, prices_of
 from service.broker.recipe_catalog import Ints
 from service.broker.reference_cost import best_shares
+from service.broker.token_prices import cost, prices_of
 from service.config import Config
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.types import Recipe

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from service.broker.cost_model import LONG_TOKENS, CostModel, Lengths
 from service.broker.pool_state import Floats, Place
-from service.broker.prices import prices_of
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.broker.reference_cost import best_shares
 from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
+from service.broker.token_prices import prices_of
 from service.classifier.artifact import Artifact, load_artifact
 from service.classifier.built_in import built_in_artifact
 from service.classifier.classifier import Assessment

@@ -23,8 +23,8 @@ import orjson
 
 from service.broker.answer_agreement import final_answer
 from service.broker.judging import MAX_TOKENS, Messages, both_orders, preference, trimmed
-from service.broker.prices import MICRO, cost, micro, prices_of
 from service.broker.shadow_scores import scores_by_agreement, scores_by_preference
+from service.broker.token_prices import MICRO, cost, micro, prices_of
 from service.config import Config, ShadowConfig
 from service.engine.base import Send
 from service.errors import CoeError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from service.broker.cost_model import CostModel
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 from service.gateway.request_record import ExpertCall
 
 

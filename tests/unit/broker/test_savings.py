@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.broker.cost_model import CostModel
-from service.broker.prices import Price
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import (
     Comparison,
@@ -21,6 +20,7 @@ from service.broker.savings import (
     is_saving,
     totals,
 )
+from service.broker.token_prices import Price
 from service.types import MAX_LATER, Recipe
 
 CASCADE = Recipe("cascade", ("small",), ("large",))

@@ -20,7 +20,7 @@ from service.deployment.autoscaling import (
     pool_stats,
     total_load,
 )
-from service.pool.load import PoolLoad
+from service.pool.autoscaling_load import PoolLoad
 
 CONFIG: dict[str, Any] = {
     "server": {"gateways": {"max_replicas": 4, "target_in_flight_requests": 50}},

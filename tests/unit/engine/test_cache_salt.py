@@ -17,7 +17,7 @@ from service.gateway.auth import Authenticator, cache_salt
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.rpc.call_headers import Call, parse_call
-from service.store.keys import KeyRecord, KeyService, StoreKeyRepository
+from service.store.api_keys import KeyRecord, KeyService, StoreKeyRepository
 from service.store.memory_store import MemoryStore
 from service.types import Tenant
 

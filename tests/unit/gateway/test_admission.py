@@ -25,7 +25,7 @@ from service.gateway.auth import Authenticator
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
-from service.store.keys import digest_of
+from service.store.api_keys import digest_of
 from service.store.memory_store import MemoryStore
 from service.types import Tenant
 

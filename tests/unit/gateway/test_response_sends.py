@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 from service.engine.base import Message
 from service.errors import EngineDeadError
 from service.gateway.request.parsing import InferenceRequest, parse_request

@@ -18,7 +18,7 @@ from router_models.linear_models import calibration_error, design, featurize, fi
 from router_models.outcomes import read_outcomes
 from router_models.ridge_regression import TextKernel
 from router_models.settings import Settings
-from router_models.training import Problem
+from router_models.two_stage_fit import Problem
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap

@@ -15,8 +15,8 @@ from router_models.frontier_evaluation import (
     with_errors,
 )
 from router_models.outcomes import Table
-from router_models.recipes import RecipeResults, play
-from router_models.training import Predicted
+from router_models.recipe_replay import RecipeResults, play
+from router_models.two_stage_fit import Predicted
 from service.types import Recipe
 
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.engine.base import EngineTimings
 from service.gateway.request_metrics import GatewayMetrics
 from service.gateway.request_record import RequestRecord
-from service.pool.load import PoolLoad
+from service.pool.autoscaling_load import PoolLoad
 from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.telemetry import metrics as metric_table

@@ -34,7 +34,7 @@ from service.engine.shared_memory import (
 )
 from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
 from service.engine.vllm.worker.model_access import is_attention, weight_method, world_size
-from service.engine.vllm.worker.shadow_model import ShadowModel
+from service.engine.vllm.worker.second_model import SecondModel
 from service.engine.vllm.worker.swap_extension import PendingLoad, SwapExtension
 from service.engine.vllm.worker.weight_packing import ScratchBuffers
 from service.engine.vllm.worker.weight_probe import WeightProbe
@@ -142,11 +142,11 @@ class PinnedExtension(SwapExtension):
         return super()._coe_prepare_load(expert, load)
 
     def _coe_read(
-        self, expert: str, shadow: ShadowModel, delta: LoraDelta | None, before: int
+        self, expert: str, second: SecondModel, delta: LoraDelta | None, before: int
     ) -> PinnedWeights:
-        check_plain(shadow.model)
-        shadow.load(delta, ScratchBuffers(), finish=False)
-        tensors = tensors_of(shadow.model)
+        check_plain(second.model)
+        second.load(delta, ScratchBuffers(), finish=False)
+        tensors = tensors_of(second.model)
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
 

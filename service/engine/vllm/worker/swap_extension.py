@@ -22,7 +22,7 @@ from service.engine.vllm.worker.eager_steering import SteeredGates
 from service.engine.vllm.worker.expert_grammars import ExpertGrammars
 from service.engine.vllm.worker.gate_capture import CaptureExtension
 from service.engine.vllm.worker.model_access import is_attention, named_layers
-from service.engine.vllm.worker.shadow_model import ShadowModel, check_alike
+from service.engine.vllm.worker.second_model import SecondModel, check_alike
 from service.engine.vllm.worker.weight_memory import (
     check_room,
     keep_freed,
@@ -184,12 +184,12 @@ class SwapExtension(CaptureExtension):
             A function for the rest of the load. It returns the held weights.
         """
         before = own_bytes()
-        shadow = ShadowModel(self.vllm_config, load.folder, self._coe_device)
+        second = SecondModel(self.vllm_config, load.folder, self._coe_device)
 
         def read() -> Any:
             delta = LoraDelta(Path(load.adapter), load.strength) if load.adapter else None
-            check_room(shadow.model)
-            return self._coe_read(expert, shadow, delta, before)
+            check_room(second.model)
+            return self._coe_read(expert, second, delta, before)
 
         return read
 
@@ -207,16 +207,16 @@ class SwapExtension(CaptureExtension):
         del state.loads[expert]
 
     def _coe_read(
-        self, _expert: str, shadow: ShadowModel, delta: LoraDelta | None, before: int
+        self, _expert: str, second: SecondModel, delta: LoraDelta | None, before: int
     ) -> Any:
         """Load an expert's weights. `before` has the bytes of the process before the load."""
         scratch = ScratchBuffers()
-        shadow.load(delta, scratch)
-        layers = shadow.share_attention(named_layers(self.vllm_config))
-        check_alike(shadow.model, self.model_runner.model)
+        second.load(delta, scratch)
+        layers = second.share_attention(named_layers(self.vllm_config))
+        check_alike(second.model, self.model_runner.model)
         # Packed weights are not tensors. Buffers of other layers show only as growth.
-        counted = tensor_bytes(shadow.model) + scratch.packed_bytes
-        return HostWeights(shadow.model, layers, max(counted, own_bytes() - before))
+        counted = tensor_bytes(second.model) + scratch.packed_bytes
+        return HostWeights(second.model, layers, max(counted, own_bytes() - before))
 
     def coe_load_tokenizer(self, expert: str, folder: str) -> None:
         """Start to read an expert's tokenizer.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import Config
-from service.config.defaults import DefaultsConfig
+from service.config.expert_request_defaults import DefaultsConfig
 from service.gateway.request.expert_defaults import (
     CHAT,
     COMPLETIONS,

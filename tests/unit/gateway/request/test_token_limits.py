@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from service.broker.cost_model import CostModel
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 from service.config.limits import RequestLimits
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest, parse_request

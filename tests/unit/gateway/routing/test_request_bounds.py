@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from service.broker.cost_model import CostModel
-from service.broker.prices import Price
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.token_prices import Price
 from service.config import Config
 from service.errors import InvalidRequestError
 from service.gateway.request.expert_defaults import RequestDefaults

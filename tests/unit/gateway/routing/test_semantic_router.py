@@ -11,9 +11,9 @@ import orjson
 import pytest
 
 from service.broker.cost_model import CostModel
-from service.broker.prices import Price
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest
+from service.broker.token_prices import Price
 from service.classifier.classifier import Assessment
 from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError

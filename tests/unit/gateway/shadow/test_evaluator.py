@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.broker.prices import MICRO
 from service.broker.savings import RecipeEstimates
+from service.broker.token_prices import MICRO
 from service.config import Config
 from service.errors import UnavailableError
 from service.gateway.dispatch.side_call import SideAnswer

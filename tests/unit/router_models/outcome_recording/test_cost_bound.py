@@ -14,7 +14,7 @@ from router_models.outcome_recording.cost_bound import (
     CostBoundReachedError,
     WorstCase,
 )
-from service.broker.prices import Price, cost
+from service.broker.token_prices import Price, cost
 
 AMOUNT = st.floats(0, 10, allow_nan=False)
 

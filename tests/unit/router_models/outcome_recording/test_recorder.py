@@ -16,7 +16,7 @@ from router_models.outcome_recording.outcome_file import OutcomeFile, join_rows,
 from router_models.outcome_recording.recorder import Progress, Recorder, RecorderSettings, spent_of
 from router_models.outcome_recording.task_reader import Task
 from router_models.outcomes import OutcomeError, costs_of, read_outcomes
-from service.broker.prices import Price
+from service.broker.token_prices import Price
 from tests.support.waiting import until
 from tests.unit.router_models.outcome_recording.conftest import Upstream
 

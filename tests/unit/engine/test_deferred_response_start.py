@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from service.engine.base import Message
-from service.engine.deferred_start import DeferredStartSend, openai_error, sse_error
+from service.engine.deferred_response_start import DeferredStartSend, openai_error, sse_error
 
 
 class Sink:

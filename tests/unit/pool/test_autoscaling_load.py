@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.pool.load import DecayingLevel, DecayingRate, LoadMeter, SlotLoad, pool_load
+from service.pool.autoscaling_load import (
+    DecayingLevel,
+    DecayingRate,
+    LoadMeter,
+    SlotLoad,
+    pool_load,
+)
 from service.pool.queue import Backlog
 
 IDLE = Backlog(running=0, waiting=0, waiting_load=0, oldest_s=None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.prices import Price, cost, micro
+from service.broker.token_prices import Price, cost, micro
 
 
 def test_prices_are_per_million_tokens() -> None:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from service.config import Config, load_config, parse_config
-from service.config.moe_kernels import EplbOptions, MoeBackend
+from service.config.moe_options import EplbOptions, MoeBackend
 from service.engine.scoped_env import scoped_env
 from service.errors import ConfigError
 from service.models import ModelInfo, MoeInfo

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 
-class ShadowModel:
+class SecondModel:
     """A model that is being loaded.
 
     `__init__` takes some tens of milliseconds and sets torch's default dtype for the whole process.

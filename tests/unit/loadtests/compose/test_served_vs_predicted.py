@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from loadtests.compose.served import (
+from loadtests.compose.served_vs_predicted import (
     TASKS,
     Prediction,
     cost_interval,

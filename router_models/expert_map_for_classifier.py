@@ -24,7 +24,7 @@ from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
 from router_models.fit import prompt_hashes
 from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
-from router_models.recipes import RecipeResults, candidates, play
+from router_models.recipe_replay import RecipeResults, candidates, play
 from service.broker.reference_cost import best_shares
 from service.classifier.artifact import CARD, Artifact, load_artifact, save_artifact
 from service.classifier.classifier import GENERAL, Classifier

@@ -30,7 +30,7 @@ from router_models.linear_models import (
     softmax,
 )
 from router_models.outcomes import NO_ANSWER, Table
-from router_models.recipes import RecipeResults, candidates, play
+from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
 from router_models.settings import Settings
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loadtests.compose.__main__ import main
-from loadtests.compose.recorded_outcomes import (
+from loadtests.compose.held_out_compositions import (
     BOUGHT,
     ORDERS,
     compare,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from router_models import posterior_map
+from router_models import expert_map_for_classifier
 from router_models.expert_map_fit import shrunk_cells
 from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
@@ -59,7 +59,9 @@ def test_posterior_cells_of_certain_posteriors_equal_shrunk_means(seed: int) -> 
     values[draw.random((30, 4)) < 0.3] = np.nan
     category = draw.integers(0, 3, 30)
     expected, _ = shrunk_cells(values, category, 3, 7.0)
-    assert np.allclose(posterior_map.posterior_cells(values, np.eye(3)[category], 7.0), expected)
+    assert np.allclose(
+        expert_map_for_classifier.posterior_cells(values, np.eye(3)[category], 7.0), expected
+    )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -68,7 +70,7 @@ def test_posterior_cells_recover_the_map_behind_uncertain_posteriors(seed: int) 
     posterior = draw.dirichlet(np.full(4, 0.5), 4000)
     true = draw.random((4, 3))
     values = (draw.random((4000, 3)) < posterior @ true).astype(float)
-    found = posterior_map.posterior_cells(values, posterior, 5.0)
+    found = expert_map_for_classifier.posterior_cells(values, posterior, 5.0)
     assert np.abs(found - true).max() < 0.12
     # A mean weighted by the posterior would be drawn to the overall mean.
     blurred = posterior.T @ values / posterior.sum(axis=0)[:, None]
@@ -78,7 +80,9 @@ def test_posterior_cells_recover_the_map_behind_uncertain_posteriors(seed: int) 
 def test_posterior_cells_without_rows_are_the_overall_mean() -> None:
     values = np.array([[1.0], [0.0], [0.0], [0.0]])
     posterior = np.tile([1.0, 0.0], (4, 1))
-    assert posterior_map.posterior_cells(values, posterior, 2.0)[1, 0] == pytest.approx(0.25)
+    assert expert_map_for_classifier.posterior_cells(values, posterior, 2.0)[1, 0] == pytest.approx(
+        0.25
+    )
 
 
 def test_add_map_keeps_the_classifier_and_judges_held_out(rows: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.http import reply_model
-from service.http.reply_model import rename_lines, rename_reply
+from service.http import reply_model_name
+from service.http.reply_model_name import rename_lines, rename_reply
 
 TEXTS = st.text() | st.just('"model": "held"') | st.just('\\"model\\":\\"held\\"')
 VALUES: st.SearchStrategy[Any] = st.recursive(
@@ -39,7 +39,7 @@ def test_rename_reply_without_a_name_changes_nothing(value: Any) -> None:
 def test_rename_reply_beyond_the_most_that_is_searched_reads_it_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reply_model, "_MOST_READ", 40)
+    monkeypatch.setattr(reply_model_name, "_MOST_READ", 40)
     reply = {"tools": [{"model": "other"}] * 9, "model": "held"}
     assert orjson.loads(rename_reply(orjson.dumps(reply), "asked")) == reply | {"model": "asked"}
 

@@ -1,6 +1,6 @@
 """Checks a config's options for mixtures of experts against its models.
 
-`service.config.moe_kernels` checks everything that needs no model.
+`service.config.moe_options` checks everything that needs no model.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from router_models.outcomes import NO_ANSWER, Table
-from router_models.recipes import candidates, play
+from router_models.recipe_replay import candidates, play
 from service.types import Recipe
 
 NAMES = ("a", "b", "c", "d")
