@@ -1,8 +1,10 @@
 """The gateway's side of the encoder: batches, a cache, and a time limit for every request.
 
-Texts of all requests that arrive while a batch runs go into the next one. A request waits for its
-vector no longer than the time limit. An encoder that fails, hangs or is often too slow is left
-alone for a while, so that requests don't wait for it in vain.
+Texts of all requests that arrive while a batch runs go into the next one, in turn by tenant. A
+batch is so small that it takes half of the time limit. A request waits for its vector no longer
+than the limit. An encoder that fails, hangs or is often too slow is left alone for a while, so that
+requests don't wait for it in vain. That is counted for each tenant, and only where the worker is
+slow, not where others are before it; so no tenant takes the encoder from another one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import secrets
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,8 +35,12 @@ Vector = NDArray[np.float32]
 _EDGE_CHARS = 1000
 _MAX_BATCH = 16
 _MAX_WAITING = 64
-# After so many requests in a row that waited in vain, the encoder is left alone for a while.
+# After so many requests of a tenant in a row that waited in vain, it leaves the encoder alone for a
+# while.
 _SLOW_IN_A_ROW = 5
+# A worker is slow where one text alone takes this share of the time limit.
+_SLOW_SHARE = 0.9
+_MAX_TENANTS = 10_000
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 5.0, 300.0
 _START_S = 60.0
 _HUNG_S = 10.0
@@ -78,11 +84,62 @@ class _Waiting:
     text: str
     vector: asyncio.Future[Vector]
 
-    def fail(self) -> None:
+    def fail(self, reason: str = "failed") -> None:
         """Give up, if there is no vector yet."""
         if not self.vector.done():
-            self.vector.set_exception(EncoderUnavailableError("failed"))
+            self.vector.set_exception(EncoderUnavailableError(reason))
             self.vector.exception()  # nobody may wait for it any more
+
+
+class _FairQueue:
+    """Texts that wait for the encoder, taken in turn by tenant. None is the gateway itself."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str | None, deque[_Waiting]] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def put(self, tenant: str | None, one: _Waiting) -> None:
+        self._of.setdefault(tenant, deque()).append(one)
+        self._size += 1
+
+    def has_room(self, tenant: str) -> bool:
+        """Whether a text of a tenant may wait.
+
+        Where the queue is full, the newest text of the tenant with the most gives way, if it then
+        still has no fewer than this one.
+        """
+        if self._size < _MAX_WAITING:
+            return True
+        others = {name: len(texts) for name, texts in self._of.items() if name is not None}
+        most = max(others, key=others.__getitem__, default=None)
+        if most is None or others[most] <= others.get(tenant, 0) + 1:
+            return False
+        self._of[most].pop().fail("busy")
+        self._size -= 1
+        return True
+
+    def take(self, most: int) -> list[_Waiting]:
+        """Take texts out, one of each tenant in turn."""
+        taken: list[_Waiting] = []
+        while self._of and len(taken) < most:
+            tenant, texts = self._of.popitem(last=False)
+            taken.append(texts.popleft())
+            if texts:
+                self._of[tenant] = texts  # its next turn is after all others
+        self._size -= len(taken)
+        return taken
+
+
+@dataclass(slots=True)
+class _Slowness:
+    """How often a tenant waited in vain in a row, and how long it leaves the encoder alone."""
+
+    in_a_row: int = 0
+    pause_s: float = _FIRST_PAUSE_S
+    paused_until_s: float = -float("inf")
 
 
 class EncoderClient:
@@ -106,12 +163,13 @@ class EncoderClient:
         self._clock = clock
         self._cache: OrderedDict[bytes, Vector] = OrderedDict()
         self._pending: dict[bytes, asyncio.Future[Vector]] = {}
-        self._queue: list[_Waiting] = []
+        self._queue = _FairQueue()
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
-        self._slow = 0
-        self._pause_s = _FIRST_PAUSE_S
-        self._paused_until_s = -float("inf")
+        self._slow: OrderedDict[str, _Slowness] = OrderedDict()
+        # The batch that runs: when it began, and how many texts it has.
+        self._running: tuple[float, int] | None = None
+        self._text_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._salt = secrets.token_bytes(16)
 
@@ -143,22 +201,23 @@ class EncoderClient:
             return known
         if self.dims == 0:
             raise EncoderUnavailableError("starting" if self.problem is None else "failed")
-        if self._clock() < self._paused_until_s:
+        slow = self._slow.get(tenant)
+        if slow is not None and self._clock() < slow.paused_until_s:
             raise EncoderUnavailableError("paused")
         found = self._pending.get(key)
         if found is None:
-            if len(self._queue) >= _MAX_WAITING:
+            if not self._queue.has_room(tenant):
                 raise EncoderUnavailableError("busy")
-            found = self._enqueue(text)
+            found = self._enqueue(text, tenant)
             self._pending[key] = found
             found.add_done_callback(lambda done: self._keep(key, done))
         try:
             async with asyncio.timeout(self.settings.timeout_s):
                 vector = await asyncio.shield(found)
         except TimeoutError:
-            self._count_slow()
+            self._count_slow(tenant)
             raise EncoderUnavailableError("slow") from None
-        self._slow, self._pause_s = 0, _FIRST_PAUSE_S
+        self._slow.pop(tenant, None)
         return vector
 
     async def embed_all(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -172,7 +231,7 @@ class EncoderClient:
         found: list[Vector] = []
         # Requests come between the parts.
         for begin in range(0, len(texts), _MAX_BATCH):
-            part = [self._enqueue(clip(text)) for text in texts[begin : begin + _MAX_BATCH]]
+            part = [self._enqueue(clip(text), None) for text in texts[begin : begin + _MAX_BATCH]]
             found += await asyncio.gather(*part)
         return np.stack(found) if found else np.zeros((0, self.dims), np.float32)
 
@@ -188,9 +247,9 @@ class EncoderClient:
         raw = f"{len(tenant)}:{tenant}{text}".encode("utf-8", "surrogatepass")
         return hashlib.blake2b(raw, digest_size=16, key=self._salt).digest()
 
-    def _enqueue(self, text: str) -> asyncio.Future[Vector]:
+    def _enqueue(self, text: str, tenant: str | None) -> asyncio.Future[Vector]:
         vector: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(text, vector))
+        self._queue.put(tenant, _Waiting(text, vector))
         self._wake.set()
         return vector
 
@@ -203,18 +262,33 @@ class EncoderClient:
         if len(self._cache) > self.settings.cache_entries:
             self._cache.popitem(last=False)
 
-    def _count_slow(self) -> None:
-        self._slow += 1
-        if self._slow < _SLOW_IN_A_ROW:
+    def _count_slow(self, tenant: str) -> None:
+        """Count a request that waited in vain, where that is due to the worker itself."""
+        if self._running is None:
+            return
+        began_s, texts = self._running
+        if self._clock() - began_s < _SLOW_SHARE * self.settings.timeout_s * texts:
+            return  # others were before it, or with it
+        slow = self._slow.setdefault(tenant, _Slowness())
+        if len(self._slow) > _MAX_TENANTS:
+            self._slow.popitem(last=False)
+        slow.in_a_row += 1
+        if slow.in_a_row < _SLOW_IN_A_ROW:
             return
         log.warning(
             "the encoder was too slow %d times in a row; the router does without it for %.0f s",
-            self._slow,
-            self._pause_s,
+            slow.in_a_row,
+            slow.pause_s,
         )
-        self._slow = 0
-        self._paused_until_s = self._clock() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
+        slow.in_a_row = 0
+        slow.paused_until_s = self._clock() + slow.pause_s
+        slow.pause_s = min(2 * slow.pause_s, _LAST_PAUSE_S)
+
+    def _batch_size(self) -> int:
+        """The texts of which a batch takes half of the time limit, as far as is known."""
+        if self._text_s <= 0:
+            return _MAX_BATCH
+        return max(1, min(_MAX_BATCH, int(0.5 * self.settings.timeout_s / self._text_s)))
 
     # --- the worker
 
@@ -241,8 +315,7 @@ class EncoderClient:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _fail_waiting(self) -> None:
-        waiting, self._queue = self._queue, []
-        for one in waiting:
+        for one in self._queue.take(len(self._queue)):
             one.fail()
 
     async def _run(self) -> None:
@@ -283,7 +356,9 @@ class EncoderClient:
         while not self._queue:
             self._wake.clear()
             await self._wake.wait()
-        taken, self._queue = self._queue[:_MAX_BATCH], self._queue[_MAX_BATCH:]
+        taken = self._queue.take(self._batch_size())
+        began_s = self._clock()
+        self._running = began_s, len(taken)
         try:
             assert process.stdin is not None
             process.stdin.write(batch([one.text for one in taken]))
@@ -291,11 +366,14 @@ class EncoderClient:
             kind, body = await self._reply(process, _HUNG_S)
             if kind != VECTORS:
                 raise _WorkerFailedError(body.decode("utf-8", "replace"))
+            text_s = (self._clock() - began_s) / len(taken)
+            self._text_s = text_s if self._text_s <= 0 else 0.8 * self._text_s + 0.2 * text_s
             vectors = np.frombuffer(body, dtype=np.float32).reshape(len(taken), self.dims)
             for one, vector in zip(taken, vectors, strict=True):
                 if not one.vector.done():
                     one.vector.set_result(vector.copy())
         finally:
+            self._running = None
             for one in taken:
                 one.fail()
 

@@ -98,6 +98,77 @@ async def test_embed_of_a_stopped_worker_waits_no_longer_than_the_limit_and_then
         await client.close()
 
 
+async def test_embed_of_a_slow_worker_pauses_for_the_tenant_that_asked(folder: Path) -> None:
+    client = EncoderClient(EncoderSettings(folder, timeout_s=0.02))
+    client.start()
+    assert await client.wait_ready(30)
+    os.kill(worker_pid(), signal.SIGSTOP)
+    try:
+        reasons = [await reason_of(client, f"court {i}", "one") for i in range(6)]
+        assert reasons == ["slow"] * 5 + ["paused"]
+        assert await reason_of(client, "court", "other") == "slow"
+    finally:
+        await client.close()
+
+
+async def test_embed_behind_other_texts_is_not_the_worker_s_slowness() -> None:
+    now_s = 0.0
+    client = EncoderClient(EncoderSettings(Path("/x"), timeout_s=0.001), clock=lambda: now_s)
+    client.dims = 4
+    # No batch runs: the worker has not been given them yet.
+    reasons = [await reason_of(client, f"text {i}", "one") for i in range(12)]
+    assert set(reasons) == {"slow"}
+    # A batch of 16 texts runs, and takes less than the limit for each.
+    client._running = (0.0, 16)
+    now_s = 0.010
+    assert [await reason_of(client, f"more {i}", "one") for i in range(12)] == ["slow"] * 12
+    # One text alone takes longer.
+    client._running = (0.0, 1)
+    reasons = [await reason_of(client, f"again {i}", "one") for i in range(6)]
+    assert reasons == ["slow"] * 5 + ["paused"]
+    now_s += 4.9
+    assert await reason_of(client, "text", "one") == "paused"
+    now_s += 0.2
+    assert await reason_of(client, "text", "one") == "slow"
+
+
+async def reason_of(client: EncoderClient, text: str, tenant: str) -> str:
+    with pytest.raises(EncoderUnavailableError) as caught:
+        await client.embed(text, tenant)
+    return caught.value.reason
+
+
+async def test_queue_of_one_tenant_leaves_room_and_turns_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoder_client, "_MAX_WAITING", 8)
+    client = EncoderClient(EncoderSettings(Path("/x"), timeout_s=60))
+    client.dims = 4
+    many = [asyncio.create_task(client.embed(f"many {i}", "many")) for i in range(9)]
+    few = [asyncio.create_task(client.embed(f"few {i}", "few")) for i in range(5)]
+    await asyncio.sleep(0.01)
+    # Each has half of the places; the newest of the first one gave way.
+    refused = [task.done() for task in (*many, *few)]
+    assert refused == [False] * 4 + [True] * 5 + [False] * 4 + [True]
+    assert len(client._queue) == 8
+    texts = [one.text for one in client._queue.take(5)]
+    assert texts == ["many 0", "few 0", "many 1", "few 1", "many 2"]
+    assert [one.text for one in client._queue.take(9)] == ["few 2", "many 3", "few 3"]
+    assert not len(client._queue)
+    for task in (*many, *few):
+        task.cancel()
+    found = await asyncio.gather(*many, *few, return_exceptions=True)
+    assert {getattr(e, "reason", None) for e in found} == {"busy", None}
+
+
+async def test_batches_take_half_of_the_limit() -> None:
+    client = EncoderClient(EncoderSettings(Path("/x"), timeout_s=0.05))
+    sizes = []
+    for client._text_s in (0.0, 0.0001, 0.005, 0.01, 3.0):
+        sizes.append(client._batch_size())
+    assert sizes == [16, 16, 5, 2, 1]
+
+
 async def test_embed_beyond_the_queue_is_refused_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
