@@ -20,6 +20,7 @@ _FOLDER = "an expert's folder decides it, because experts of a pool differ in it
 _CODE = "it names Python code to import, and a config brings no code"
 _FILES = "the model store fetches and checks files before an engine starts"
 _PLACED = "Ray places replicas and gives each its GPUs on one node; set {}"
+_WRITES = "it makes engines write files to a place of its own, which nothing here bounds or removes"
 _MESSAGES = "it opens the engine to other processes than its pool, which would pass by its accounts"
 
 
@@ -96,6 +97,11 @@ OWNED: dict[str, str] = {
     "worker_cls": "the pool's worker swaps weights and steers gates",
     "worker_extension_cls": "the pool's worker swaps weights and steers gates",
     "additional_config": "the pool's worker gets its settings through it",
+    # Files.
+    "mm_encoder_fp8_scale_save_path": _WRITES,
+    "mm_encoder_fp8_scale_save_margin": _WRITES,
+    "profiler_config": _WRITES
+    + "; `/admin` has no profiler, and traces go to telemetry.traces_url",
     # Requests.
     "allowed_local_media_path": "requests could read files of this machine",
     "enable_prompt_embeds": "requests could bring tensors, whose sizes nothing here bounds",
@@ -234,8 +240,6 @@ PASSED = frozenset(
         "mm_encoder_attn_backend",
         "mm_encoder_attn_dtype",
         "mm_encoder_fp8_scale_path",
-        "mm_encoder_fp8_scale_save_path",
-        "mm_encoder_fp8_scale_save_margin",
         "renderer_num_workers",
         "skip_mm_profiling",
         "video_pruning_rate",
@@ -282,7 +286,6 @@ PASSED = frozenset(
         "engram_config",
         "kernel_config",
         "enable_flashinfer_autotune",
-        "profiler_config",
         "reasoning_config",
         "generation_config",
         "sleep_mode_offload_cudagraph",
@@ -387,6 +390,15 @@ def _sensible(args: dict[str, Any]) -> dict[str, Any]:
     for name in ("backend", "inductor_passes"):
         if "." in str(compilation.get(name, "")):
             raise ValueError(f"compilation_config.{name} can't be given to vLLM: {_CODE}")
+    for name in map(argument_name, compilation):
+        if name in ("debug_dump_path", "cache_dir"):
+            raise ValueError(f"compilation_config.{name} can't be given to vLLM: {_WRITES}")
+    defaults = args.get("generation_config", "auto")
+    if defaults not in ("auto", "vllm"):
+        raise ValueError(
+            "generation_config should be auto, the defaults of the expert's folder, or vllm, those "
+            f"of vLLM, not {shown(defaults)}; {_FOLDER}"
+        )
     draft = args.get("speculative_config", {})
     if not isinstance(draft, dict):
         raise ValueError(f"speculative_config should be a mapping, not {shown(draft)}")

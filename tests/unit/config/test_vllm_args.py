@@ -68,6 +68,7 @@ def test_other_argument_needs_no_vllm_and_keeps_its_value(name: str) -> None:
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+        "generation_config": "vllm",
     }
     value = values.get(name, {"any": ["thing"]})
     given = config({name.replace("_", "-"): value}).pools["p"].vllm
@@ -94,6 +95,12 @@ def test_other_argument_needs_no_vllm_and_keeps_its_value(name: str) -> None:
         ({"compilation_config": {"backend": "os.system"}}, "Python code to import"),
         ({"compilation_config": '{"backend": "os.system"}'}, "should be a mapping, not"),
         ({"compilation_config": {"inductor_passes": {"x": "os.system"}}}, "Python code to import"),
+        ({"compilation_config": {"debug_dump_path": "/tmp/x"}}, "write files to a place"),
+        ({"compilation_config": {"cache-dir": "/tmp/x"}}, "write files to a place"),
+        ({"profiler_config": {"torch_profiler_dir": "/tmp/x"}}, "write files to a place"),
+        ({"mm-encoder-fp8-scale-save-path": "/etc/x"}, "write files to a place"),
+        ({"generation_config": "/etc"}, "should be auto"),
+        ({"generation_config": {"a": 1}}, "should be auto"),
         ({"kv_cache_dtype": 8}, "should be a text, not 8"),
         ({"quantization": {}}, "should be a text, not {}"),
         ({"pipeline_parallel_size": 0}, "whole number of at least 1, not 0"),
