@@ -29,7 +29,10 @@ _KEYS = frozenset({"bytes", "family", "swap_s", "load_s", "start_s", "busy_s"})
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a file of sizes says of an expert; None where it says nothing."""
+    """What a file of sizes says of an expert; None where it says nothing.
+
+    `bytes` are those of the weights. On a CPU they count twice, as the memory plan counts them.
+    """
 
     bytes: int | None = None
     family: str | None = None
@@ -232,7 +235,7 @@ def _unit(
     info = _info(config, name)
     packing = 1 if on_gpu else PACKING
     if given.bytes is not None:
-        size = given.bytes
+        size = given.bytes * packing
     elif info is not None:
         size = weights_bytes(info, options.dtype) * packing
     elif (billions := billions_in_name(config.experts[name].model or "")) is not None:

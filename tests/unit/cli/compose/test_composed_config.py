@@ -43,7 +43,7 @@ class Case:
             weights = {"f": 300, "g": 500}[family] * MIB
             self.infos[name] = model(path=Path(name), weight_bytes=weights, family=family)
             experts[name] = {"model": f"./{name}", "categories": [name], "pinned": True}
-            sizes[name] = Size(bytes=weights * (1 if on_gpu else PACKING), family=family)
+            sizes[name] = Size(bytes=weights, family=family)
         for name in [f"a{i}" for i in range(draw.randint(0, 3))]:
             base = draw.choice(names)
             self.infos[name] = adapter(parameters=8 * MIB)
@@ -398,3 +398,18 @@ def test_rebased_names_stay(tmp_path: Path, place: tuple[str, ...], value: str) 
 )
 def test_size_text_loses_nothing(size: int, text: int | str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(("on_gpu", "times"), [(True, 1), (False, PACKING)])
+def test_given_size_counts_as_often_as_in_the_memory_plan(on_gpu: bool, times: int) -> None:
+    pools = {"main": {"gpus": int(on_gpu), "vllm": {"dtype": "bfloat16", "kv_cache_bytes": KV}}}
+    config = read_config(
+        {"experts": {"a": {"model": "Org/A-1B"}}, "pools": pools}, "base", Path(".")
+    )
+    options = config.pools["main"].vllm
+    (unit,) = candidates(
+        config, {"a": Size(bytes=3 * GIB)}, options, on_gpu=on_gpu, merge=False, wanted={"a"}
+    ).units
+    info = model(path=Path("a"), weight_bytes=3 * GIB)
+    plan = plan_pool(config, "main", lambda _: info)
+    assert unit.size_bytes == times * 3 * GIB == plan.engines[0].weight_bytes
