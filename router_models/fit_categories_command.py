@@ -26,7 +26,7 @@ from service.classifier.artifact import Artifact
 from service.classifier.classifier import Classifier
 from service.classifier.static_table import BUILT_IN, StaticTable
 from service.encoder.onnx_encoder import OnnxEncoder
-from service.models.encoders import require_encoder
+from service.models.encoder_store import require_encoder
 
 Say = Callable[[str], None]
 

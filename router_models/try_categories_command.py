@@ -24,7 +24,7 @@ from service.classifier.static_table import BUILT_IN, StaticTable
 from service.config import load_config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ConfigError
-from service.models.encoders import require_encoder
+from service.models.encoder_store import require_encoder
 
 
 def run(path: Path, *, encoder: str | None = None, test: Sequence[Path] = ()) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.semantic_router import RoutingSetup
-from service.models.encoders import require_encoder
+from service.models.encoder_store import require_encoder
 from service.telemetry import metrics
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry

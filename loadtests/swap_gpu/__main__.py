@@ -24,9 +24,9 @@ from loadtests.lib.targets import Report, Table, at_least
 from loadtests.swap.shared_engine import ask, prepare
 from loadtests.swap_gpu.random_llama import SHAPES, WORDS, Shape, write_random
 from service.config import VllmOptions
+from service.engine.shared_weight_cache import SharedWeightCache
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
-from service.engine.weight_cache import SharedWeightCache
 
 _OF_BANDWIDTH = 0.8
 _CHUNK_BYTES = 1 << 30

@@ -58,7 +58,7 @@ from service.classifier.heads import PROBE_TEXT, Head, log_softmax
 from service.classifier.static_table import BUILT_IN, StaticTable
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import CoeError
-from service.models.encoders import require_encoder
+from service.models.encoder_store import require_encoder
 
 Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32]

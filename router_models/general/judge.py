@@ -27,7 +27,7 @@ from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.static_table import BUILT_IN, StaticTable
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import CoeError
-from service.models.encoders import require_encoder
+from service.models.encoder_store import require_encoder
 from service.types import CategoryScores
 
 WHEN_BELOW = 0.8

@@ -40,7 +40,7 @@ def pull(
     """Fetch NAME: a name of the built-in catalogue, a folder (./NAME) or ORG/REPO[@COMMIT]."""
     from service.models import locate, pinned_source
     from service.models import pull as fetch
-    from service.models.encoders import is_encoder, pull_encoder
+    from service.models.encoder_store import is_encoder, pull_encoder
 
     if encoder and name is None:
         raise click.UsageError("--encoder needs NAME")

@@ -67,7 +67,7 @@ def _with_models(config: Config) -> Config:
 
 def _fetch_encoder(config: Config, root: Path | None) -> None:
     """Fetch the router's encoder. Without it the router goes on with its first stage."""
-    from service.models.encoders import locate_encoder, pull_encoder
+    from service.models.encoder_store import locate_encoder, pull_encoder
 
     if config.router.encoder is None:
         return

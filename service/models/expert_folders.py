@@ -8,7 +8,7 @@ from pathlib import Path
 from service.config import Config
 from service.errors import CoeError
 from service.models import inspect_model, locate, pull
-from service.models.file_version import version_of
+from service.models.weights_version import version_of
 
 
 def _source(config: Config, expert: str) -> tuple[str, Path | None]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from service.config import Config, PoolConfig
 from service.engine.base import EngineObserver, SwappingEngine
 from service.engine.lazy_engine import LazyEngine
+from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import Sleeper, SleepingEngines
-from service.engine.weight_cache import SharedWeightCache, remove_dead_folders
 from service.errors import CoeError, ConfigError
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import folder_here, folder_of

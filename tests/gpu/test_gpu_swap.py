@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.weight_cache import SharedWeightCache
+from service.engine.shared_weight_cache import SharedWeightCache
 from tests.support.engine.real import ask, demo
 from tests.support.models import small_model
 

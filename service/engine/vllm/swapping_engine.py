@@ -29,15 +29,15 @@ from service.engine.base import (
     Message,
     SwapResult,
 )
+from service.engine.shared_weight_cache import EngineShare, SharedWeightCache
 from service.engine.steering_data import MERGED_KEY, PLACES_KEY, Steering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
 from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
-from service.engine.weight_cache import EngineShare, SharedWeightCache
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 from service.models import ModelInfo, inspect_model
-from service.models.file_version import version_of
 from service.models.lora_merge import LoraDelta
+from service.models.weights_version import version_of
 
 _T = TypeVar("_T")
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from service.models.file_version import files_in
+from service.models.weights_version import files_in
 
 # Weights and documentation do not change tokenization. All other files count, whatever their names,
 # because tokenizers have many formats.

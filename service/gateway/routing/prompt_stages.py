@@ -36,7 +36,7 @@ from service.encoder.encoder_client import (
     EncoderUnavailableError,
 )
 from service.encoder.shared_encoders import SharedEncoders
-from service.models.encoders import locate_encoder
+from service.models.encoder_store import locate_encoder
 from service.telemetry import metrics
 from service.telemetry.metrics_registry import MetricsRegistry
 

@@ -15,7 +15,7 @@ import pytest
 
 from service.engine import shared_memory
 from service.engine.shared_memory import Tensor, layout_of, map_file, write_file
-from service.engine.weight_cache import (
+from service.engine.shared_weight_cache import (
     KEEP_ENDED_S,
     KEEP_EVICTED_S,
     EngineShare,
@@ -23,7 +23,7 @@ from service.engine.weight_cache import (
     remove_dead_folders,
 )
 from service.errors import ExpertFailedError
-from service.models.file_version import version_of
+from service.models.weights_version import version_of
 
 TENSORS = {
     "w": Tensor("float32", (3, 4), 48),
@@ -349,7 +349,7 @@ def test_shared_cache_removes_folders_of_dead_pools_only(tmp_path: Path) -> None
     living = SharedWeightCache(None, root=tmp_path)
     pool = child(
         """
-from service.engine.weight_cache import SharedWeightCache
+from service.engine.shared_weight_cache import SharedWeightCache
 cache = SharedWeightCache(None, root=Path(sys.argv[1]))
 (cache.folder / "x.weights").write_bytes(b"x")
 print(cache.folder, flush=True)

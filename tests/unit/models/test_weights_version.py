@@ -15,7 +15,7 @@ from service.deployment.config_reload import RunningConfig, reload
 from service.engine.base import EngineRequest, Send
 from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
-from service.models.file_version import version_of
+from service.models.weights_version import version_of
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.telemetry.pool_metrics import PoolMetrics

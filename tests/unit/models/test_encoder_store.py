@@ -13,7 +13,7 @@ from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ModelStoreError
 from service.models import model_store, pip_wheel
 from service.models.builtin_models import ENCODERS, EncoderEntry
-from service.models.encoders import (
+from service.models.encoder_store import (
     QUANTISED,
     locate_encoder,
     pull_encoder,

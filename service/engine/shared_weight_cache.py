@@ -23,7 +23,7 @@ from pathlib import Path
 
 from service.engine.shared_memory import SUFFIX, UNFINISHED_SUFFIX
 from service.errors import ExpertFailedError
-from service.models.file_version import version_of
+from service.models.weights_version import version_of
 
 log = logging.getLogger("coe.engine")
 
