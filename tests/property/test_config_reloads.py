@@ -8,7 +8,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.pool.test_factory import Running, config
+from tests.unit.pool.test_pool_builder import Running, config
 
 _EXPERTS = "abcdef"
 
