@@ -31,6 +31,7 @@ from service.config.price_unit import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
 from service.config.server import EncoderConfig, RouterConfig, ServerConfig
+from service.config.sessions import SessionsConfig
 from service.config.shadow import PromoteConfig, ShadowConfig
 from service.config.telemetry import TelemetryConfig
 from service.config.tenants import (
@@ -450,6 +451,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("router", "presets", "fast"): FastPresetConfig,
     ("router", "presets", "auto"): AutoPresetConfig,
     ("router", "presets", "best"): BestPresetConfig,
+    ("router", "sessions"): SessionsConfig,
     ("router", "encoder"): EncoderConfig,
     ("categories", "*"): CategoryConfig,
     ("telemetry",): TelemetryConfig,

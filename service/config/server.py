@@ -146,7 +146,8 @@ class RouterConfig(Section):
         None,
         description="Folder of a router artifact, relative to this file. Without one, the built-in "
         "`general@1` sorts prompts into 26 everyday categories, unless there are `categories` with "
-        "examples. `none` leaves it out; then `auto` always means `fallback`.",
+        "examples. `none` leaves it out; without such categories `auto` then always means "
+        "`fallback`.",
     )
     fallback: str | None = Field(
         None,

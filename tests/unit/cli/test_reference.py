@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from service.cli import cli
 from service.cli.reference import DOCUMENTS, metrics_reference, write_documents
 from service.config import SECTIONS, parse_config
+from service.config.base import Section
 from service.telemetry.metrics import METRICS
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +32,21 @@ def test_write_documents_twice_changes_nothing_the_second_time(tmp_path: Path) -
 def test_metrics_reference_has_a_row_for_every_metric() -> None:
     text = metrics_reference()
     assert all(f"| `{metric.name}` |" in text for metric in METRICS)
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections that a key's type may hold, by name or as itself."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in sections_in(part)]
+
+
+def test_every_section_of_the_config_is_listed_as_a_section() -> None:
+    listed = set(SECTIONS.values())
+    for place, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            for inner in sections_in(field.annotation):
+                assert inner in listed, (*place, name)
 
 
 def test_reference_config_names_every_key_and_is_yaml_once_uncommented() -> None:
