@@ -2,8 +2,13 @@
 
 The sandbox (`sandbox_init`) has no network, no home, nothing that can be written, no further
 processes, and bounds on memory and time. It gets the expressions of the tests, not what their
-values should be: in `assert f(2) == 4` it computes `f(2)`, and the comparison is made here. An
-answer that prints, exits or writes to the sandbox's channel can't pass by that.
+values should be: in `assert f(2) == 4` it computes `f(2)`, and the comparison is made here.
+
+The answer runs in the process that writes the values, so that it can write any value for any test.
+What holds is that it has to know the value. It is not told it where an assertion compares with a
+literal (also by a distance, `math.isclose`, a chain, `not` or `and`). It can pass by writing `true`
+where an assertion is computed as a whole: two computed sides, `or`, `isinstance`, `all` and other
+calls. Nothing inside of one process can prevent that, so prefer literals in tests.
 """
 
 from __future__ import annotations
@@ -138,24 +143,79 @@ def _names_of(tests: list[str]) -> set[str]:
 
 
 def _split(test: str) -> _Test:
-    """Split a test at its last assertion.
-
-    Where one side of a comparison is a literal, the sandbox computes the other side only. It
-    computes any other assertion as a whole, as true or false.
-    """
+    """Split a test at its last assertion: what the sandbox computes, and what must come of it."""
     *before, last = ast.parse(test).body
     assert isinstance(last, ast.Assert)
     setup = "\n".join(map(ast.unparse, before))
-    claim = last.test
-    if isinstance(claim, ast.Compare) and len(claim.ops) == 1:
-        compare = _OPERATORS[type(claim.ops[0])]
-        left, right = _literal(claim.left), _literal(claim.comparators[0])
-        if right is not _NONE and left is _NONE:
-            return _Test(setup, ast.unparse(claim.left), lambda v: bool(compare(v, right)))
-        if left is not _NONE and right is _NONE:
-            other = claim.comparators[0]
-            return _Test(setup, ast.unparse(other), lambda v: bool(compare(left, v)))
-    return _Test(setup, f"bool({ast.unparse(claim)})", lambda value: value is True)
+    computed, passes = _claim(last.test)
+    return _Test(setup, ast.unparse(computed), passes)
+
+
+_Passes = Callable[[Any], bool]
+
+
+def _claim(node: ast.expr) -> tuple[ast.expr, _Passes]:
+    """Split what is claimed: an expression for the sandbox, and what its value must be.
+
+    The expression tells as little as can be of what the value must be. `passes` raises where the
+    value is of a wrong kind.
+    """
+    match node:
+        case ast.UnaryOp(ast.Not(), inner):
+            computed, inner_passes = _claim(inner)
+            return computed, lambda value: not inner_passes(value)
+        case ast.BoolOp(ast.And(), parts):
+            # All have to be true, so that all of them would be computed anyway.
+            claims = [_claim(part) for part in parts]
+            together = ast.Tuple([computed for computed, _ in claims], ast.Load())
+            tests = [passes for _, passes in claims]
+            return together, lambda values: all(
+                passes(value) for passes, value in zip(tests, values, strict=True)
+            )
+        case ast.Compare(left, ops, rights):
+            sides = [left, *rights]
+            open_sides = [i for i, side in enumerate(sides) if _literal(side) is _NONE]
+            if len(open_sides) == 1:
+                at = open_sides[0]
+                values = [_literal(side) for side in sides]
+                compares = [_OPERATORS[type(op)] for op in ops]
+                computed, measure = _measure(sides[at])
+                return computed, lambda value: _holds(
+                    [*values[:at], measure(value), *values[at + 1 :]], compares
+                )
+        case ast.Call(ast.Attribute(ast.Name("math"), "isclose"), [a, b]):
+            options = {str(word.arg): _literal(word.value) for word in node.keywords}
+            known = {*options} <= {"rel_tol", "abs_tol"} and _NONE not in options.values()
+            one, other = _literal(a), _literal(b)
+            if known and (one is _NONE) != (other is _NONE):
+                fixed = other if one is _NONE else one
+                return (a if one is _NONE else b), lambda value: math.isclose(
+                    value, fixed, **options
+                )
+    whole = ast.Call(ast.Name("bool", ast.Load()), [node], [])
+    return whole, _is_true
+
+
+def _measure(node: ast.expr) -> tuple[ast.expr, Callable[[Any], Any]]:
+    """Take the distance from a literal out of an expression, as in `abs(f(2) - 4.0) < 1e-6`."""
+    match node:
+        case ast.Call(ast.Name("abs"), [ast.BinOp(left, ast.Sub(), right)], []):
+            one, other = _literal(left), _literal(right)
+            if one is _NONE and other is not _NONE:
+                return left, lambda value: abs(value - other)
+            if other is _NONE and one is not _NONE:
+                return right, lambda value: abs(one - value)
+    return node, lambda value: value
+
+
+def _holds(values: list[Any], compares: list[Callable[[Any, Any], Any]]) -> bool:
+    return all(compare(a, b) for a, b, compare in zip(values, values[1:], compares, strict=False))
+
+
+def _is_true(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false is needed")
+    return value
 
 
 def _literal(node: ast.expr) -> Any:

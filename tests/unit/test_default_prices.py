@@ -51,6 +51,10 @@ REMOTE = {"url": "http://localhost:1/v1", "model": "m"}
         ("org/abc7be", None),
         ("org/0B", None),
         ("70B/folder", None),
+        # One size alone is taken for that of a dense model.
+        ("allenai/OLMoE-1B-7B-0924", 1),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", 17),
+        ("openai/gpt-oss-120b", 120),
     ],
 )
 def test_billions_in_name_reads_the_active_size(name: str, billions: float | None) -> None:

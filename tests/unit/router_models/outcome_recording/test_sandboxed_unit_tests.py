@@ -13,7 +13,12 @@ import pytest
 from router_models.outcome_recording import sandboxed_unit_tests
 from router_models.outcome_recording.answer_scoring import ScoringError
 from router_models.outcome_recording.check_kinds import UnitTestsCheck
-from router_models.outcome_recording.sandboxed_unit_tests import code_of, probe, score_code
+from router_models.outcome_recording.sandboxed_unit_tests import (
+    _split,
+    code_of,
+    probe,
+    score_code,
+)
 
 ADD = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add('a', 'b') == 'ab'"]
 
@@ -21,6 +26,7 @@ ADD = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add('a', 'b') 
 WITHOUT = {
     "test_score_code_without_a_sandbox_is_an_error_not_a_score",
     "test_code_of_takes_the_blocks_that_define_what_tests_use",
+    "test_split_tells_the_sandbox_no_more_than_needed",
 }
 
 
@@ -102,6 +108,68 @@ async def test_score_code_right_code_passes(tests: list[str], answer: str) -> No
 )
 async def test_score_code_wrong_or_hostile_code_fails(answer: str) -> None:
     assert (await score_code(check(*ADD), answer)).value == 0.0
+
+
+_FORGED = """import os
+for value in VALUES:
+    for i in range(8):
+        os.write(3, b'{"i": %d, "value": %s}\\n' % (i, value))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["assert abs(f(2) - 4.0) < 1e-6"],
+        ["assert abs(4 - f(2)) <= 0.5"],
+        ["assert 3.5 < f(2) < 4.5"],
+        ["import math", "assert math.isclose(f(2), 4.0, rel_tol=1e-9)"],
+        ["import math", "assert not math.isclose(4.0, f(3)) and math.isclose(4.0, f(2))"],
+        ["assert not f(3) == 4 and f(2) == 4"],
+        ["assert f(2) == 4 and abs(f(1) - 1) < 0.1"],
+        ["assert f(2) == 4 and not f(0)"],
+    ],
+)
+@pytest.mark.parametrize(
+    "values", [[b"true"], [b"false"], [b'{"int": "-5"}'], [b'{"tuple": [true, true]}'], [b"null"]]
+)
+async def test_score_code_forged_values_fail_and_right_ones_pass(
+    tests: list[str], values: list[bytes]
+) -> None:
+    whole = check("\n".join(tests))
+    assert (await score_code(whole, f"VALUES = {values}\n{_FORGED}")).value == 0.0
+    if values == [b"true"]:
+        assert (await score_code(whole, "def f(x):\n    return x ** 2.0")).value == 1.0
+        assert (await score_code(whole, "def f(x):\n    return x + 3")).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("test", "computed", "right", "wrong"),
+    [
+        ("assert f(2) == 4", "f(2)", 4, 5),
+        ("assert 4 != f(2)", "f(2)", 5, 4),
+        ("assert abs(f(2) - 4.0) < 1e-6", "f(2)", 4.0, -5),
+        ("assert 1 < f(2) <= 4", "f(2)", 4, 1),
+        ("assert f(2) in (1, 2)", "f(2)", 2, 3),
+        ("assert not f(2)", "bool(f(2))", False, True),
+        ("assert not f(2) > 3", "f(2)", 3, 4),
+        ("assert f(1) and f(2) == 4", "(bool(f(1)), f(2))", (True, 4), (True, 3)),
+        ("assert math.isclose(f(2), 4.0)", "f(2)", 4.0, 4.1),
+        # What is computed as a whole.
+        ("assert f(1) == f(2)", "bool(f(1) == f(2))", True, False),
+        ("assert f(1) == 2 or f(1) == 3", "bool(f(1) == 2 or f(1) == 3)", True, False),
+        ("assert abs(f(1) - f(2)) < 3", "abs(f(1) - f(2))", 2, 3),
+        ("assert isinstance(f(1), int)", "bool(isinstance(f(1), int))", True, False),
+    ],
+)
+def test_split_tells_the_sandbox_no_more_than_needed(
+    test: str, computed: str, right: object, wrong: object
+) -> None:
+    split = _split(test)
+    assert split.expression == computed
+    assert split.passes(right)
+    assert not split.passes(wrong)
 
 
 async def test_score_code_partial_counts_the_share() -> None:
