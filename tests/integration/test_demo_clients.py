@@ -19,6 +19,7 @@ from tests.support.cluster import Service
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 EXPERTS = ["general", "math", "intents", "code"]
+RECIPES = ["second-try"]
 
 
 def test_anthropic_client(demo: Service) -> None:
@@ -93,6 +94,6 @@ def test_examples_run(demo: Service) -> None:
         assert output.strip(), f"{script.name} says nothing"
 
 
-def test_official_client_lists_every_expert(demo: Service) -> None:
+def test_official_client_lists_every_expert_and_recipe(demo: Service) -> None:
     with openai.OpenAI(base_url=demo.url + "/v1", api_key="none", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == ["auto", *EXPERTS]
+        assert [model.id for model in client.models.list()] == ["auto", *EXPERTS, *RECIPES]
