@@ -62,6 +62,7 @@ def engine_arguments_unchecked(config: Config) -> str | None:
 def plans_of(config: Config) -> list[Any]:
     """Return the checked memory plan of each pool."""
     from service import host_memory
+    from service.gpu_devices import largest_gpu_bytes
     from service.models import inspect_model, locate
     from service.pool.memory_plan import check_plan, folders_of, plan_pool
 
@@ -71,10 +72,14 @@ def plans_of(config: Config) -> list[Any]:
         source: folder for source in sources if (folder := locate(source, root=root)) is not None
     }
     machine_bytes = host_memory.total_bytes()
+    on_gpu = any(pool.gpus > 0 for pool in config.pools.values())
+    gpu_bytes = largest_gpu_bytes() if on_gpu else None
     plans = []
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
-        plan = plan_pool(config, kind, lambda name: inspect_model(folders[name]))
+        plan = plan_pool(
+            config, kind, lambda name: inspect_model(folders[name]), gpu_bytes=gpu_bytes
+        )
         check_plan(plan, machine_bytes)
         plans.append(plan)
     return plans
@@ -154,6 +159,11 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
             rows.append((plan.kind, "(its host memory)", size(plan.host_bytes), "", ""))
     table(("pool", "experts", "weights", "KV cache", "in all"), rows)
     for plan in plans:
+        for engine, share in zip(plan.engines, plan.gpu_shares, strict=False):
+            where = f" on GPU {', '.join(map(str, share.device_ids))}" if share.device_ids else ""
+            click.echo(
+                f"{plan.kind}: {engine.base}{where}: gpu_memory_utilization {share.utilization:g}"
+            )
         for line in (*plan.moe, *plan.notes):
             click.echo(f"{plan.kind}: {line}")
         for name, other in plan.shared.items():

@@ -10,12 +10,13 @@ from pathlib import Path
 from service.cli.machine_resources import Machine
 from service.cli.table_output import size
 from service.models.public_models import TRIOS, Trio
+from service.pool.gpu_memory_plan import ENGINE_BYTES as GPU_ENGINE_BYTES
+from service.pool.gpu_memory_plan import VLLM_SHARE
 from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES
 
 _GIB = 1024**3
-# vLLM and its workspace on a GPU, for each engine.
-_GPU_ENGINE_BYTES = 2 * _GIB
-_GPU_SHARE = 0.9
+# A little below the share that the memory plan allows, because weight files differ in size.
+_GPU_SHARE = VLLM_SHARE - 0.02
 _MEMORY_SHARE = 0.75
 _DISK_SHARE = 0.8
 # One core decodes about this many float32 parameters at reading speed.
@@ -68,7 +69,7 @@ def propose(machine: Machine) -> list[Proposal]:
 def _on_gpu(trio: Trio, machine: Machine) -> Proposal | None:
     room = _GPU_SHARE * max(gpu.memory_bytes for gpu in machine.gpus)
     kv_bytes = max(_GIB, trio.largest_bytes // 8 // _GIB * _GIB)
-    engine_bytes = kv_bytes + _GPU_ENGINE_BYTES
+    engine_bytes = kv_bytes + GPU_ENGINE_BYTES
     all_bytes = trio.total_bytes + engine_bytes * len(trio.models)
     if all_bytes <= room:
         return Proposal(trio, True, None, kv_bytes, all_bytes, trio.total_bytes)

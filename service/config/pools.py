@@ -186,7 +186,11 @@ class PoolConfig(Section):
         description="When replicas are added and removed, where max_replicas is above "
         "min_replicas. Default: the section's defaults.",
     )
-    gpus: float = Field(0, ge=0, description="GPUs that a replica requests from Ray.")
+    gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that a replica requests from Ray: a whole number, or a share below 1.",
+    )
     cpus: float = Field(
         0.5, ge=0, description="CPUs that a replica requests from Ray, for placement only."
     )
@@ -254,21 +258,27 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _check_parallel(self) -> PoolConfig:
         spread = [name for name in PARALLEL if self.vllm.parallel(name) > 1]
-        if not spread or self.engine != "vllm":
+        if self.engine != "vllm" or (self.gpus == 0 and not spread):
             return self
-        where = f"vllm.args.{spread[0]}"
+        where = f"vllm.args.{spread[0]}" if spread else "vllm.tensor_parallel_size"
         if self.gpus == 0:
             raise ValueError(
                 f"{where}: on CPU an engine is one process; min_replicas and max_replicas add more"
             )
         needed = self.vllm.engine_gpus
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(
+                f"gpus: should be a whole number, or a share below 1, not {self.gpus:g}"
+            )
+        if needed == 1:
+            return self
         if self.gpus < needed:
             raise ValueError(
                 f"{where}: an engine needs {needed} GPUs (tensor_parallel_size × "
                 f"pipeline_parallel_size × data_parallel_size), and a replica has {self.gpus:g} "
                 "(gpus)"
             )
-        if self.vllm.moe_capture is not None:
+        if spread and self.vllm.moe_capture is not None:
             raise ValueError(f"{where}: vllm.moe_capture sees one pipeline stage of one rank only")
         return self
 

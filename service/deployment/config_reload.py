@@ -23,6 +23,7 @@ from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.gateway.auth import configured
 from service.gateway.routing.semantic_router import RoutingSetup
+from service.gpu_devices import largest_gpu_bytes
 from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
@@ -149,8 +150,13 @@ def reload(file: Path) -> dict[str, list[str]]:
         for source in sources
     }
     folders = folders_of(config, found) if sources else {}
+    on_gpu = any(pool.gpus > 0 for pool in config.pools.values())
+    gpu_bytes = largest_gpu_bytes() if on_gpu else None
     for kind in config.pools:
-        check_plan(plan_pool(config, kind, lambda name: inspect_model(folders[name])), None)
+        plan = plan_pool(
+            config, kind, lambda name: inspect_model(folders[name]), gpu_bytes=gpu_bytes
+        )
+        check_plan(plan, None)
     profiles, files = profile_digests(config), _files(config)
     RunningConfig(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts

@@ -7,6 +7,7 @@ expert's engine is started at its first swap, while the other engines sleep.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -33,6 +34,8 @@ class SleepingEngines:
         units: The names of each unit's experts. The unit's own name comes first.
         build: A function that makes a unit's engine.
         sizes: By unit, bytes of host memory that it takes while it sleeps; empty at level 2.
+        turn: A lock that all of a pool's slots share. vLLM measures a GPU's memory while an engine
+            starts, and fails where another engine frees some meanwhile.
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class SleepingEngines:
         units: Mapping[str, tuple[str, ...]],
         build: Callable[[str], Sleeper],
         sizes: Mapping[str, int],
+        turn: asyncio.Lock | None = None,
     ) -> None:
+        self._turn = turn or asyncio.Lock()
         self._units = units
         self._build = build
         self._sizes = sizes
@@ -60,8 +65,9 @@ class SleepingEngines:
         Raises:
             ExpertFailedError: The engine can't start.
         """
-        engine = self._engines[self._awake] = self._build(self._awake)
-        return await engine.start()
+        async with self._turn:
+            engine = self._engines[self._awake] = await asyncio.to_thread(self._build, self._awake)
+            return await engine.start()
 
     async def load(self, expert: str, adapter: str | None = None) -> None:
         await self._engines[self._awake].load(expert, adapter)
@@ -85,6 +91,10 @@ class SleepingEngines:
             ExpertFailedError: The other engine can't start. The running unit is awake again.
             EngineDeadError: An engine can't sleep or wake.
         """
+        async with self._turn:
+            return await self._exchange(expert)
+
+    async def _exchange(self, expert: str) -> SwapResult:
         began_s = time.monotonic()
         before = self._engines[self._awake]
         await self._must_succeed(before.sleep(), "it could not be put to sleep")
@@ -97,13 +107,15 @@ class SleepingEngines:
                 # The engine died while it slept. It is stopped before another engine starts.
                 del self._engines[expert]
                 await engine.stop()
-            engine = self._build(expert)
+            engine = None
             try:
+                engine = await asyncio.to_thread(self._build, expert)
                 await engine.start()
                 for name in self._units[expert]:
                     await engine.load(name)
             except CoeError:
-                await engine.stop()
+                if engine is not None:
+                    await engine.stop()
                 await self._must_succeed(before.wake(), "it could not be woken again")
                 raise
             self._engines[expert] = engine

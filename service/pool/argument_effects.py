@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,18 +52,6 @@ def check_arguments(config: Config, kind: str) -> None:
             given = pool.vllm.args.get(name)
             if given and (name != "gpu_memory_utilization" or pool.vllm.kv_cache_bytes is not None):
                 raise ConfigError(f"{where}.{name}: it has no effect: {why}")
-    share = pool.vllm.args.get("gpu_memory_utilization")
-    engines = len(config.groups(kind)) if pool.slots is None else pool.slots
-    engines = min(engines, len(config.groups(kind)))
-    decides = pool.gpus > 0 and pool.vllm.kv_cache_bytes is None
-    # Of engines that sleep, one has the memory.
-    decides = decides and pool.swap.method != "sleep"
-    if share is not None and decides and share * engines > 1:
-        raise ConfigError(
-            f"{where}.gpu_memory_utilization: {engines} engines of a replica share its GPUs, and "
-            f"each would take {share:g} of their memory; set it to at most "
-            f"{math.floor(100 / engines) / 100}, or set vllm.kv_cache_bytes"
-        )
 
 
 def _swapped_in_place(config: Config, kind: str) -> str | None:

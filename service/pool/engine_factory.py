@@ -5,7 +5,9 @@ Only this module and `factory` depend on both the config and the engine classes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -14,15 +16,24 @@ from typing import TYPE_CHECKING
 
 from service.config import Config, PoolConfig
 from service.engine.base import EngineObserver, SwappingEngine
+from service.engine.gpu_share import GpuShare
 from service.engine.lazy_engine import LazyEngine
 from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
 from service.engine.simulated import SimulatedEngine
 from service.engine.sleep_mode import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
+from service.gpu_devices import largest_gpu_bytes
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import folder_here, folder_of
 from service.moe.virtual_expert_profiles import profile_bytes, steering_of
-from service.pool.memory_plan import weights_bytes
+from service.pool.gpu_memory_plan import gpu_groups, utilization
+from service.pool.memory_plan import (
+    gpu_memory,
+    gpu_need_bytes,
+    sleepers_of,
+    slots_of,
+    weights_bytes,
+)
 from service.pool.slot_units import Unit
 
 if TYPE_CHECKING:
@@ -86,6 +97,10 @@ class EngineFactory:
         # The experts that simulated engines answer for. Running engines share this dict.
         self._simulated_experts: dict[str, None] = {}
         self._cache: SharedWeightCache | None = None
+        # By dedicated unit, the index of its slot among the groups of GPUs.
+        self._gpu_index: dict[str, int] = {}
+        # Engines that share a GPU change their memory one at a time.
+        self._gpu_turn = asyncio.Lock()
         remove_dead_folders()
 
     @property
@@ -125,6 +140,7 @@ class EngineFactory:
     def forget(self, expert: str) -> None:
         """Forget the canary of a removed expert, because another expert may take its name."""
         self._canaries.pop(expert, None)
+        self._gpu_index.pop(expert, None)
 
     # --- units
 
@@ -164,11 +180,18 @@ class EngineFactory:
         if settings.engine == "simulated":
             return SimulatedEngine((base, *adapters), settings.simulated, self._observer)
         if adapters or self._config.experts[base].form != "merged":
-            return LazyEngine(partial(self._make_vllm, base, adapters))
-        return LazyEngine(partial(self._make_swapping, base, alone=True))
+            return LazyEngine(partial(self._make_vllm, base, adapters, self._index_of(base)))
+        slot = self._index_of(base)
+        return LazyEngine(partial(self._make_swapping, base, alone=True, slot=slot))
 
-    def shared_engine(self, first: str) -> SwappingEngine:
-        """Make an engine that starts with `first` and can run all units of its family."""
+    def shared_engine(self, first: str, slot: int | None = None) -> SwappingEngine:
+        """Make an engine that starts with `first` and can run all units of its family.
+
+        Args:
+            first: The unit that the engine starts with.
+            slot: The index of the slot among the pool's; None for a unit's own slot.
+        """
+        slot = self._index_of(first) if slot is None else slot
         settings = self._settings
         if settings.engine == "simulated":
             # A reload may be removing this expert, and then the new config lacks it.
@@ -181,14 +204,64 @@ class EngineFactory:
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
         method = self.swap_method
         if method == "sleep":
-            return LazyEngine(partial(self._make_sleeping, first))
+            return LazyEngine(partial(self._make_sleeping, first, slot))
         merged = self._config.experts[first].form == "merged"
         steered = any(self._config.needs(name) == first for name in self._simulated_experts)
         if adapters or (method == "respawn" and not merged and not steered):
-            return LazyEngine(partial(self._make_vllm, first, adapters))
-        return LazyEngine(partial(self._make_swapping, first, alone=method == "respawn"))
+            return LazyEngine(partial(self._make_vllm, first, adapters, slot))
+        alone = method == "respawn"
+        return LazyEngine(partial(self._make_swapping, first, alone=alone, slot=slot))
 
-    def _make_vllm(self, base: str, adapters: tuple[str, ...]) -> SwappingEngine:
+    # --- GPUs
+
+    def _index_of(self, unit: str) -> int:
+        """Return the index of a unit's own slot: the lowest that no other unit has."""
+        if unit not in self._gpu_index:
+            taken = set(self._gpu_index.values())
+            self._gpu_index[unit] = next(i for i in range(len(taken) + 1) if i not in taken)
+        return self._gpu_index[unit]
+
+    def _gpu_share(self, unit: tuple[str, ...], slot: int) -> GpuShare | None:
+        """Compute the part of the replica's GPUs that an engine takes. It may run nvidia-smi.
+
+        Returns:
+            The part, or None for a pool on CPU.
+
+        Raises:
+            ConfigError: vLLM's share of the GPUs can't hold the weights.
+            ModelStoreError: A folder could not be read.
+        """
+        settings = self._settings
+        if settings.gpus == 0:
+            return None
+        config, slots = self._config, slots_of(self._config, self._kind)
+        try:
+            groups = gpu_groups(settings, slots)
+        except ValueError as error:
+            # Checks of the config refuse this, and an engine that starts nevertheless has room.
+            log.warning("pools.%s.%s", self._kind, error)
+            groups = [tuple(range(settings.vllm.engine_gpus))]
+        given = settings.vllm.args.get("gpu_memory_utilization")
+        if given is None:
+            need = gpu_need_bytes(
+                config,
+                self._kind,
+                unit,
+                lambda name: inspect_model(
+                    Path(config.experts[name].adapter or folder_of(config, name))
+                ),
+            )
+            given = utilization(
+                settings,
+                need,
+                math.ceil(slots / len(groups)),
+                sleepers_of(config, self._kind),
+                gpu_memory(settings, largest_gpu_bytes()),
+            )
+        devices = groups[slot % len(groups)] if len(groups) > 1 else ()
+        return GpuShare(float(given), devices)
+
+    def _make_vllm(self, base: str, adapters: tuple[str, ...], slot: int) -> SwappingEngine:
         # The import takes seconds, and only a pool with real engines needs it.
         from service.engine.vllm.engine import VllmEngine, VllmModel
 
@@ -206,9 +279,10 @@ class EngineFactory:
             on_cpu=settings.gpus == 0,
             observer=self._observer,
             secrets=config.key_variables,
+            gpu_share=self._gpu_share((base, *adapters), slot),
         )
 
-    def _make_sleeping(self, first: str) -> SwappingEngine:
+    def _make_sleeping(self, first: str, slot: int) -> SwappingEngine:
         from service.engine.vllm.engine import VllmEngine, VllmModel
 
         config, settings = self._config, self._settings
@@ -227,12 +301,13 @@ class EngineFactory:
                 observer=self._observer,
                 sleep_level=level,
                 secrets=config.key_variables,
+                gpu_share=self._gpu_share(units[name], slot),
             )
 
         sizes = {n: self.unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
-        return SleepingEngines(first, units, build, sizes)
+        return SleepingEngines(first, units, build, sizes, self._gpu_turn)
 
-    def _make_swapping(self, first: str, *, alone: bool = False) -> SwappingEngine:
+    def _make_swapping(self, first: str, *, alone: bool = False, slot: int = 0) -> SwappingEngine:
         from service.engine.vllm.swapping_engine import SwappingVllmEngine
 
         settings = self._settings
@@ -249,6 +324,7 @@ class EngineFactory:
             observer=self._observer,
             cache=self.weight_cache(),
             secrets=self._config.key_variables,
+            gpu_share=self._gpu_share((first,), slot),
         )
 
     def weight_cache(self) -> SharedWeightCache | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from service.config import Config, ExpertConfig, PoolConfig
+from service.engine.gpu_share import GpuShare
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
@@ -29,6 +30,7 @@ from service.pool.argument_effects import (
     offloaded_bytes,
     share_bytes,
 )
+from service.pool.gpu_memory_plan import share_gpus, unknown_memory
 from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -89,6 +91,7 @@ class PoolPlan:
         warnings: A line for each setting that may not work as expected.
         notes: A line for each adapter with unusual settings that are supported.
         shared: The experts that take no memory, each with the expert whose weights answer for it.
+        gpu_shares: On a GPU, the part of the replica's GPUs that each engine takes.
     """
 
     kind: str
@@ -101,6 +104,7 @@ class PoolPlan:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
+    gpu_shares: tuple[GpuShare, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -118,6 +122,7 @@ def plan_pool(
     kind: str,
     inspect: Callable[[str], ModelInfo | AdapterInfo],
     inspect_folder: Callable[[Path], ModelInfo | AdapterInfo] = inspect_model,
+    gpu_bytes: int | None = None,
 ) -> PoolPlan:
     """Plan the memory of one replica of a pool.
 
@@ -126,6 +131,7 @@ def plan_pool(
         kind: The pool's name in the config.
         inspect: A function that reads an expert's folder.
         inspect_folder: A function that reads the folder of a model that drafts tokens.
+        gpu_bytes: The memory of one GPU in bytes, or None if it is unknown.
 
     Raises:
         ConfigError: An expert's folder does not match the config, or the config asks for
@@ -145,7 +151,7 @@ def plan_pool(
         pool, kind, inspect_folder, lambda info: weights_bytes(info, pool.vllm.dtype)
     )
     groups = config.groups(kind)
-    slots = len(groups) if pool.slots is None else min(pool.slots, len(groups))
+    slots = slots_of(config, kind)
     for unit in config.units(kind):
         _check_unit(config, unit, pool, inspect)
     grouped = [
@@ -174,6 +180,17 @@ def plan_pool(
         pool.swap.method == "sleep" and pool.swap.sleep_level == 1
     )
     replica_bytes = 0 if on_gpu else REPLICA_BYTES
+    warnings = [*_warnings(config, kind, inspect, _chatting(named, weights))]
+    gpu_shares: tuple[GpuShare, ...] = ()
+    if on_gpu:
+        gpu_bytes = gpu_memory(pool, gpu_bytes)
+        if gpu_bytes is None:
+            warnings.append(f"pools.{kind}: {unknown_memory(pool)}")
+        needs = [_gpu_need(engine, pool) for engine in engines]
+        try:
+            gpu_shares = share_gpus(pool, needs, sleepers_of(config, kind), gpu_bytes)
+        except ValueError as error:
+            raise ConfigError(f"pools.{kind}.{error}") from None
     return PoolPlan(
         kind,
         tuple(engines),
@@ -182,10 +199,59 @@ def plan_pool(
         on_gpu,
         moe,
         (held if on_gpu and caches else 0) + sum(engine.offloaded_bytes for engine in engines),
-        tuple(_warnings(config, kind, inspect, _chatting(named, weights))),
+        tuple(warnings),
         tuple(_notes(config, kind, inspect)),
         weights.shared,
+        gpu_shares,
     )
+
+
+def _gpu_need(engine: EnginePlan, pool: PoolConfig) -> int:
+    """Return the bytes of an engine's weights on each of its GPUs."""
+    weights = engine.weight_bytes + engine.adapter_bytes + engine.draft_bytes
+    return math.ceil(weights / pool.vllm.engine_gpus)
+
+
+def gpu_memory(pool: PoolConfig, found_bytes: int | None) -> int | None:
+    """Return the memory of one GPU: as it was found, or else by the config's `memory_bytes`.
+
+    The GPUs of a replica have `memory_bytes` together.
+    """
+    if found_bytes is not None or pool.memory_bytes is None:
+        return found_bytes
+    return int(pool.memory_bytes / pool.gpus)
+
+
+def sleepers_of(config: Config, kind: str) -> int:
+    """Return the number of engines of a replica that sleep beside those that are awake."""
+    pool = config.pools[kind]
+    groups = len(config.groups(kind))
+    return max(0, groups - slots_of(config, kind)) if pool.swap.method == "sleep" else 0
+
+
+def slots_of(config: Config, kind: str) -> int:
+    """Return the number of engines of a replica that are awake."""
+    slots, groups = config.pools[kind].slots, len(config.groups(kind))
+    return groups if slots is None else min(slots, groups)
+
+
+def gpu_need_bytes(
+    config: Config,
+    kind: str,
+    unit: tuple[str, ...],
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> int:
+    """Compute the bytes of a unit's weights on each GPU of its engine.
+
+    Raises:
+        ConfigError: vLLM's share of the GPUs can't hold the weights.
+        ModelStoreError: A folder could not be read.
+    """
+    pool = config.pools[kind]
+    draft = draft_bytes(
+        pool, kind, inspect_model, lambda info: weights_bytes(info, pool.vllm.dtype)
+    )
+    return _gpu_need(_plan_unit(config, unit, pool, inspect, draft), pool)
 
 
 def _notes(

@@ -75,7 +75,7 @@ class PoolBuilder:
         else:
             for i in range(slots):
                 units = tuple(unit for group in groups[i::slots] for unit in group)
-                pool.add(self._make_shared_slot(units))
+                pool.add(self._make_shared_slot(units, i))
 
     @property
     def _settings(self) -> PoolConfig:
@@ -311,12 +311,14 @@ class PoolBuilder:
             changed=self.pool.changed,
         )
 
-    def _make_shared_slot(self, units: tuple[tuple[str, ...], ...]) -> SharedSlot:
+    def _make_shared_slot(
+        self, units: tuple[tuple[str, ...], ...], index: int | None = None
+    ) -> SharedSlot:
         settings = self._settings
         simulated = settings.engine == "simulated"
         return SharedSlot(
             [self.engines.unit(experts) for experts in units],
-            self.engines.shared_engine,
+            partial(self.engines.shared_engine, slot=index),
             _policy(settings),
             capacity=settings.max_running,
             max_waiting=settings.max_queued_requests,

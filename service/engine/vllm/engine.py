@@ -27,6 +27,7 @@ from service.engine.base import (
 )
 from service.engine.cache_salt import CACHE_SALT
 from service.engine.deferred_response_start import DeferredStartSend
+from service.engine.gpu_share import GpuShare
 from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.expert_stats import EngineStats
 from service.engine.vllm.grammar_trials import GrammarTrials
@@ -95,6 +96,7 @@ class VllmEngine:
             them again, 0 where it can't sleep.
         secrets: Environment variables that the core must not inherit, in addition to variables
             with the name of a key.
+        gpu_share: The part of the GPUs that the engine takes. None leaves it to vLLM.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class VllmEngine:
         observer: EngineObserver | None = None,
         sleep_level: int = 0,
         secrets: Collection[str] = (),
+        gpu_share: GpuShare | None = None,
     ) -> None:
+        self._gpu_share = gpu_share
         self._model = model
         self._secrets = secrets
         self._sleep_level = sleep_level
@@ -151,6 +155,7 @@ class VllmEngine:
             embeds=self._model.embeds,
             adapters=len(self._model.adapters),
             sleep=self._sleep_level > 0,
+            gpu_share=self._gpu_share,
         )
         if self._routing_stats is not None:
             settings.worker_extension_cls = _CAPTURE_EXTENSION

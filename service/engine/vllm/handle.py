@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from service.config import VllmOptions
 from service.engine.base import Message, Send
 from service.engine.cache_salt import CACHE_SALT, with_salt
+from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
 from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets
 from service.errors import InvalidRequestError, OverCapacityError
@@ -63,6 +64,7 @@ class LaunchSettings:
         worker_cls: The dotted name of the worker class. It is empty for vLLM's own class.
         worker_extension_cls: The dotted name of the class that vLLM mixes into its worker.
         additional_config: Values for the worker, which vLLM passes in `additional_config`.
+        gpu_share: The part of the GPUs that the engine takes. None leaves it to vLLM.
     """
 
     model: str
@@ -76,6 +78,7 @@ class LaunchSettings:
     worker_cls: str = ""
     worker_extension_cls: str = ""
     additional_config: dict[str, object] = field(default_factory=dict)
+    gpu_share: GpuShare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +481,10 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
         args.enable_sleep_mode = True
     if options.kv_cache_bytes is not None:
         args.kv_cache_memory_bytes = options.kv_cache_bytes
+    if (share := settings.gpu_share) is not None:
+        args.gpu_memory_utilization = share.utilization
+        if share.device_ids:
+            args.device_ids = list(share.device_ids)
     if settings.on_cpu:
         args.distributed_executor_backend = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     elif options.parallel("pipeline_parallel_size") > 1:

@@ -29,6 +29,7 @@ from service.engine.base import (
     Message,
     SwapResult,
 )
+from service.engine.gpu_share import GpuShare
 from service.engine.shared_weight_cache import EngineShare, SharedWeightCache
 from service.engine.steering_data import MERGED_KEY, PLACES_KEY, Steering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
@@ -126,6 +127,7 @@ class SwappingVllmEngine(VllmEngine):
             its first weights needs no cache.
         secrets: Environment variables that the core must not inherit, in addition to variables
             with the name of a key.
+        gpu_share: The part of the GPUs that the engine takes. None leaves it to vLLM.
     """
 
     def __init__(
@@ -140,10 +142,18 @@ class SwappingVllmEngine(VllmEngine):
         observer: EngineObserver | None = None,
         cache: SharedWeightCache | None = None,
         secrets: Collection[str] = (),
+        gpu_share: GpuShare | None = None,
     ) -> None:
         self._share = EngineShare(cache) if cache is not None else None
         model = VllmModel(first, weights[first].folder, {}, embeds=weights[first].embeds)
-        super().__init__(model, options, on_cpu=on_cpu, observer=observer, secrets=secrets)
+        super().__init__(
+            model,
+            options,
+            on_cpu=on_cpu,
+            observer=observer,
+            secrets=secrets,
+            gpu_share=gpu_share,
+        )
         self._weights = weights
         self._first = first
         self._canary_every = canary_interval

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import router_models
 from service.cli import cli, main
 from service.cli.init_proposals import config_text, propose
-from service.cli.machine_resources import Gpu, Machine, read_gpus
+from service.cli.machine_resources import Machine
 from service.config import load_config
 from service.gateway.routing.semantic_router import RoutingSetup, category_warnings
+from service.gpu_devices import Gpu
+from service.pool.gpu_memory_plan import VLLM_SHARE, share_gpus
 from service.pool.memory_plan import check_plan, plan_pool
 from tests.unit.pool.test_memory_plan import model as model_info
 
@@ -82,6 +84,21 @@ def test_presets_offers_nothing_that_does_not_fit(machine: Machine) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("memory_gib", [8, 16, 24, 40, 80, 141, 192])
+def test_presets_engines_on_a_gpu_start_beside_each_other(memory_gib: int, tmp_path: Path) -> None:
+    machine = gpu(memory_gib)
+    for i, one in enumerate(propose(machine)):
+        if one.trio is None:
+            continue
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(config_text(one, machine, ARTIFACTS))
+        (pool,) = load_config(path).pools.values()
+        weights = [model.weight_bytes for model in one.trio.models]
+        needs = weights if one.slots is None else [one.trio.largest_bytes]
+        shares = share_gpus(pool, needs, 0, memory_gib * GIB)
+        assert sum(share.utilization for share in shares) < VLLM_SHARE
+
+
 @pytest.mark.parametrize("machine", [SMALL, Machine((), 64 * GIB, 99 * GIB, 8), gpu(24), gpu(192)])
 def test_presets_every_config_is_valid(machine: Machine, tmp_path: Path) -> None:
     for i, one in enumerate(propose(machine)):
@@ -134,14 +151,6 @@ def test_presets_every_config_passes_the_memory_plan(machine: Machine, tmp_path:
         check_plan(plan, None if one.on_gpu else machine.memory_bytes)
         if not one.on_gpu:
             assert plan.total_bytes == one.required_bytes
-
-
-def test_gpus_are_read_from_nvidia_smi() -> None:
-    told = "NVIDIA H100 80GB HBM3, 81559\nSome, GPU, 24564\n\nNo devices were found\nX, [N/A]\n"
-    assert [(g.name, g.memory_bytes >> 20) for g in read_gpus(told)] == [
-        ("NVIDIA H100 80GB HBM3", 81559),
-        ("Some, GPU", 24564),
-    ]
 
 
 def test_init_writes_once_and_asks_unless_yes(tmp_path: Path) -> None:

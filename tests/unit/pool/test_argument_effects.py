@@ -186,7 +186,10 @@ def test_swap_in_place_refuses_what_holds_the_weights(args: dict[str, Any]) -> N
     pool = {"gpus": 2, "slots": 1, "swap": {"method": "inplace"}}
     with pytest.raises(ConfigError, match=rf"args\.{name}: experts that are swapped in place take"):
         plan(args, pool=pool, **CACHE)
-    for other in ({**pool, "swap": {"method": "respawn"}}, {"gpus": 2}):
+    # No GPU may be left over.
+    gpus = args.get("pipeline_parallel_size", args.get("data_parallel_size", 1))
+    respawned = {"gpus": gpus, "slots": 1, "swap": {"method": "respawn"}}
+    for other in (respawned, {"gpus": 2}):
         assert plan(args, pool=other, **CACHE)
 
 
@@ -205,5 +208,6 @@ def test_swap_in_place_keeps_other_arguments(args: dict[str, Any]) -> None:
 
 
 def test_overridden_config_is_warned_of() -> None:
-    (line,) = plan({"hf_overrides": {"a": 1}}, pool=GPU).warnings
+    pool = {**GPU, "memory_bytes": "24GiB"}
+    (line,) = plan({"hf_overrides": {"a": 1}}, pool=pool).warnings
     assert line.startswith("pools.p.vllm.args.hf_overrides: the memory plan")

@@ -17,6 +17,7 @@ from service.errors import CoeError, UnknownModelError
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
+from service.pool.slots.dedicated import DedicatedSlot
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from tests.support.waiting import until
@@ -499,3 +500,41 @@ async def test_reload_from_adapter_to_full_weights_of_that_name_and_back(tmp_pat
     assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
     assert engine_of(running, "a1") is engine_of(running, "a")
     await running.pool.stop(1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "devices", "share"),
+    [
+        ({"gpus": 1}, [(), ()], 0.46),
+        ({"gpus": 0.5}, [(), ()], 0.23),
+        ({"gpus": 2}, [(0,), (1,)], 0.92),
+        ({"gpus": 1, "slots": 1}, [()], 0.92),
+        ({"gpus": 1, "slots": 1, "swap": {"method": "sleep"}}, [()], 0.88),
+        ({"gpus": 4, "vllm": {"tensor_parallel_size": 2}}, [(0, 1), (2, 3)], 0.92),
+        ({"gpus": 1, "vllm": {"kv_cache_bytes": "3GiB"}}, [(), ()], 0.2),
+        ({"gpus": 1, "vllm": {"args": {"gpu_memory_utilization": 0.3}}}, [(), ()], 0.3),
+        ({"gpus": 0}, [None, None], None),
+    ],
+)
+async def test_engines_get_the_share_of_the_gpus_that_the_memory_plan_says(
+    pool: dict[str, Any],
+    devices: list[tuple[int, ...] | None],
+    share: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("service.pool.engine_factory.largest_gpu_bytes", lambda: 25 * 1024**3)
+    experts = on_a_gpu(tmp_path, "a b").model_dump(include={"experts"}, exclude_unset=True)
+    config = Config.model_validate({**experts, "pools": {"p": pool}})
+    built = PoolBuilder(config, "p", Pool("p"), PoolMetrics())
+    found: list[Any] = []
+    for slot, name in zip(built.pool.slots, "ab", strict=False):
+        build: Any = slot.build if isinstance(slot, DedicatedSlot) else None
+        lazy = build() if build else slot._build_for(name)  # type: ignore[attr-defined]
+        engine = await asyncio.to_thread(lazy.make)
+        found.append((engine._build("b") if hasattr(engine, "_build") else engine)._gpu_share)
+    assert [one and one.device_ids for one in found] == devices
+    for one in found:
+        assert (one and one.utilization) == (share and pytest.approx(share, abs=2e-4))
+    await built.stop(0)

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from router_models import fit
 from service.cli import cli
 from service.cli.compose.shipped_composition import EXPERTS, SIZES, shipped_map, write_composed
-from service.cli.machine_resources import Gpu, Machine
+from service.cli.machine_resources import Machine
 from service.config import load_config
+from service.gpu_devices import Gpu
 
 GIB = 1024**3
 CATEGORIES = ("code", "law", "math")

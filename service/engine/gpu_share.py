@@ -1,0 +1,19 @@
+"""The part of a replica's GPUs that one engine takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShare:
+    """The GPUs of an engine, and vLLM's share of each.
+
+    Attributes:
+        utilization: vLLM's `gpu_memory_utilization`. An engine starts only where this share of a
+            GPU's whole memory is free.
+        device_ids: Indices into the replica's GPUs. It is empty where the engine takes all of them.
+    """
+
+    utilization: float
+    device_ids: tuple[int, ...] = ()
