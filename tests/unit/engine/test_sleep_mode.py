@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from service.config import SimulatedOptions
@@ -119,3 +121,42 @@ async def test_sleep_mode_engine_that_died_asleep_is_stopped_and_started_again()
     await engines.swap_in("a")
     assert stage.log[-3:] == ["sleep b", "stop a", "start a"]
     assert b"a:" in await stage.ask("a")
+
+
+async def test_sleep_mode_engine_that_can_not_be_made_leaves_the_other_awake() -> None:
+    log: list[str] = []
+
+    def build(unit: str) -> Dozer:
+        if unit == "b":
+            raise ExpertFailedError("no room")
+        return Dozer(unit, log, set())
+
+    engines = SleepingEngines("a", UNITS, build, {})
+    await engines.start()
+    with pytest.raises(ExpertFailedError, match="no room"):
+        await engines.swap_in("b")
+    assert log == ["start a", "sleep a", "wake a"]
+    assert engines.failure() is None
+
+
+async def test_sleep_mode_slots_with_one_turn_exchange_engines_one_at_a_time() -> None:
+    busy = 0
+    most = 0
+
+    class Slow(Dozer):
+        async def start(self) -> EngineReport:
+            nonlocal busy, most
+            busy += 1
+            most = max(most, busy)
+            await asyncio.sleep(0.01)
+            busy -= 1
+            return await super().start()
+
+    turn = asyncio.Lock()
+    slots = [
+        SleepingEngines(first, UNITS, lambda unit: Slow(unit, [], set()), {}, turn)
+        for first in ("a", "b")
+    ]
+    await asyncio.gather(*(slot.start() for slot in slots))
+    await asyncio.gather(*(slot.swap_in("c") for slot in slots))
+    assert most == 1
