@@ -8,6 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
+from service.cli.check import _print_plans, plans_of
+from service.config import load_config
+from service.errors import ConfigError
+from tests.unit.pool.test_memory_plan import model
 
 ROOT = Path(__file__).parents[3]
 POOLS = "pools: {cpu: {engine: simulated}}\n"
@@ -33,3 +37,39 @@ def test_check_warns_before_it_plans_memory(tmp_path: Path, text: str, warned: s
     lines = [line for line in done.stderr.splitlines() if line.startswith("warning: router:")]
     assert len(lines) == (warned is not None), done.output
     assert warned is None or warned in lines[0]
+
+
+GPU = "pools: {p: {gpus: 2, vllm: {kv_cache_bytes: 1GiB, dtype: bfloat16}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "said"),
+    [
+        (24, ["p: a on GPU 0: gpu_memory_utilization 0.129", "p: b on GPU 1: "]),
+        (3, ["pools.p.gpus: engines that share a GPU: 1; they need 3.10 GiB of it"]),
+        (None, ["warning: pools.p: the GPUs' memory is unknown", "gpu_memory_utilization 0.92"]),
+    ],
+)
+def test_check_tells_whether_engines_start_on_the_gpus(
+    gpu_gib: int | None,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = gpu_gib and gpu_gib * 1024**3
+    monkeypatch.setattr("service.gpu_devices.largest_gpu_bytes", lambda: memory)
+    monkeypatch.setattr("service.models.locate", lambda source, root: Path(source))
+    monkeypatch.setattr("service.models.inspect_model", lambda path: model(path=path))
+    path = tmp_path / "coe.yaml"
+    path.write_text(TWO + GPU)
+    config = load_config(path)
+    try:
+        _print_plans(config, plans_of(config))
+        refused = ""
+    except ConfigError as error:
+        refused = error.message
+    printed = capsys.readouterr()
+    for line in said:
+        assert line in printed.out + printed.err + refused
+    assert bool(refused) == (gpu_gib == 3)
