@@ -167,7 +167,7 @@ def fit_categories(
             "dims": table.dims,
             "min_similarity": fitted.head.min_similarity,
         }
-        tensors |= _head_tensors("static", fitted.head)
+        tensors |= head_tensors("static", fitted.head)
     # The first stage decides what counts as unsure: the thresholds are its own.
     section["thresholds"] = {
         "min_confidence": min_confidence(earlier_others, others)
@@ -190,7 +190,7 @@ def fit_categories(
             "dims": encoder.dims,
             "min_similarity": fitted.head.min_similarity,
         }
-        tensors |= _head_tensors("encoder", fitted.head)
+        tensors |= head_tensors("encoder", fitted.head)
         tensors["encoder.probe"] = encoder.encode([PROBE_TEXT])[0]
     metrics["categories"] = {label: {"rows": int((y == i).sum())} for i, label in enumerate(labels)}
     return CategoryFit(labels, tensors, section, metrics)
@@ -319,7 +319,8 @@ def _judge(metrics: dict[str, Any], stage: str, held_out: Floats, y: Rows, say: 
     say(f"{stage:8s} held out: accuracy {100 * accuracy:.1f} %, calibration error {error:.3f}")
 
 
-def _head_tensors(name: str, head: Head) -> dict[str, NDArray[Any]]:
+def head_tensors(name: str, head: Head) -> dict[str, NDArray[Any]]:
+    """The tensors of an artifact that hold a head which follows another stage."""
     assert head.earlier is not None
     return {
         f"{name}.weight": head.weight.astype(np.float16),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from router_models.category_fit import CategoryFit, encode, label_means
+from router_models.category_fit import CategoryFit, encode, head_tensors, label_means
 from router_models.general.card import card
 from router_models.general.fit_data import (
     SCRAPS,
@@ -300,8 +300,8 @@ def fit(
         "classifier.bias": models.ngrams.bias.astype(np.float32),
         "classifier.known": bitmap,
         "encoder.probe": encoder.encode([PROBE_TEXT])[0],
-        **_tensors("static", static),
-        **_tensors("encoder", encoded),
+        **head_tensors("static", static),
+        **head_tensors("encoder", encoded),
     }
     return CategoryFit(labels, tensors, section, metrics)
 
@@ -361,16 +361,6 @@ def _head(
         means=means,
         min_similarity=float(np.quantile(nearest, 1 - _ORDINARY_SHARE)),
     )
-
-
-def _tensors(name: str, head: Head) -> dict[str, NDArray[Any]]:
-    assert head.earlier is not None
-    return {
-        f"{name}.weight": head.weight.astype(np.float16),
-        f"{name}.bias": head.bias.astype(np.float32),
-        f"{name}.earlier": head.earlier.astype(np.float32),
-        f"{name}.means": head.means.astype(np.float16),
-    }
 
 
 def data_of(files: Sequence[Path], folder: Path | None) -> list[dict[str, str]]:
