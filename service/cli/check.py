@@ -12,6 +12,7 @@ from service.cli.table_output import size, table
 
 if TYPE_CHECKING:
     from service.config import Config
+    from service.gateway.routing.semantic_router import RoutingSetup
 
 CONFIG = click.Path(path_type=Path, dir_okay=False)
 
@@ -22,10 +23,11 @@ CONFIG = click.Path(path_type=Path, dir_okay=False)
 def check(path: Path, as_json: bool) -> None:
     """Validate a config and print its memory plan; starts and fetches nothing."""
     from service.config import load_config
+    from service.default_prices import with_default_prices
 
     config = load_config(path)
-    check_artifacts(config)
-    prices, routing = _prices(config), _routing(config)
+    priced = with_default_prices(config)
+    prices, routing = _prices(config, priced), _routing(priced, check_artifacts(priced))
     if not as_json:
         _print_prices(prices)
         for line in routing["warnings"]:
@@ -43,13 +45,14 @@ def check(path: Path, as_json: bool) -> None:
     _print_plans(config, plans)
 
 
-def check_artifacts(config: Config) -> None:
+def check_artifacts(config: Config) -> RoutingSetup:
     """Read the router's artifact and the model folders, which raise where they can't be used."""
     from service.capabilities import with_capabilities
     from service.gateway.routing.semantic_router import RoutingSetup
 
-    RoutingSetup(config)
+    setup = RoutingSetup(config)
     with_capabilities(config)
+    return setup
 
 
 def engine_arguments_unchecked(config: Config) -> str | None:
@@ -96,12 +99,12 @@ def _plan_json(plan: Any) -> dict[str, Any]:
     return {**asdict(plan), "total_bytes": plan.total_bytes, "fits": plan.fits}
 
 
-def _prices(config: Config) -> dict[str, Any]:
+def _prices(config: Config, priced: Config) -> dict[str, Any]:
     """Return the unit of cost, the price of every expert, and what makes prices useless."""
     from service.broker.token_prices import prices_of
-    from service.default_prices import price_warnings, with_default_prices
+    from service.default_prices import price_warnings
 
-    prices = prices_of(with_default_prices(config))
+    prices = prices_of(priced)
     return {
         "unit": config.prices.unit,
         "experts": {
@@ -112,14 +115,11 @@ def _prices(config: Config) -> dict[str, Any]:
     }
 
 
-def _routing(config: Config) -> dict[str, Any]:
+def _routing(priced: Config, setup: RoutingSetup) -> dict[str, Any]:
     """Return what makes `auto` do less than it could."""
-    from service.default_prices import with_default_prices
     from service.gateway.routing.frontier import routing_warnings
-    from service.gateway.routing.semantic_router import RoutingSetup, category_warnings
+    from service.gateway.routing.semantic_router import category_warnings
 
-    priced = with_default_prices(config)
-    setup = RoutingSetup(priced)
     warnings = category_warnings(priced, setup.stages.labels)
     return {"warnings": [*warnings, *routing_warnings(priced, setup)]}
 

@@ -683,7 +683,8 @@ def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
     known = [name for name in found.experts if name in config.experts]
     strangers = sorted(set(found.experts) - set(known))
     if strangers:
-        log.warning("the router's map knows experts that are not in the config: %s", strangers)
+        names = ", ".join(strangers)
+        log.warning("the router's map knows experts that are not in the config: %s", names)
     try:
         return found.only(known)
     except ValueError:
