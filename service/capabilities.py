@@ -47,8 +47,8 @@ def _check_declared(name: str, expert: ExpertConfig, senses: Senses) -> None:
 def _filled(expert: ExpertConfig, senses: Senses) -> ExpertConfig:
     changed: dict[str, object] = {}
     if "capabilities" not in expert.model_fields_set:
-        senses_told = (("vision", senses.vision), ("audio", senses.audio))
-        more = tuple(name for name, has in senses_told if has)
+        found_senses = (("vision", senses.vision), ("audio", senses.audio))
+        more = tuple(name for name, has in found_senses if has)
         changed["capabilities"] = (*expert.capabilities, *more)
     found = {"image_tokens": senses.image_tokens, "image_edge": senses.image_edge}
     media = {

@@ -174,11 +174,11 @@ def user_turns(body: Mapping[str, Any]) -> list[str]:
 
 
 def _from_messages(messages: list[Any]) -> list[str]:
-    said: list[str] = []
+    user_texts: list[str] = []
     system: list[str] = []
     for message in messages:
         if isinstance(message, str):
-            said.append(message)
+            user_texts.append(message)
             continue
         if not isinstance(message, Mapping):
             continue
@@ -187,8 +187,8 @@ def _from_messages(messages: list[Any]) -> list[str]:
             continue
         text = "\n".join(_texts(message.get("content")))
         if text.strip():
-            (said if role == "user" else system).append(text)
-    return said or system[-1:]
+            (user_texts if role == "user" else system).append(text)
+    return user_texts or system[-1:]
 
 
 def _joined(value: Any) -> list[str]:

@@ -109,8 +109,8 @@ class Case:
         )
         self.fallback = names[0]
 
-    def write(self, found: Composition) -> tuple[dict[str, Any], Config]:
-        data = compose_config(
+    def compose(self, found: Composition, running: dict[str, Any] | None = None) -> dict[str, Any]:
+        return compose_config(
             self.base,
             self.problem,
             found,
@@ -118,7 +118,11 @@ class Case:
             fallback=self.fallback,
             template="main",
             kv_cache_bytes=KV,
+            running=running,
         )
+
+    def write(self, found: Composition) -> tuple[dict[str, Any], Config]:
+        data = self.compose(found)
         return data, read_config(data, "composed", Path("/nowhere"))
 
 
@@ -198,29 +202,11 @@ def test_compose_config_of_the_same_composition_keeps_every_running_pool() -> No
         data, _ = case.write(found)
         # The service runs the same pools under other names, in another order.
         running = {f"p{i}": pool for i, pool in enumerate(reversed(data["pools"].values()))}
-        again = compose_config(
-            case.base,
-            case.problem,
-            found,
-            forms=case.found.forms,
-            fallback=case.fallback,
-            template="main",
-            kv_cache_bytes=KV,
-            running=running,
-        )
+        again = case.compose(found, running)
         assert again["pools"] == running
         # A pool of another form is no candidate for its name.
         other = {name: {**pool, "slots": 7} for name, pool in running.items()}
-        fresh = compose_config(
-            case.base,
-            case.problem,
-            found,
-            forms=case.found.forms,
-            fallback=case.fallback,
-            template="main",
-            kv_cache_bytes=KV,
-            running=other,
-        )
+        fresh = case.compose(found, other)
         assert not set(fresh["pools"]) & set(other)
         several += len(running) > 1
     assert several
