@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from service.config import Config
+from service.config import Config, VllmOptions
 from service.config.vllm_args import OWNED, PASSED
+from service.engine.gpu_share import GpuShare
 from service.engine.vllm import handle
 from service.engine.vllm.argument_check import check_arguments
 from service.errors import ConfigError
@@ -83,7 +84,25 @@ def test_service_sets_no_argument_that_passes() -> None:
         if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "args"
     }
     assert "load_format" in assigned  # else this test finds nothing
-    assert not assigned & PASSED
+    # The share of a GPU is computed only where the operator gave none; see the next test.
+    assert assigned & PASSED == {"gpu_memory_utilization"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 0.25), ({"gpu_memory_utilization": 0.5}, 0.5)]
+)
+def test_the_operators_share_of_a_gpu_goes_before_the_computed_one(
+    given: dict[str, float], expected: float
+) -> None:
+    settings = handle.LaunchSettings(
+        model=".",
+        served_name="a",
+        options=VllmOptions(args=given),
+        on_cpu=True,
+        enforce_eager=True,
+        gpu_share=GpuShare(0.25),
+    )
+    assert handle._frontend_args(settings).gpu_memory_utilization == expected
 
 
 @pytest.mark.parametrize("name", sorted(PASSED))

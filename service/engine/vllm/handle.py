@@ -482,7 +482,8 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
     if options.kv_cache_bytes is not None:
         args.kv_cache_memory_bytes = options.kv_cache_bytes
     if (share := settings.gpu_share) is not None:
-        args.gpu_memory_utilization = share.utilization
+        if "gpu_memory_utilization" not in options.args:
+            args.gpu_memory_utilization = share.utilization
         if share.device_ids:
             args.device_ids = list(share.device_ids)
     if settings.on_cpu:
