@@ -30,7 +30,7 @@ RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/python -m service.launch.haproxy_config /opt/coe/haproxy
 COPY Dockerfile NOTICE ./
-COPY deploy/packages.py deploy/sbom.py deploy/
+COPY deploy/locked_packages.py deploy/sbom.py deploy/
 RUN /opt/coe/bin/python -m deploy.sbom -o /opt/coe/sbom.cdx.json && \
     cp LICENSE NOTICE /opt/coe/ && \
     /opt/coe/bin/pip uninstall --quiet -y uv
@@ -46,9 +46,9 @@ RUN /opt/coe/bin/pip install --quiet --no-deps --no-build-isolation . && \
     ln -s lib/python3.11/site-packages/router_models /opt/coe/router_models && \
     /opt/coe/bin/python -m service.launch.haproxy_config /opt/coe/haproxy
 COPY Dockerfile ./
-COPY deploy/packages.py deploy/notice.py deploy/sbom.py deploy/
+COPY deploy/locked_packages.py deploy/licence_notice.py deploy/sbom.py deploy/
 RUN /opt/coe/bin/python -m deploy.sbom --gpu -o /opt/coe/sbom.cdx.json && \
-    /opt/coe/bin/python -m deploy.notice --gpu /opt/coe/NOTICE && \
+    /opt/coe/bin/python -m deploy.licence_notice --gpu /opt/coe/NOTICE && \
     cp LICENSE /opt/coe/
 
 # --- running

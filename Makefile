@@ -60,7 +60,7 @@ lock-tools: setup ## Resolve anew what only tests and installing use, into deplo
 	@deploy/lock_tools.sh
 
 notice: setup ## Write NOTICE from the locks and the packages' metadata
-	@$(BIN)/python -m deploy.notice
+	@$(BIN)/python -m deploy.licence_notice
 
 sbom: setup ## Write the images' bills of materials (CycloneDX) into dist
 	@mkdir -p dist
@@ -69,7 +69,7 @@ sbom: setup ## Write the images' bills of materials (CycloneDX) into dist
 	@ls dist/sbom-*
 
 dashboards: setup ## Render the dashboards into deploy/grafana/dashboards
-	@$(BIN)/python -m deploy.grafana.render
+	@$(BIN)/python -m deploy.grafana.render_dashboards
 
 clean: ## Remove the environment and caches
 	@rm -rf .venv .cache dist build .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from deploy.packages import IMAGE_CPU, IMAGE_GPU, Package, licence_of, locked
+from deploy.locked_packages import IMAGE_CPU, IMAGE_GPU, Package, licence_of, locked
 from service import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

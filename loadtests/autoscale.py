@@ -23,7 +23,7 @@ import psutil
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import serving
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 
 _POOL = "ray::ServeReplica:coe:pool-main"
 _TOKENS, _DECODE_MS, _PLACES = 20, 50.0, 4

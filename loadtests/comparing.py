@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.comparing_pairs import (
+from loadtests.equal_and_different_text_pairs import (
     REFUSALS,
     SPELLINGS,
     STATED,
@@ -28,7 +28,7 @@ from loadtests.comparing_pairs import (
     paraphrases,
 )
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from service.broker.answer_agreement import agreed, final_answer
 from service.config import CacheConfig
 from service.gateway.cache.text_similarity import (

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from loadtests.lib.coe_service import ROOT
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.stats import Estimate
-from loadtests.lib.targets import Report, Table, at_most
+from loadtests.lib.median_intervals import Estimate
+from loadtests.lib.targets_and_report import Report, Table, at_most
 
 _FIRST_S = 300.0
 _SECOND_S = 60.0

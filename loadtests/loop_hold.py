@@ -24,10 +24,10 @@ import orjson
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.loop_hold_meter import HoldMeter
 from service.config import Config
-from service.engine.base import EngineRequest, Message
+from service.engine.engine_interface import EngineRequest, Message
 from service.errors import CoeError, InvalidRequestError
 from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.parsing import parse_request

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.median_intervals import percentile
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.mixed.traffic_trace import Ask, mean_tokens, trace
 from loadtests.mixed.virtual_slot import Costs, FcfsSlot, SimSlot, SlotStatistics
 from service.pool.swap_planner import SlotView, SwapPolicy, UnitView, next_fetch, units_to_evict

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.machine_load import Watch
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from router_models.experts.conversation_packing import Conversation, pack, shared_beginning
 from router_models.experts.evaluate import ARTIFACTS, RowScore
 from router_models.experts.training_texts import EXPERTS

@@ -21,7 +21,7 @@ from loadtests.chaos.disturbed_site import Site, site
 from loadtests.chaos.judged_traffic import LEFT, RIGHT, Traffic
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 
 _ROLES = {"gateways": "coe:gateway", "pools": "coe:pool-", "HAProxy": "bin/haproxy"}
 _LOOKS = 60

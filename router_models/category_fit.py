@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from router_models.labelled_prompt_reader import LabelledPrompt
 from router_models.linear_models import (
     calibration_error,
     design,
@@ -29,13 +30,12 @@ from router_models.linear_models import (
     novelty,
     softmax,
 )
-from router_models.outcomes import OutcomeError
-from router_models.prompt_files import LabelledPrompt
-from service.classifier.artifact import Artifact, save_artifact
+from router_models.outcome_reader import OutcomeError
 from service.classifier.classifier import GENERAL, Classifier
-from service.classifier.features import FeatureSpec
-from service.classifier.heads import PROBE_TEXT, Head, log_softmax
-from service.classifier.static_table import StaticTable
+from service.classifier.hashed_ngrams import FeatureSpec
+from service.classifier.linear_heads import PROBE_TEXT, Head, log_softmax
+from service.classifier.router_artifact import Artifact, save_artifact
+from service.classifier.static_embedding_table import StaticTable
 from service.encoder.onnx_encoder import OnnxEncoder
 
 Floats = NDArray[np.float64]

@@ -106,7 +106,7 @@ def group() -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
 def fit(**options: Any) -> None:
     """Fit a router and write it as an artifact."""
-    from router_models import fit as work
+    from router_models import router_fit as work
 
     options["outcomes"] = list(options["outcomes"])
     _guarded(lambda: work.run(**options, say=_note))

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from router_models.fit import prompt_hashes, settings_from_json
+from router_models.fit_settings import Settings
 from router_models.frontier_evaluation import compared_lines, default_budgets, plot, report
-from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
+from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes
 from router_models.recipe_replay import play
-from router_models.settings import Settings
+from router_models.router_fit import prompt_hashes, settings_from_json
 from router_models.two_stage_fit import Predicted, Problem
-from service.classifier.artifact import Artifact, load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import Artifact, load_artifact
 from service.errors import ArtifactError
 
 FOLDS = 5

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from router_models.fit_settings import Settings
 from router_models.recipe_replay import RecipeResults
-from router_models.settings import Settings
 from service.classifier.expert_map import DirectEstimate
 
 Floats = NDArray[np.float64]

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
-from router_models.fit import prompt_hashes
-from router_models.outcomes import OutcomeError, Table, costs_of, read_outcomes
+from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes
 from router_models.recipe_replay import RecipeResults, candidates, play
+from router_models.router_fit import prompt_hashes
 from service.broker.reference_cost import best_shares
-from service.classifier.artifact import CARD, Artifact, load_artifact, save_artifact
 from service.classifier.classifier import GENERAL, Classifier
-from service.classifier.static_table import built_in_table
-from service.config.presets import PresetsConfig
+from service.classifier.router_artifact import CARD, Artifact, load_artifact, save_artifact
+from service.classifier.static_embedding_table import built_in_table
+from service.config.router_presets import PresetsConfig
 from service.types import MAX_LATER, Recipe
 
 Floats = NDArray[np.float64]

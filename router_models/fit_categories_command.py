@@ -15,16 +15,16 @@ from router_models.category_fit import (
     to_json,
     write_artifact,
 )
-from router_models.outcomes import OutcomeError
-from router_models.prompt_files import (
+from router_models.labelled_prompt_reader import (
     LabelledPrompt,
     fingerprints,
     prompt_files,
     read_prompts,
 )
-from service.classifier.artifact import Artifact
+from router_models.outcome_reader import OutcomeError
 from service.classifier.classifier import Classifier
-from service.classifier.static_table import BUILT_IN, StaticTable
+from service.classifier.router_artifact import Artifact
+from service.classifier.static_embedding_table import BUILT_IN, StaticTable
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.models.encoder_store import require_encoder
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.expert_map_fit import prices_for
-from router_models.outcomes import Table
+from router_models.outcome_reader import Table
 from router_models.recipe_replay import RecipeResults
 from router_models.two_stage_fit import Predicted
 

@@ -1,8 +1,8 @@
 """Linear models on hashed n-grams: design matrices, logistic and ridge fits, and calibration.
 
-The features come from the service (`service.classifier.features`), so that fitting and serving use
-the same features. scikit-learn is not needed, because a multinomial logistic regression is a convex
-function for `scipy.optimize`.
+The features come from the service (`service.classifier.hashed_ngrams`), so that fitting and serving
+use the same features. scikit-learn is not needed, because a multinomial logistic regression is a
+convex function for `scipy.optimize`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import minimize, minimize_scalar
 
-from service.classifier.features import Features, FeatureSpec, Featurizer
+from service.classifier.hashed_ngrams import Features, FeatureSpec, Featurizer
 
 Matrix = NDArray[np.float64]
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_models.fit_settings import Settings
 from router_models.frontier_evaluation import comparison, standard_error
-from router_models.outcomes import read_costs, read_outcomes
-from router_models.settings import Settings
+from router_models.outcome_reader import read_costs, read_outcomes
 from router_models.two_stage_fit import Predicted, Problem
 from service.broker.reference_cost import best_shares
 

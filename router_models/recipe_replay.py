@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.outcomes import NO_ANSWER, Table
+from router_models.outcome_reader import NO_ANSWER, Table
 from service.types import MAX_LATER, Recipe
 
 Floats = NDArray[np.float64]

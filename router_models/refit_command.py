@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 from router_models.traffic_refit import MapColumns, mean_costs, read_rows, split
-from service.classifier.artifact import load_artifact, save_artifact
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact, save_artifact
 from service.config import load_config
 from service.errors import ArtifactError
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 from service.types import Recipe
 
 Floats = NDArray[np.float64]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from router_models.category_fit import encode
-from router_models.prompt_files import prompt_files, read_prompts
+from router_models.labelled_prompt_reader import prompt_files, read_prompts
 from service.classifier.example_classifier import (
     ExampleClassifier,
     ExampleVectors,
@@ -19,8 +19,8 @@ from service.classifier.example_classifier import (
     fit_head,
     held_out,
 )
-from service.classifier.heads import Head
-from service.classifier.static_table import BUILT_IN, StaticTable
+from service.classifier.linear_heads import Head
+from service.classifier.static_embedding_table import BUILT_IN, StaticTable
 from service.config import load_config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ConfigError

@@ -20,6 +20,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
 from router_models.expert_map_fit import MapFit, fit_map
+from router_models.fit_settings import Settings
 from router_models.linear_models import (
     Corpus,
     design,
@@ -29,10 +30,9 @@ from router_models.linear_models import (
     novelty,
     softmax,
 )
-from router_models.outcomes import NO_ANSWER, Table
+from router_models.outcome_reader import NO_ANSWER, Table
 from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
-from router_models.settings import Settings
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -20,7 +20,7 @@ from loadtests.chaos.disturbed_site import GATEWAY, MAIN_REPLICAS, POOL, Site, s
 from loadtests.chaos.judged_traffic import BAD, BROKEN, RESET, RIGHT, TYPED, Tally, Traffic
 from loadtests.lib.child_processes import fetch, say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 
 _CALM_S = 30.0
 _WORKS_AGAIN_S = 5.0

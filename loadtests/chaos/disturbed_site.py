@@ -117,7 +117,7 @@ class Misbehaving:
             writer.close()
 
     async def _answer(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        from service.engine.simulated import answer_text
+        from service.engine.simulated_engine import answer_text
 
         while self.manner == "hangs":  # noqa: ASYNC110  # a flag of the test has no event
             await asyncio.sleep(0.05)

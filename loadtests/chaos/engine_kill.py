@@ -12,7 +12,7 @@ import psutil
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import serving
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 
 _CORE = "EngineCore"
 _REQUESTS = 8

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from service.engine.simulated import answer_text
+from service.engine.simulated_engine import answer_text
 
 # How a request can end.
 RIGHT = "right"

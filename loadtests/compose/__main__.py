@@ -24,8 +24,8 @@ from loadtests.compose import held_out_compositions, served_vs_predicted
 from loadtests.compose.brute_force import best_value
 from loadtests.compose.random_problems import large, small
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.stats import Estimate
-from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.lib.median_intervals import Estimate
+from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
 from router_models.composition.highs_solver import ROUNDING, CompositionError, solve
 
 _FILES = ("mmlu_pro_dev", "llmrouter")

@@ -18,7 +18,7 @@ from router_models.composition.composition_problem import Accelerators, Bounds, 
 from router_models.composition.composition_value import Composition
 from router_models.composition.highs_solver import CompositionError, solve
 from router_models.composition.recipe_estimates import Estimates, estimate, only
-from router_models.outcomes import Table, read_costs, read_outcomes
+from router_models.outcome_reader import Table, read_costs, read_outcomes
 from router_models.recipe_replay import play
 
 Floats = NDArray[np.float64]

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.lib.stats import Estimate
-from loadtests.lib.targets import Report, TargetCheck
+from loadtests.lib.median_intervals import Estimate
+from loadtests.lib.targets_and_report import Report, TargetCheck
 from router_models.outcome_recording.task_reader import Task, read_tasks
-from service.classifier.artifact import load_artifact
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact
 from service.config import Config, load_config
 from service.default_prices import with_default_prices
-from service.gateway.routing.frontier import frontier_of
+from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.types import Recipe
 

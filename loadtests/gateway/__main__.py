@@ -15,7 +15,7 @@ import uvloop
 from loadtests.gateway import gateway_overhead, vs_litellm, vs_vllm
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.machine_load import Watch
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
 
 
 def _arguments() -> argparse.Namespace:

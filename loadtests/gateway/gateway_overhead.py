@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from loadtests.lib import stats
+from loadtests.lib import median_intervals
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.fake_openai_start import fake_upstream
 from loadtests.lib.load_client import Asker, Exchange, Target, closed_loop, once, repeat
 from loadtests.lib.machine_load import Watch
-from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
+from loadtests.lib.varied_prompts import prompts
 
 STEP_MS = 20.0
 STREAMS, CHUNKS = 64, 32
@@ -90,11 +90,11 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
             longest.append(await streams(ours, _EXPERTS[0]))
         say(f"auto against a named expert, {pairs} pairs")
         compared = await _auto(ours, pairs)
-    per_s, whole_s = stats.median(rates), stats.median(longest)
+    per_s, whole_s = median_intervals.median(rates), median_intervals.median(longest)
     auto = [a.total_ms for a, _ in compared]
     named = [n.total_ms for _, n in compared]
-    added = stats.differences(auto, named)
-    ceiling = stats.median(ceilings).value
+    added = median_intervals.differences(auto, named)
+    ceiling = median_intervals.median(ceilings).value
     report.tables.append(
         Table(
             "Simulated engine behind HAProxy, gateway and pool; medians with 95 % intervals",
@@ -103,15 +103,18 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
                 (f"one-chunk replies/s, {_IN_FLIGHT} in flight", per_s.text(0)),
                 (
                     "their time, median and 99th percentile, ms",
-                    f"{stats.percentile(slow, 50):.1f}, {stats.percentile(slow, 99):.1f}",
+                    ", ".join(f"{median_intervals.percentile(slow, q):.1f}" for q in (50, 99)),
                 ),
                 (f"{STREAMS} streams of {CHUNKS} chunks {STEP_MS:g} ms apart, s", whole_s.text()),
-                ("the same from a server that does nothing, s", stats.median(ideal).text()),
-                ("named expert, 1 in flight, ms", stats.median(named).text(2)),
-                ("auto, 1 in flight, ms", stats.median(auto).text(2)),
+                (
+                    "the same from a server that does nothing, s",
+                    median_intervals.median(ideal).text(),
+                ),
+                ("named expert, 1 in flight, ms", median_intervals.median(named).text(2)),
+                ("auto, 1 in flight, ms", median_intervals.median(auto).text(2)),
                 ("auto adds, ms", added.text(3)),
                 ("load generator's own ceiling, replies/s", f"{ceiling:.0f}"),
-                ("its processor time per reply, ms", f"{stats.median(costs).value:.3f}"),
+                ("its processor time per reply, ms", f"{median_intervals.median(costs).value:.3f}"),
             ],
         )
     )
@@ -123,10 +126,10 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     report.facts |= {
         "replies_per_s": per_s.as_json(),
         "streams_s": whole_s.as_json(),
-        "streams_ideal_s": stats.median(ideal).as_json(),
+        "streams_ideal_s": median_intervals.median(ideal).as_json(),
         "auto_added_ms": added.as_json(),
-        "named_ms": stats.median(named).as_json(),
+        "named_ms": median_intervals.median(named).as_json(),
         "generator_ceiling_per_s": ceiling,
-        "generator_cpu_ms_per_reply": stats.median(costs).value,
+        "generator_cpu_ms_per_reply": median_intervals.median(costs).value,
     }
     return report

@@ -7,14 +7,14 @@ from contextlib import ExitStack
 
 from loadtests.gateway import litellm_server
 from loadtests.gateway.gateway_overhead import CHUNKS, STEP_MS, STREAMS, body, rate, streams
-from loadtests.lib import stats
+from loadtests.lib import median_intervals
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.fake_openai_start import fake_upstream
 from loadtests.lib.load_client import Asker, Target
 from loadtests.lib.machine_load import Watch
-from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
+from loadtests.lib.varied_prompts import prompts
 
 _MODEL = "fake"
 _TIMES = 10.0
@@ -86,8 +86,8 @@ def _judge(
         name: [t - d for t, d in zip(alone[name], alone["direct"], strict=True)]
         for name in ("ours", "litellm")
     }
-    times = stats.ratios(rates["ours"], rates["litellm"])
-    share = stats.ratio_of_medians(added["ours"], added["litellm"])
+    times = median_intervals.ratios(rates["ours"], rates["litellm"])
+    share = median_intervals.ratio_of_medians(added["ours"], added["litellm"])
     table = Table(
         f"In front of one upstream, LiteLLM {litellm_server.VERSION} with one worker, ours with "
         "one gateway; medians with 95 % intervals",
@@ -100,14 +100,14 @@ def _judge(
         ),
     )
     for name in _SIDES:
-        extra = stats.median(added[name]).text(2) if name in added else ""
+        extra = median_intervals.median(added[name]).text(2) if name in added else ""
         table.rows.append(
             (
                 name,
-                stats.median(rates[name]).text(0),
-                stats.median(alone[name]).text(2),
+                median_intervals.median(rates[name]).text(0),
+                median_intervals.median(alone[name]).text(2),
                 extra,
-                stats.median(longest[name]).text(),
+                median_intervals.median(longest[name]).text(),
             )
         )
     report.tables.append(table)
@@ -121,10 +121,10 @@ def _judge(
     ]
     report.facts |= {
         "litellm_version": litellm_server.VERSION,
-        "replies_per_s": {name: stats.median(rates[name]).as_json() for name in _SIDES},
-        "alone_ms": {name: stats.median(alone[name]).as_json() for name in _SIDES},
-        "added_ms": {name: stats.median(added[name]).as_json() for name in added},
-        "streams_s": {name: stats.median(longest[name]).as_json() for name in _SIDES},
+        "replies_per_s": {name: median_intervals.median(rates[name]).as_json() for name in _SIDES},
+        "alone_ms": {name: median_intervals.median(alone[name]).as_json() for name in _SIDES},
+        "added_ms": {name: median_intervals.median(added[name]).as_json() for name in added},
+        "streams_s": {name: median_intervals.median(longest[name]).as_json() for name in _SIDES},
         "times": times.as_json(),
         "share": share.as_json(),
     }

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from loadtests.gateway.vllm_server import EngineArguments, bare_server, model_folder
-from loadtests.lib import stats
+from loadtests.lib import median_intervals
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.load_client import Asker, Target, closed_loop, completion_tokens, once
 from loadtests.lib.machine_load import Ticks, Watch
-from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
+from loadtests.lib.varied_prompts import prompts
 
 _MODEL = "general"
 _THROUGHPUT = 0.97
@@ -52,7 +52,7 @@ class TurnResult:
     @property
     def median_first_ms(self) -> float:
         """The turn's median time to the first token."""
-        return stats.percentile(self.first_ms, 50)
+        return median_intervals.percentile(self.first_ms, 50)
 
 
 def _requests(target: Target, texts: list[str], tokens: int) -> list[bytes]:
@@ -126,7 +126,7 @@ async def run(port: int, watch: Watch, *, quick: bool, threads: int) -> Report:
 Pairs = list[tuple[TurnResult, TurnResult]]
 
 
-def unfairness(results: dict[int, Pairs], ratios: list[stats.Estimate]) -> list[str]:
+def unfairness(results: dict[int, Pairs], ratios: list[median_intervals.Estimate]) -> list[str]:
     """Why the two sides' conditions were not alike; empty where they were.
 
     A ratio that others made is no result, in our favour least of all: with the
@@ -161,16 +161,16 @@ def judge(report: Report, results: dict[int, Pairs], threads: int) -> None:
     )
     by_load: dict[str, object] = {}
     groups = []
-    found: dict[int, tuple[stats.Estimate, stats.Estimate]] = {}
+    found: dict[int, tuple[median_intervals.Estimate, median_intervals.Estimate]] = {}
     for in_flight, pairs in results.items():
         bares, ours = [b for b, _ in pairs], [o for _, o in pairs]
         rates = [[m.tokens_per_s for m in side] for side in (bares, ours)]
         firsts = [[m.median_first_ms for m in side] for side in (bares, ours)]
-        ratio = stats.ratios(rates[1], rates[0])
-        added = stats.differences(firsts[1], firsts[0])
+        ratio = median_intervals.ratios(rates[1], rates[0])
+        added = median_intervals.differences(firsts[1], firsts[0])
         found[in_flight] = ratio, added
         groups.append([o / b for b, o in zip(*rates, strict=True)])
-        medians = [stats.median(values).value for values in (*rates, *firsts)]
+        medians = [median_intervals.median(values).value for values in (*rates, *firsts)]
         row = [str(in_flight), str(len(pairs)), *(f"{m:.1f}" for m in medians)]
         table.rows.append([*row[:4], ratio.text(), *row[4:], added.text(1)])
         by_load[str(in_flight)] = {
@@ -182,7 +182,7 @@ def judge(report: Report, results: dict[int, Pairs], threads: int) -> None:
             "ours_first_ms": medians[3],
             "added_first_ms": added.as_json(),
         }
-    overall = stats.mean_of_medians(groups)
+    overall = median_intervals.mean_of_medians(groups)
     why = unfairness(results, [ratio for ratio, _ in found.values()])
     fair = not why
     for in_flight, (ratio, added) in found.items():

@@ -12,7 +12,7 @@ import time
 
 from loadtests.guard.labelled_prompts import ATTACKS, HARMLESS, PERSONAL, fitted, held_out
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from service.gateway.guard.injection_screen import InjectionScreen
 from service.gateway.guard.pii_screen import PiiScreen
 from service.gateway.guard.screen_interface import Text

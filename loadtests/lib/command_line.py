@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from loadtests.lib.machine_load import Watch, describe
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
 from service.errors import CoeError
 
 

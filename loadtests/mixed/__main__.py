@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.median_intervals import percentile
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.mixed.fcfs_baseline import Fcfs
 from loadtests.mixed.traffic_trace import Ask, mean_tokens, trace
 from loadtests.swap.shared_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.pool.slot_units import Unit, UnitState
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 
 KIND = "cpu"

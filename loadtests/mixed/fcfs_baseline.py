@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from service.engine.base import SwappingEngine
+from service.engine.engine_interface import SwappingEngine
 
 
 class Fcfs:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.machine_load import Watch
-from loadtests.lib.stats import median, ratios
-from loadtests.lib.targets import Report, Table, at_least
+from loadtests.lib.median_intervals import median, ratios
+from loadtests.lib.targets_and_report import Report, Table, at_least
 from loadtests.moe.random_mixtral import random_mixtral
 from loadtests.swap.shared_engine import ask
 from service.config import MoeCapture, VllmOptions

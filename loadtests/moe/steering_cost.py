@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loadtests.lib.child_processes import say
-from loadtests.lib.stats import median, ratios
-from loadtests.lib.targets import Report, Table, at_most
+from loadtests.lib.median_intervals import median, ratios
+from loadtests.lib.targets_and_report import Report, Table, at_most
 from loadtests.moe.random_mixtral import random_mixtral
 from loadtests.swap.shared_engine import SharedEngine, ask
 from service.config import Config, VllmOptions

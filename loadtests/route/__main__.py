@@ -23,8 +23,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core is what we state
 
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.stats import median
-from loadtests.lib.targets import Report, Table, TargetCheck, at_most
+from loadtests.lib.median_intervals import median
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck, at_most
 from loadtests.route import (
     agent_sessions,
     budget_replay,
@@ -32,11 +32,11 @@ from loadtests.route import (
     selection_latency,
     traffic_share_by_load,
 )
-from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.conversation_classifier import assess_turns
 from service.classifier.expert_map import ExpertMap
-from service.classifier.static_table import built_in_table
+from service.classifier.router_artifact import load_artifact
+from service.classifier.static_embedding_table import built_in_table
 
 DEMO = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
 SIZES = (32, 512, 2_000, 8_000, 32_000)

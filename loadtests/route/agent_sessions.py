@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from loadtests.lib.stats import Estimate
-from loadtests.lib.targets import Report, Table, TargetCheck, at_least
-from router_models.general.held_out import held_out_prompts
+from loadtests.lib.median_intervals import Estimate
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck, at_least
+from router_models.general.held_out_prompts import held_out_prompts
 from router_models.general.training_prompt_reader import read_prompts
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.selection import select
@@ -34,10 +34,10 @@ from service.gateway.request.parsing import parse_request
 from service.gateway.request_record import RequestRecord
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.semantic_router import RoutingSetup, selection_request
+from service.gateway.routing.session_affinity import SessionService
 from service.gateway.routing.session_memory import SessionMemory
-from service.gateway.routing.sessions import SessionService
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
-from service.store.volatile import MemoryVolatileStore
+from service.store.volatile_store import MemoryVolatileStore
 from service.types import Residency, Tenant
 
 TURNS = 20_000

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from loadtests.lib.child_processes import say
-from loadtests.lib.targets import Report, Table, TargetCheck
-from router_models.outcomes import read_costs, read_outcomes
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
+from router_models.fit_settings import Settings
+from router_models.outcome_reader import read_costs, read_outcomes
 from router_models.recipe_replay import RecipeResults
-from router_models.settings import Settings
 from router_models.two_stage_fit import Predicted, Problem
 from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot, upper_concave_hull
 

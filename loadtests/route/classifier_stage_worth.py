@@ -16,20 +16,20 @@ import numpy as np
 import orjson
 import psutil
 
-from loadtests.lib.stats import Estimate, median
-from loadtests.lib.targets import Report, Table, at_least, at_most
+from loadtests.lib.median_intervals import Estimate, median
+from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
 from router_models.category_fit import cost_curve, encode, judge
-from router_models.prompt_files import LabelledPrompt, prompt_files, read_prompts
-from service.classifier.artifact import load_artifact
+from router_models.labelled_prompt_reader import LabelledPrompt, prompt_files, read_prompts
 from service.classifier.classifier import Classifier
-from service.classifier.static_table import built_in_table
+from service.classifier.router_artifact import load_artifact
+from service.classifier.static_embedding_table import built_in_table
 from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.models.encoder_store import require_encoder
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
 
@@ -136,13 +136,14 @@ async def _throughput(
         worker_mb = _children_mb()
     finally:
         await with_one.stages.stop()
-    ok = registry.value(metrics.ROUTER_ENCODER_REQUESTS, "ok")
+    ok = registry.value(metric_declarations.ROUTER_ENCODER_REQUESTS, "ok")
     total = sum(
-        registry.value(metrics.ROUTER_STAGES, stage)
+        registry.value(metric_declarations.ROUTER_STAGES, stage)
         for stage in ("ngrams", "static", "encoder", "general")
     )
     late = sum(
-        registry.value(metrics.ROUTER_ENCODER_REQUESTS, why) for why in ("slow", "busy", "paused")
+        registry.value(metric_declarations.ROUTER_ENCODER_REQUESTS, why)
+        for why in ("slow", "busy", "paused")
     )
     report.tables.append(
         Table(

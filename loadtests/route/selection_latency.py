@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from loadtests.lib.stats import median
-from loadtests.lib.targets import Report, Table, at_most
+from loadtests.lib.median_intervals import median
+from loadtests.lib.targets_and_report import Report, Table, at_most
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest, select

@@ -17,9 +17,9 @@ import aiohttp
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.coe_service import serving
-from loadtests.lib.stats import percentile
-from loadtests.lib.targets import Report, Table, TargetCheck
-from service.config.presets import FastPresetConfig
+from loadtests.lib.median_intervals import percentile
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
+from service.config.router_presets import FastPresetConfig
 
 _ROOM, _TOKENS, _STEP_MS = 4, 10, 20.0
 # The first token is there at once.

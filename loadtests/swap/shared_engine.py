@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 
 from service.config import Config, VllmOptions, load_config
-from service.engine.base import Engine, EngineReport, EngineRequest, Message
+from service.engine.engine_interface import Engine, EngineReport, EngineRequest, Message
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.models import locate
 

@@ -27,13 +27,13 @@ import uvloop
 from redis import Redis
 from redis.exceptions import RedisError
 
-from loadtests.lib import stats
+from loadtests.lib import median_intervals
 from loadtests.lib.child_processes import admin_key_of, fetch, running, say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.load_client import Exchange, Target, closed_loop
-from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
+from loadtests.lib.varied_prompts import prompts
 from loadtests.tenants.tenant_clients import ENDPOINTS, MANY, PLAIN, Clients
 
 CLIENTS = 64
@@ -246,7 +246,7 @@ async def fairness(port: int, for_s: float, report: Report) -> None:
             others += both[0].check().exchanges
             beside += both[1].check().exchanges
     times = {"alone": _ms(alone), "beside": _ms(beside)}
-    p95 = {name: stats.percentile(values, 95) for name, values in times.items()}
+    p95 = {name: median_intervals.percentile(values, 95) for name, values in times.items()}
     ratio = p95["beside"] / p95["alone"]
     heavy_ms = _ms(others)
     report.tables.append(
@@ -254,11 +254,16 @@ async def fairness(port: int, for_s: float, report: Report) -> None:
             f"Two tenants, {_PLACES} places, {_SMALL} and {_SMALL * _TIMES} requests in flight",
             ("who", "answers", "p50 ms", "p95 ms"),
             [
-                (name, str(len(values)), f"{stats.percentile(values, 50):.0f}", f"{p:.0f}")
+                (
+                    name,
+                    str(len(values)),
+                    f"{median_intervals.percentile(values, 50):.0f}",
+                    f"{p:.0f}",
+                )
                 for name, values, p in (
                     ("small, alone", times["alone"], p95["alone"]),
                     ("small, beside the other", times["beside"], p95["beside"]),
-                    ("the other", heavy_ms, stats.percentile(heavy_ms, 95)),
+                    ("the other", heavy_ms, median_intervals.percentile(heavy_ms, 95)),
                 )
             ],
         )

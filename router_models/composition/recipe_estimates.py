@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.expert_map_fit import shrunk_cells
-from router_models.outcomes import OutcomeError, Table
+from router_models.fit_settings import Settings
+from router_models.outcome_reader import OutcomeError, Table
 from router_models.recipe_replay import candidates, play
-from router_models.settings import Settings
 from service.classifier.expert_map import ExpertMap
 from service.types import Recipe
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from router_models.general.held_out import HeldOutPrompt, Paraphrase
+from router_models.general.held_out_prompts import HeldOutPrompt, Paraphrase
 
 PARAPHRASE = "paraphrase"
 # One mistyped letter in so many characters, and at most so many in a prompt.

@@ -18,7 +18,7 @@ import jsonschema
 import referencing.exceptions
 import regex
 
-from router_models.outcome_recording.check_kinds import (
+from router_models.outcome_recording.answer_check_kinds import (
     ChoiceCheck,
     ContainsAllCheck,
     ExactCheck,

@@ -138,10 +138,10 @@ async def _record(
 ) -> None:
     from dataclasses import replace
 
+    from router_models.outcome_reader import OutcomeError
     from router_models.outcome_recording.endpoint_client import CallError, Endpoint
     from router_models.outcome_recording.outcome_file import OutcomeFile
     from router_models.outcome_recording.recorder import Recorder
-    from router_models.outcomes import OutcomeError
 
     tasks = await _possible(tasks, settings.judge)
     endpoint = Endpoint(
@@ -189,8 +189,8 @@ async def _possible(tasks: list[Task], judge: str | None) -> list[Task]:
     Raises:
         OutcomeError: None can.
     """
+    from router_models.outcome_reader import OutcomeError
     from router_models.outcome_recording.sandboxed_unit_tests import probe
-    from router_models.outcomes import OutcomeError
 
     kinds = {task.check.kind for task in tasks}
     reasons = {}
@@ -209,7 +209,7 @@ async def _possible(tasks: list[Task], judge: str | None) -> list[Task]:
 
 def _chosen(tasks: list[Task], categories: Sequence[str] | None, limit: int | None) -> list[Task]:
     """The tasks of these categories, at most `limit` of each."""
-    from router_models.outcomes import OutcomeError
+    from router_models.outcome_reader import OutcomeError
 
     known = {task.category for task in tasks}
     if categories and (unknown := [name for name in categories if name not in known]):
@@ -230,7 +230,7 @@ def _chosen(tasks: list[Task], categories: Sequence[str] | None, limit: int | No
 
 def _experts(given: tuple[str, ...], listed: Mapping[str, Any]) -> tuple[str, ...]:
     """The experts' names; `all` stands for all that the endpoint lists by themselves."""
-    from router_models.outcomes import OutcomeError
+    from router_models.outcome_reader import OutcomeError
 
     if given != ("all",):
         if not given:
@@ -244,7 +244,7 @@ def _experts(given: tuple[str, ...], listed: Mapping[str, Any]) -> tuple[str, ..
 
 
 def _read_prices(path: Path) -> dict[str, Price]:
-    from router_models.outcomes import OutcomeError
+    from router_models.outcome_reader import OutcomeError
     from service.broker.token_prices import Price
 
     try:
@@ -270,7 +270,7 @@ def _read_prices(path: Path) -> dict[str, Price]:
 
 
 def _check_bound(max_cost: float, prices: Mapping[str, Price], wanted: Sequence[str]) -> None:
-    from router_models.outcomes import OutcomeError
+    from router_models.outcome_reader import OutcomeError
 
     if math.isinf(max_cost):
         return

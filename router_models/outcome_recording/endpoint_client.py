@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 from service.broker.token_prices import Price
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})

@@ -1,6 +1,6 @@
 """What a judge expert is asked, and how its verdicts become a score. Pure.
 
-`service.broker.judging` has the questions and reads the verdicts, because the service judges
+`service.broker.judge_prompts` has the questions and reads the verdicts, because the service judges
 answers as well. Against a reference the judge is asked in both orders, else for a grade.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from router_models.outcome_recording.answer_check_kinds import JudgeCheck
 from router_models.outcome_recording.answer_scoring import Score, ScoringError
-from router_models.outcome_recording.check_kinds import JudgeCheck
 from service.broker.answer_agreement import after_thinking
-from service.broker.judging import MAX_TOKENS as MAX_TOKENS
-from service.broker.judging import both_orders, preference, question, trimmed
+from service.broker.judge_prompts import MAX_TOKENS as MAX_TOKENS
+from service.broker.judge_prompts import both_orders, preference, question, trimmed
 
 _GRADE = re.compile(r"grade\W{0,6}(10|[1-9])\b(?!\s*[.,]\d)", re.IGNORECASE)
 _GRADING = (

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 
 Row = dict[str, Any]
 

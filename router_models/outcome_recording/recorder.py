@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
+from router_models.outcome_reader import OutcomeError
 from router_models.outcome_recording import judge_prompts as judging
+from router_models.outcome_recording.answer_check_kinds import JudgeCheck, UnitTestsCheck
 from router_models.outcome_recording.answer_scoring import Score, ScoringError, score_text, stated
-from router_models.outcome_recording.check_kinds import JudgeCheck, UnitTestsCheck
 from router_models.outcome_recording.cost_bound import (
     CostBound,
     CostBoundReachedError,
@@ -25,7 +26,6 @@ from router_models.outcome_recording.endpoint_client import CallError, Endpoint,
 from router_models.outcome_recording.outcome_file import OutcomeFile, Row
 from router_models.outcome_recording.sandboxed_unit_tests import score_code
 from router_models.outcome_recording.task_reader import Task
-from router_models.outcomes import OutcomeError
 from service.broker.token_prices import Price, cost
 
 # Prompts that one expert is asked before the next expert's turn. Experts that share memory are

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from router_models.outcome_recording.answer_check_kinds import UnitTestsCheck
 from router_models.outcome_recording.answer_scoring import Score, ScoringError
-from router_models.outcome_recording.check_kinds import UnitTestsCheck
 from service.broker.answer_agreement import after_thinking
 
 _INIT = Path(__file__).with_name("sandbox_init.py")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from router_models.outcome_recording.check_kinds import Check
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
+from router_models.outcome_recording.answer_check_kinds import Check
 
 _MAX_ERRORS = 20
 _MAX_FILE_BYTES = 1 << 30

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 from service.store.outcome_folder import OutcomeFolder, default_folder
 
 

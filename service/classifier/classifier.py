@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.classifier.artifact import Artifact, load_artifact
-from service.classifier.features import Features, FeatureSpec, Featurizer
-from service.classifier.heads import Head, Vector, log_softmax, read_head
-from service.classifier.static_table import StaticTable
+from service.classifier.hashed_ngrams import Features, FeatureSpec, Featurizer
+from service.classifier.linear_heads import Head, Vector, log_softmax, read_head
+from service.classifier.router_artifact import Artifact, load_artifact
+from service.classifier.static_embedding_table import StaticTable
 from service.errors import ArtifactError
 from service.types import CategoryScores
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier.classifier import GENERAL, Assessment, TextClassifier
-from service.classifier.heads import Vector
+from service.classifier.linear_heads import Vector
 from service.types import CategoryScores
 
 MAX_TURNS = 6

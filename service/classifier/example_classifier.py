@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier.classifier import GENERAL, Classifier, Reading, choose
-from service.classifier.heads import Head, Vector, log_softmax
-from service.classifier.static_table import StaticTable
+from service.classifier.linear_heads import Head, Vector, log_softmax
+from service.classifier.static_embedding_table import StaticTable
 from service.types import CategoryScores
 
 Floats = NDArray[np.float64]

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.classifier.artifact import Artifact, load_artifact
 from service.classifier.classifier import Assessment
+from service.classifier.router_artifact import Artifact, load_artifact
 from service.errors import ArtifactError
 from service.types import MAX_LATER, Recipe
 

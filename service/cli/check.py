@@ -47,7 +47,7 @@ def check(path: Path, as_json: bool) -> None:
 
 def check_artifacts(config: Config) -> RoutingSetup:
     """Read the router's artifact and the model folders, which raise where they can't be used."""
-    from service.capabilities import with_capabilities
+    from service.expert_capabilities import with_capabilities
     from service.gateway.routing.semantic_router import RoutingSetup
 
     setup = RoutingSetup(config)
@@ -117,7 +117,7 @@ def _prices(config: Config, priced: Config) -> dict[str, Any]:
 
 def _routing(priced: Config, setup: RoutingSetup) -> dict[str, Any]:
     """Return what makes `auto` do less than it could."""
-    from service.gateway.routing.frontier import routing_warnings
+    from service.gateway.routing.quality_cost_frontier import routing_warnings
     from service.gateway.routing.semantic_router import category_warnings
 
     warnings = category_warnings(priced, setup.stages.labels)

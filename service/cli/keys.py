@@ -61,7 +61,7 @@ class _KeyBackend:
 
 async def _call_store(config: Any, keys: Any, method: str, parts: list[str], body: Any) -> Any:
     """Do in the store what the admin endpoints do in a service."""
-    from service.gateway.key_requests import NewKey, new_key_record, parse_key_body
+    from service.gateway.api_key_requests import NewKey, new_key_record, parse_key_body
 
     now_s = time.time()
     if method == "GET":

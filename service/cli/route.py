@@ -88,7 +88,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.default_prices import with_default_prices
     from service.gateway.request.expert_defaults import RequestDefaults
     from service.gateway.request.parsing import parse_request
-    from service.gateway.routing.explain import explain
+    from service.gateway.routing.decision_explanation import explain
     from service.gateway.routing.semantic_router import RoutingSetup, selection_request
 
     config = with_default_prices(load_config(path))

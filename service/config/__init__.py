@@ -6,18 +6,18 @@ path in it, the fault, and the allowed values.
 
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
-from service.config.base import parse_bytes
-from service.config.breaker import BreakerConfig
+from service.config.circuit_breaker import BreakerConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
-from service.config.limits import RequestLimits
 from service.config.loader import load_config, parse_config, read_config
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
-from service.config.price_unit import PricesConfig
+from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
+from service.config.request_limits import RequestLimits
 from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config
+from service.config.section_base import parse_bytes
 from service.config.server import RouterConfig, ServerConfig
 from service.config.shadow import ShadowConfig
 from service.config.telemetry import TelemetryConfig

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.config.base import Bytes, Section
+from service.config.section_base import Bytes, Section
 
 CacheMode = Literal["off", "exact", "similar"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from service.config.base import Section, shown
+from service.config.section_base import Section, shown
 
 _MOST_GATEWAYS = 64
 

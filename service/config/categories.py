@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import Field
 
-from service.config.base import Section
+from service.config.section_base import Section
 
 MIN_EXAMPLES = 3
 _MAX_EXAMPLES = 1000

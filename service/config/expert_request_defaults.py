@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from service.config.base import Section
+from service.config.section_base import Section
 
 
 class DefaultsConfig(Section):

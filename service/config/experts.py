@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from service.config.base import Section
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.moe_options import ExpertKernels
+from service.config.section_base import Section
 
 
 class RemoteConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from service.config.base import Section
+from service.config.section_base import Section
 
 
 class FeedbackConfig(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.config.base import Section
+from service.config.section_base import Section
 
 PiiKind = Literal["email", "phone", "card", "iban", "ssn", "ip", "secret"]
 

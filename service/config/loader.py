@@ -11,10 +11,10 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from service.config.base import is_path, shown
 from service.config.moe_options import ExpertKernels
 from service.config.pools import VllmOptions
 from service.config.schema import SECTIONS, Config
+from service.config.section_base import is_path, shown
 from service.config.server import NO_ARTIFACT
 from service.config.strict_yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.config.base import Section
+from service.config.section_base import Section
 
 MoeBackend = Literal[
     "auto",

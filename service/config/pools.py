@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from service.config.autoscaling import AutoscalingConfig, refuse_changes
-from service.config.base import Bytes, Section
 from service.config.moe_options import MoeKernelOptions
+from service.config.section_base import Bytes, Section
 from service.config.vllm_args import PARALLEL, EngineArguments
 
 

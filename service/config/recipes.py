@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from service.config.base import Section
+from service.config.section_base import Section
 from service.types import MAX_LATER, Recipe
 
 

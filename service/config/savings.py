@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from service.config.base import Name, Section
+from service.config.section_base import Name, Section
 
 
 class SavingsConfig(Section):

@@ -11,25 +11,25 @@ from pydantic_core import PydanticCustomError
 
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
-from service.config.base import Name, Section
-from service.config.breaker import BreakerConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
+from service.config.circuit_breaker import BreakerConfig
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
-from service.config.limits import RequestLimits
 from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
-from service.config.presets import (
+from service.config.prices import PricesConfig
+from service.config.recipes import RecipeConfig
+from service.config.request_limits import RequestLimits
+from service.config.router_presets import (
     AutoPresetConfig,
     BestPresetConfig,
     FastPresetConfig,
     PresetsConfig,
 )
-from service.config.price_unit import PricesConfig
-from service.config.recipes import RecipeConfig
 from service.config.savings import SavingsConfig
+from service.config.section_base import Name, Section
 from service.config.server import EncoderConfig, RouterConfig, ServerConfig
 from service.config.sessions import SessionsConfig
 from service.config.shadow import PromoteConfig, ShadowConfig

@@ -8,10 +8,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from service.config.autoscaling import GatewaysConfig
-from service.config.base import Bytes, Section, shown
-from service.config.breaker import BreakerConfig
-from service.config.limits import RequestLimits
-from service.config.presets import PresetsConfig
+from service.config.circuit_breaker import BreakerConfig
+from service.config.request_limits import RequestLimits
+from service.config.router_presets import PresetsConfig
+from service.config.section_base import Bytes, Section, shown
 from service.config.sessions import SessionsConfig
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from service.config.base import Bytes, Name, Section
+from service.config.section_base import Bytes, Name, Section
 from service.config.tenants import SpendConfig
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from service.config.answer_cache import CacheConfig
-from service.config.base import Bytes, Name, Section
 from service.config.guard import GuardConfig
+from service.config.section_base import Bytes, Name, Section
 
 Period = Literal["day", "month"]
 Priority = Literal["high", "normal", "low"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from service.config.base import is_path, shown
+from service.config.section_base import is_path, shown
 
 _HAS_KEY = "it has a key of its own: {}"
 _FOLDER = "an expert's folder decides it, because experts of a pool differ in it"

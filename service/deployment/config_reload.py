@@ -18,9 +18,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.capabilities import with_capabilities
 from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
+from service.expert_capabilities import with_capabilities
 from service.gateway.auth import configured
 from service.gateway.routing.semantic_router import RoutingSetup
 from service.gpu_devices import largest_gpu_bytes

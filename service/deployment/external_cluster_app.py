@@ -1,8 +1,8 @@
 """The application on an external Ray cluster, deployed by KubeRay or `serve deploy`.
 
-Every node needs the environment of `service.launch.environment` and the files that the arguments
-name: a pool or gateway reads the secrets on its own node. A Serve config never holds secrets,
-because Ray displays it.
+Every node needs the environment of `service.launch.ray_environment` and the files that the
+arguments name: a pool or gateway reads the secrets on its own node. A Serve config never holds
+secrets, because Ray displays it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from service.config import load_config, read_config
-from service.deployment.application import application
+from service.deployment.serve_application import application
 
 
 class ClusterArgs(BaseModel):

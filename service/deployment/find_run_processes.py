@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-# `service.launch.environment` sets this variable for the processes of a run, and no others have it.
+# `service.launch.ray_environment` sets this variable for the processes of a run only.
 _RUN_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 
 

@@ -13,10 +13,10 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from service.config import Config
-from service.deployment.application import APP, application
-from service.deployment.end_of_service import EndOfService
 from service.deployment.find_run_processes import processes_of_run
 from service.deployment.gpu_check import check_gpus
+from service.deployment.serve_application import APP, application
+from service.deployment.service_stop_signal import EndOfService
 
 _EXIT_TIMEOUT_S = 3.0
 
@@ -24,8 +24,8 @@ _EXIT_TIMEOUT_S = 3.0
 class LocalCluster:
     """Ray, Serve and HAProxy on this machine, for as long as `coe serve` runs.
 
-    Call `service.launch.environment.prepare` before importing this module, because Ray Serve reads
-    its settings when it is imported.
+    Call `service.launch.ray_environment.prepare` before importing this module, because Ray Serve
+    reads its settings when it is imported.
     """
 
     def __init__(self, config: Config, run_dir: Path) -> None:

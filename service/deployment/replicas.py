@@ -23,10 +23,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
-from service.deployment.autoscaling import gateway_stats, pool_stats
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
-from service.deployment.end_of_service import EndableApp, EndOfService
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
+from service.deployment.serve_autoscaling import gateway_stats, pool_stats
+from service.deployment.service_stop_signal import EndableApp, EndOfService
 from service.errors import UnavailableError
 from service.gateway.gateway_reload import GatewayRuntime
 from service.pool.pool_process import PoolProcess

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from service.engine.base import Message, Send
-from service.http.asgi import send_json
+from service.engine.engine_interface import Message, Send
+from service.http.asgi_helpers import send_json
 
 _SSE_ERROR = (b'data: {"error"', b"event: error")
 _TYPES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from service.engine.base import (
+from service.engine.engine_interface import (
     EngineReport,
     EngineRequest,
     LoadResult,

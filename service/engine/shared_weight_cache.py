@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from service.engine.shared_memory import SUFFIX, UNFINISHED_SUFFIX
+from service.engine.shared_memory_tensors import SUFFIX, UNFINISHED_SUFFIX
 from service.errors import ExpertFailedError
 from service.models.weights_version import version_of
 

@@ -12,7 +12,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-from service.engine.base import Engine, EngineReport, EngineRequest, LoadResult, Send, SwapResult
+from service.engine.engine_interface import (
+    Engine,
+    EngineReport,
+    EngineRequest,
+    LoadResult,
+    Send,
+    SwapResult,
+)
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 
 

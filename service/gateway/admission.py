@@ -35,7 +35,7 @@ from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import UsageMeter
-from service.http.asgi import ClientDisconnectedError
+from service.http.asgi_helpers import ClientDisconnectedError
 from service.http.openai_errors import status_of
 from service.http.prompt_endpoints import TABLE, UNCHARGED
 from service.telemetry.json_logging import log_fields

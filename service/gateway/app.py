@@ -17,7 +17,6 @@ from service.gateway.console.endpoints import console_routes
 from service.gateway.console.event_stream import EventStream
 from service.gateway.cross_site_guard import CrossOriginMiddleware, CrossOriginRules
 from service.gateway.dependencies import GatewayServices
-from service.gateway.path_hints import hint_for
 from service.gateway.routes import (
     admin,
     feedback,
@@ -30,10 +29,11 @@ from service.gateway.routes import (
     usage,
 )
 from service.gateway.routes.inference import InferenceEndpoint
-from service.http.asgi import Message, Receive, Send, send_response
+from service.gateway.unknown_path_hints import hint_for
+from service.http.asgi_helpers import Message, Receive, Send, send_response
 from service.http.openai_errors import ErrorResponse, dialect_of, error_response
 from service.http.prompt_endpoints import ENDPOINTS
-from service.telemetry.metrics import REQUESTS_REJECTED
+from service.telemetry.metric_declarations import REQUESTS_REJECTED
 
 log = logging.getLogger("coe.api")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from service.broker.ledger import Ledger
 from service.broker.savings import Saving, SavingsTotal
-from service.capabilities import with_capabilities
 from service.config import Config
 from service.default_prices import with_default_prices
 from service.encoder.shared_encoders import SharedEncoders
+from service.expert_capabilities import with_capabilities
 from service.gateway.admission import Admission
 from service.gateway.app import build_app
 from service.gateway.auth import Authenticator
@@ -22,27 +22,27 @@ from service.gateway.console.event_stream import EventStream
 from service.gateway.dependencies import GatewayServices, Reload
 from service.gateway.dispatch.circuit_breakers import CircuitBreakers
 from service.gateway.dispatch.dispatcher import Dispatcher
+from service.gateway.dispatch.internal_expert_calls import SideCalls
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.dispatch.remote_pool import RemotePool
-from service.gateway.dispatch.side_call import SideCalls
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen_interface import Screen
-from service.gateway.lasting_state import GatewayState
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
-from service.gateway.routing.frontier import frontier_of
+from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.semantic_router import RoutingSetup
-from service.gateway.routing.sessions import SessionService
+from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
+from service.gateway.state_across_reloads import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
 from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
 from service.store.store_interface import Store
-from service.store.volatile import VolatileStore
-from service.telemetry import metrics
+from service.store.volatile_store import VolatileStore
+from service.telemetry import metric_declarations
 from service.telemetry.tracing import Traces
 from service.types import NOBODY, Tenant
 
@@ -288,18 +288,22 @@ class ConfiguredGateway:
 
     def _count_charged(self, tenant: Tenant, outcome: str, calls: Sequence[ExpertCall]) -> None:
         """Count a request in its tenant's usage."""
-        self._registry.add(metrics.TENANT_REQUESTS, 1, tenant.name, outcome)
+        self._registry.add(metric_declarations.TENANT_REQUESTS, 1, tenant.name, outcome)
         for call in calls:
             tokens = (call.prompt_tokens or 0) + (call.completion_tokens or 0)
-            self._registry.add(metrics.TENANT_TOKENS, tokens, tenant.name)
+            self._registry.add(metric_declarations.TENANT_TOKENS, tokens, tenant.name)
 
     def _count_savings(self, tenant: Tenant, savings: Sequence[Saving]) -> None:
         """Count what a request saved, for the tenant's metrics and the operator's console."""
         for saving in savings:
             self._resources.state.savings.setdefault(saving.baseline, SavingsTotal()).add(saving)
             labels = tenant.name, saving.baseline
-            self._registry.add(metrics.SAVINGS_REQUESTS, 1, *labels)
-            self._registry.add(metrics.SAVINGS_COST, saving.cost, *labels)
-            self._registry.add(metrics.SAVINGS_BASELINE_COST, saving.baseline_cost, *labels)
-            self._registry.add(metrics.SAVINGS_QUALITY, saving.quality, *labels)
-            self._registry.add(metrics.SAVINGS_BASELINE_QUALITY, saving.baseline_quality, *labels)
+            self._registry.add(metric_declarations.SAVINGS_REQUESTS, 1, *labels)
+            self._registry.add(metric_declarations.SAVINGS_COST, saving.cost, *labels)
+            self._registry.add(
+                metric_declarations.SAVINGS_BASELINE_COST, saving.baseline_cost, *labels
+            )
+            self._registry.add(metric_declarations.SAVINGS_QUALITY, saving.quality, *labels)
+            self._registry.add(
+                metric_declarations.SAVINGS_BASELINE_QUALITY, saving.baseline_quality, *labels
+            )

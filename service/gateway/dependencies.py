@@ -16,11 +16,11 @@ from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
 from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
-from service.gateway.lasting_state import GatewayState
 from service.gateway.request.validation import RequestValidator
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.semantic_router import SemanticRouter
-from service.gateway.routing.sessions import SessionService
+from service.gateway.routing.session_affinity import SessionService
+from service.gateway.state_across_reloads import GatewayState
 from service.rpc.cluster_secret import same
 from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService

@@ -12,22 +12,22 @@ from typing import Any
 from service.broker.ledger import Ledger
 from service.config import Config
 from service.encoder.shared_encoders import SharedEncoders
-from service.engine.remote import RemoteEngine
+from service.engine.remote_engine import RemoteEngine
 from service.errors import CoeError
 from service.gateway.budget_prices import BudgetPrices
 from service.gateway.configured_gateway import ConfiguredGateway, GatewayResources
 from service.gateway.dependencies import Reload
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.screen_interface import Screen
-from service.gateway.lasting_state import GatewayState, replaced
+from service.gateway.state_across_reloads import GatewayState, replaced
 from service.gateway.store_setup import open_store, open_volatile
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.rpc.pool_directory import PoolDirectory
 from service.store.store_interface import Store
-from service.store.volatile import VolatileStore
-from service.telemetry import metrics
-from service.telemetry.process_telemetry import node_target, traces_of
+from service.store.volatile_store import VolatileStore
+from service.telemetry import metric_declarations
+from service.telemetry.telemetry_setup import node_target, traces_of
 
 log = logging.getLogger("coe.app")
 
@@ -228,24 +228,24 @@ class GatewayRuntime:
     def _update_metrics(self) -> None:
         """Update the metrics of pools, remote queues, breakers, budgets and the store."""
         registry = self.state.metrics.registry
-        registry.put(metrics.POOLS, len(self.directory.links()))
-        registry.forget(metrics.SNAPSHOT_AGE)
+        registry.put(metric_declarations.POOLS, len(self.directory.links()))
+        registry.forget(metric_declarations.SNAPSHOT_AGE)
         for boot, age_s in self.directory.silences().items():
-            registry.put(metrics.SNAPSHOT_AGE, age_s, boot)
+            registry.put(metric_declarations.SNAPSHOT_AGE, age_s, boot)
         health = self.store.health()
-        registry.put(metrics.STORE_UP, health.up)
-        registry.put(metrics.STORE_PENDING_SETTLEMENTS, health.pending_settlements)
-        registry.total(metrics.STORE_OUTAGES, health.outages)
-        registry.total(metrics.STORE_OFFLINE_ADMISSIONS, health.offline_grants)
-        registry.forget(metrics.REQUESTS_WAITING, self.remote_pools)
-        registry.forget(metrics.REQUESTS_RUNNING, self.remote_pools)
+        registry.put(metric_declarations.STORE_UP, health.up)
+        registry.put(metric_declarations.STORE_PENDING_SETTLEMENTS, health.pending_settlements)
+        registry.total(metric_declarations.STORE_OUTAGES, health.outages)
+        registry.total(metric_declarations.STORE_OFFLINE_ADMISSIONS, health.offline_grants)
+        registry.forget(metric_declarations.REQUESTS_WAITING, self.remote_pools)
+        registry.forget(metric_declarations.REQUESTS_RUNNING, self.remote_pools)
         for name, remote_pool in self.remote_pools.items():
-            registry.put(metrics.REQUESTS_WAITING, remote_pool.waiting, name)
-            registry.put(metrics.REQUESTS_RUNNING, remote_pool.running, name)
+            registry.put(metric_declarations.REQUESTS_WAITING, remote_pool.waiting, name)
+            registry.put(metric_declarations.REQUESTS_RUNNING, remote_pool.running, name)
         prices = {name: price for name, price, _ in self.budget_prices.prices()}
-        registry.forget(metrics.SHADOW_PRICE, prices)
+        registry.forget(metric_declarations.SHADOW_PRICE, prices)
         for name, price in prices.items():
-            registry.put(metrics.SHADOW_PRICE, price, name)
+            registry.put(metric_declarations.SHADOW_PRICE, price, name)
         self.current.breakers.read()
 
     async def _update_budget_metrics(self) -> None:
@@ -253,10 +253,10 @@ class GatewayRuntime:
         registry = self.state.metrics.registry
         with contextlib.suppress(CoeError):
             states = await self.ledger.state()
-            registry.forget(metrics.BUDGET_REMAINING, states)
+            registry.forget(metric_declarations.BUDGET_REMAINING, states)
             for name, state in states.items():
                 left = max(0.0, 1 - state.spent / state.amount)
-                registry.put(metrics.BUDGET_REMAINING, left, name)
+                registry.put(metric_declarations.BUDGET_REMAINING, left, name)
 
     async def _update_replicas(self) -> None:
         """Update the metrics of replicas. They are left out where they can't be counted."""
@@ -267,10 +267,10 @@ class GatewayRuntime:
         with contextlib.suppress(TimeoutError, CoeError):
             async with asyncio.timeout(_COUNT_S):
                 counted = await self._count_replicas()
-        registry.forget(metrics.REPLICAS, counted)
+        registry.forget(metric_declarations.REPLICAS, counted)
         for deployment, states in counted.items():
             for state, count in states.items():
-                registry.put(metrics.REPLICAS, count, deployment, state)
+                registry.put(metric_declarations.REPLICAS, count, deployment, state)
 
     async def stop(self) -> None:
         """Close every connection, and stop the gateways of earlier configs."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from service.gateway.request_record import RequestRecord
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.telemetry.prometheus_exposition import text_of
@@ -27,7 +27,9 @@ class GatewayMetrics:
         self.remote: frozenset[str] = frozenset()
         self._in_flight = 0
         self._refreshers: list[Callable[[], Awaitable[None]]] = []
-        self.registry.on_read(lambda: self.registry.put(metrics.IN_FLIGHT, self._in_flight))
+        self.registry.on_read(
+            lambda: self.registry.put(metric_declarations.IN_FLIGHT, self._in_flight)
+        )
 
     def on_read(self, refresh: Callable[[], Awaitable[None]]) -> None:
         """Like the registry's `on_read`, for what must be waited for."""
@@ -46,19 +48,21 @@ class GatewayMetrics:
         """Count a request that has ended."""
         self._in_flight -= 1
         registry, recipe = self.registry, record.recipe_label
-        registry.add(metrics.REQUESTS, 1, record.expert, record.category, recipe, record.outcome)
+        registry.add(
+            metric_declarations.REQUESTS, 1, record.expert, record.category, recipe, record.outcome
+        )
         # A count of 0 is exported as well, so that the share of errors is known from the start.
-        registry.add(metrics.SERVER_ERRORS, record.ours, record.expert)
+        registry.add(metric_declarations.SERVER_ERRORS, record.ours, record.expert)
         if record.routed:
-            registry.observe(metrics.ROUTE, record.route_ms / 1000)
+            registry.observe(metric_declarations.ROUTE, record.route_ms / 1000)
         for expert, code in record.failed:
-            registry.add(metrics.ATTEMPTS_FAILED, 1, expert, code)
+            registry.add(metric_declarations.ATTEMPTS_FAILED, 1, expert, code)
         if record.fault and (record.attempts == 0 or record.fault in _NO_ROOM):
-            registry.add(metrics.REQUESTS_REJECTED, 1, record.fault)
+            registry.add(metric_declarations.REQUESTS_REJECTED, 1, record.fault)
         if record.session is not None:
-            registry.add(metrics.SESSION_TURNS, 1, record.session.decision.value)
+            registry.add(metric_declarations.SESSION_TURNS, 1, record.session.decision.value)
         if record.escalations:
-            registry.add(metrics.ESCALATIONS, record.escalations, recipe)
+            registry.add(metric_declarations.ESCALATIONS, record.escalations, recipe)
         self._count_calls(record)
         if record.outcome == "ok" and record.first_byte_s:
             self._observe_times(record)
@@ -67,36 +71,45 @@ class GatewayMetrics:
         registry, recipe = self.registry, record.recipe_label
         if not record.calls:
             return
-        registry.add(metrics.COST_PREDICTED, record.predicted_cost, recipe)
+        registry.add(metric_declarations.COST_PREDICTED, record.predicted_cost, recipe)
         for call in record.calls:
-            registry.add(metrics.COST, call.cost, recipe, call.expert)
+            registry.add(metric_declarations.COST, call.cost, recipe, call.expert)
             if call.expert in self.remote:
-                registry.add(metrics.TOKENS, call.prompt_tokens or 0, call.expert, "prompt")
-                registry.add(metrics.TOKENS, call.completion_tokens or 0, call.expert, "completion")
+                registry.add(
+                    metric_declarations.TOKENS, call.prompt_tokens or 0, call.expert, "prompt"
+                )
+                registry.add(
+                    metric_declarations.TOKENS,
+                    call.completion_tokens or 0,
+                    call.expert,
+                    "completion",
+                )
 
     def _observe_times(self, record: RequestRecord) -> None:
         registry, expert = self.registry, record.expert
-        registry.observe(metrics.REQUEST_DURATION, record.total_s, expert)
+        registry.observe(metric_declarations.REQUEST_DURATION, record.total_s, expert)
         if record.streamed:
-            registry.observe(metrics.TIME_TO_FIRST_TOKEN, record.first_byte_s, expert)
+            registry.observe(metric_declarations.TIME_TO_FIRST_TOKEN, record.first_byte_s, expert)
         engine_s = record.prefill_ms / 1000
         if record.local:
             queue_s = record.queue_ms / 1000
             overhead_s = max(0.0, record.first_byte_s - queue_s - engine_s)
-            registry.observe(metrics.GATEWAY_OVERHEAD, overhead_s)
+            registry.observe(metric_declarations.GATEWAY_OVERHEAD, overhead_s)
             error_s = queue_s - record.predicted_s
             direction = "under" if error_s > 0 else "over"
-            registry.observe(metrics.WAIT_PREDICTION_ERROR, abs(error_s), direction)
-            registry.add(metrics.WAIT_PREDICTED, record.predicted_s, expert)
-            registry.add(metrics.WAIT_ACTUAL, queue_s, expert)
+            registry.observe(metric_declarations.WAIT_PREDICTION_ERROR, abs(error_s), direction)
+            registry.add(metric_declarations.WAIT_PREDICTED, record.predicted_s, expert)
+            registry.add(metric_declarations.WAIT_ACTUAL, queue_s, expert)
         elif expert in self.remote and record.streamed:
             # A remote engine is known by its bytes alone: only a stream tells its phases apart.
             decode_s = record.total_s - record.first_byte_s
-            registry.observe(metrics.PREFILL, engine_s, expert)
-            registry.observe(metrics.DECODE, decode_s, expert)
+            registry.observe(metric_declarations.PREFILL, engine_s, expert)
+            registry.observe(metric_declarations.DECODE, decode_s, expert)
             tokens = (record.calls[-1].completion_tokens or 0) if record.calls else 0
             if tokens > 1:
-                registry.observe(metrics.INTER_TOKEN_LATENCY, decode_s / (tokens - 1), expert)
+                registry.observe(
+                    metric_declarations.INTER_TOKEN_LATENCY, decode_s / (tokens - 1), expert
+                )
 
     async def text(self, labels: Mapping[str, str]) -> str:
         """Everything as Prometheus' text, every sample with these labels."""

@@ -18,9 +18,9 @@ from service.broker.pool_state import BootId, Place
 from service.broker.savings import Comparison
 from service.broker.session_terms import SessionOutcome
 from service.broker.token_prices import Price, cost
-from service.engine.base import Send
+from service.engine.engine_interface import Send
 from service.errors import CoeError
-from service.http.asgi import ClientDisconnectedError, send_response
+from service.http.asgi_helpers import ClientDisconnectedError, send_response
 from service.http.openai_errors import codes_of_ours, dialect_of, error_response
 from service.rpc.call_headers import trace_of
 from service.telemetry.json_logging import log_fields

@@ -15,11 +15,11 @@ from typing import Any
 
 import orjson
 
-from service.engine.base import Message, Send
+from service.engine.engine_interface import Message, Send
 from service.errors import CoeError, UpstreamError
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
-from service.http.asgi import STREAM_HEADERS, LineBuffer, body_message
+from service.http.asgi_helpers import STREAM_HEADERS, LineBuffer, body_message
 from service.http.openai_errors import (
     Dialect,
     codes_of_ours,

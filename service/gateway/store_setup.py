@@ -17,7 +17,7 @@ from service.rpc.cluster_secret import admin_key_path, keys_path
 from service.store.api_keys import FileKeyRepository, KeyRepository, KeyService, StoreKeyRepository
 from service.store.memory_store import MemoryStore
 from service.store.store_interface import Store
-from service.store.volatile import MemoryVolatileStore, VolatileStore
+from service.store.volatile_store import MemoryVolatileStore, VolatileStore
 
 log = logging.getLogger("coe.app")
 
@@ -74,7 +74,7 @@ def open_volatile(config: Config) -> VolatileStore:
                 gateways,
             )
         return MemoryVolatileStore(given.cache_bytes)
-    from service.store.volatile_redis import RedisVolatileStore
+    from service.store.volatile_redis_store import RedisVolatileStore
 
     return RedisVolatileStore(url, prefix=given.prefix, timeout_s=given.timeout_ms / 1000)
 

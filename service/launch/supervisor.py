@@ -26,7 +26,7 @@ from service.config.server import LOOPBACK
 from service.deployment.config_reload import RunningConfig, config_file, reload
 from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cross_site_guard import CrossOriginRules
-from service.launch import environment
+from service.launch import ray_environment
 from service.launch.startup_server import StartupServer
 from service.rpc.cluster_secret import admin_key_path, make_secret, node_folder, read_secret
 
@@ -88,7 +88,7 @@ def run(config: Config, *, source: Path) -> None:
             _say(f"the console shows the start: {url}/console")
         except OSError as error:
             _say(f"no console until a gateway is up: {error}")
-        environment.prepare(run_dir, config.server, run_dir / "startup.sock")
+        ray_environment.prepare(run_dir, config.server, run_dir / "startup.sock")
         from service.deployment.local_cluster import LocalCluster
 
         startup_server.done(_IMPORTS)

@@ -10,7 +10,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from service.config.base import is_path
+from service.config.section_base import is_path
 from service.errors import ModelStoreError
 from service.models import hub_download, model_store, pip_wheel
 from service.models.builtin_models import ENCODERS, EncoderEntry

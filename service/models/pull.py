@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.config.base import is_path
+from service.config.section_base import is_path
 from service.errors import ModelStoreError
 from service.models import gguf_conversion, hub_download, model_store, pip_wheel
 from service.models.builtin_models import CATALOGUE, ENCODERS, CatalogueEntry

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from service.pool.queue import Backlog
+from service.pool.request_queue import Backlog
 
 # Mean age of the arrivals and tokens that a rate is computed from.
 _RATE_S = 5.0

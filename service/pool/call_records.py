@@ -8,9 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from service.engine.base import Message, Send
+from service.engine.engine_interface import Message, Send
 from service.http.token_usage import reply_usage
-from service.pool.slots.base import Lease
+from service.pool.slots.base_slot import Lease
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
 from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
 

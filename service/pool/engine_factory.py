@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.config import Config, PoolConfig
-from service.engine.base import EngineObserver, SwappingEngine
+from service.engine.engine_interface import EngineObserver, SwappingEngine
 from service.engine.gpu_share import GpuShare
 from service.engine.lazy_engine import LazyEngine
 from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
-from service.engine.simulated import SimulatedEngine
+from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleep_mode import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
 from service.gpu_devices import largest_gpu_bytes

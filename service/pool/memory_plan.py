@@ -20,7 +20,8 @@ from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
 from service.moe.option_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
-from service.pool.argument_effects import (
+from service.pool.gpu_memory_plan import share_gpus, unknown_memory
+from service.pool.vllm_argument_effects import (
     argument_warnings,
     check_arguments,
     draft_bytes,
@@ -30,7 +31,6 @@ from service.pool.argument_effects import (
     offloaded_bytes,
     share_bytes,
 )
-from service.pool.gpu_memory_plan import share_gpus, unknown_memory
 from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from service.engine.base import EngineRequest, Send
+from service.engine.engine_interface import EngineRequest, Send
 from service.errors import (
     CoeError,
     ConflictError,
@@ -29,12 +29,12 @@ from service.errors import (
 )
 from service.pool.autoscaling_load import LoadMeter, PoolLoad, SlotLoad, pool_load
 from service.pool.call_records import AbandonedCalls, Acknowledgements, TimedSend
-from service.pool.host_budget import claims, divide, least
-from service.pool.renamed_send import RenamedSend
+from service.pool.host_memory_division import claims, divide, least
+from service.pool.requested_name_send import RenamedSend
 from service.pool.slot_units import Unit
-from service.pool.slots.base import BaseSlot, LeaseRevokedError
-from service.pool.slots.dedicated import DedicatedSlot
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.base_slot import BaseSlot, LeaseRevokedError
+from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 from service.pool.unit_placement import next_move
 from service.rpc.call_headers import Call, Times

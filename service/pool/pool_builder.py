@@ -8,16 +8,16 @@ from collections.abc import Awaitable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 from service.config import Config, PoolConfig
-from service.engine.base import EngineObserver, SwappingEngine
+from service.engine.engine_interface import EngineObserver, SwappingEngine
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
 from service.pool.pool import Pool
 from service.pool.pool_diff import PoolDiff, units_of
 from service.pool.slot_units import UnitState
-from service.pool.slots.base import BaseSlot
-from service.pool.slots.dedicated import DedicatedSlot
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.base_slot import BaseSlot
+from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 from service.pool.weight_sharing import share_weights
 

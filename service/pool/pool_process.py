@@ -15,7 +15,7 @@ from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.rpc.server import PoolApp
 from service.telemetry.pool_metrics import PoolMetrics
-from service.telemetry.process_telemetry import node_target, traces_of
+from service.telemetry.telemetry_setup import node_target, traces_of
 
 
 class PoolProcess:

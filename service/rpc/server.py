@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import orjson
 
 from service.errors import CoeError, InvalidRequestError, UnauthorizedError, UnknownEndpointError
-from service.http.asgi import (
+from service.http.asgi_helpers import (
     ClientDisconnectedError,
     Message,
     Receive,

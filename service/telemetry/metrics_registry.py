@@ -1,4 +1,4 @@
-"""The metrics registry of one process, for the metrics that `metrics.METRICS` declares.
+"""The metrics registry of one process, for the metrics that `metric_declarations.METRICS` declares.
 
     registry = MetricsRegistry(Side.GATEWAY)
     registry.add(metrics.REQUESTS_REJECTED, 1, "rate_limited")
@@ -22,10 +22,10 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from service import __version__
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.label_values import MAX_SERIES, OTHER
+from service.telemetry.metric_declarations import METRICS
 from service.telemetry.metric_types import Kind, MetricSpec, Side
-from service.telemetry.metrics import METRICS
 
 # A metric and the values of its labels.
 _Key = tuple[MetricSpec | str, ...]
@@ -58,7 +58,7 @@ class MetricsRegistry:
         self.prometheus = CollectorRegistry(auto_describe=False)
         self.prometheus.register(_Collector(self))
         ProcessCollector(registry=self.prometheus)
-        self.put(metrics.BUILD_INFO, 1, __version__)
+        self.put(metric_declarations.BUILD_INFO, 1, __version__)
 
     def add(self, metric: MetricSpec, amount: float, *labels: str) -> None:
         """Increase a counter by `amount` ≥ 0."""

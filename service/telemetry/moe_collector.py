@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.base import RoutingSample
+from service.engine.engine_interface import RoutingSample
 from service.errors import ConflictError
 from service.moe.load_statistics import CACHE_TIMES, Cacheability, cacheability
 from service.moe.routing_counts import RoutingCounts
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.label_values import MAX_SERIES
 from service.telemetry.metrics_registry import MetricsRegistry
 
@@ -123,25 +123,25 @@ class MoeCollector:
     def read(self, registry: MetricsRegistry) -> None:
         """Put the statistics into the metrics."""
         for metric in (
-            metrics.MOE_IMBALANCE,
-            metrics.MOE_ENTROPY,
-            metrics.MOE_SEGMENT_ROUTING,
-            metrics.MOE_SEGMENT_CACHE_HITS,
+            metric_declarations.MOE_IMBALANCE,
+            metric_declarations.MOE_ENTROPY,
+            metric_declarations.MOE_SEGMENT_ROUTING,
+            metric_declarations.MOE_SEGMENT_CACHE_HITS,
         ):
             registry.forget(metric)
-        registry.forget(metrics.MOE_ROUTED_TOKENS)
+        registry.forget(metric_declarations.MOE_ROUTED_TOKENS)
         room = MAX_SERIES
         for expert, state in self._states.items():
             counts = state.counts
             if not counts.tokens:
                 continue
-            registry.total(metrics.MOE_TOKENS, counts.tokens, expert)
+            registry.total(metric_declarations.MOE_TOKENS, counts.tokens, expert)
             if counts.load.size <= room:
                 room -= counts.load.size
                 for (index, routed_expert), count in np.ndenumerate(counts.load):
                     layer = counts.layers[index]
                     registry.total(
-                        metrics.MOE_ROUTED_TOKENS,
+                        metric_declarations.MOE_ROUTED_TOKENS,
                         int(count),
                         expert,
                         str(layer),
@@ -150,10 +150,10 @@ class MoeCollector:
             for index, layer in enumerate(counts.layers):
                 balance = counts.balance(index)
                 for metric, value in (
-                    (metrics.MOE_IMBALANCE, balance.imbalance),
-                    (metrics.MOE_ENTROPY, balance.entropy),
-                    (metrics.MOE_SEGMENT_ROUTING, balance.srp),
-                    (metrics.MOE_SEGMENT_CACHE_HITS, balance.sch),
+                    (metric_declarations.MOE_IMBALANCE, balance.imbalance),
+                    (metric_declarations.MOE_ENTROPY, balance.entropy),
+                    (metric_declarations.MOE_SEGMENT_ROUTING, balance.srp),
+                    (metric_declarations.MOE_SEGMENT_CACHE_HITS, balance.sch),
                 ):
                     if value is not None:
                         registry.put(metric, value, expert, str(layer))

@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.registry import Collector
 
 from service.config import MoeCapture
-from service.engine.base import EngineTimings, RoutingSample
+from service.engine.engine_interface import EngineTimings, RoutingSample
 from service.rpc.call_headers import Call, Times
 from service.rpc.snapshot import Snapshot
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.telemetry.moe_collector import MoeCollector
@@ -82,34 +82,39 @@ class PoolMetrics:
         put, now = self.registry.put, pool.snapshot()
         # Drop the experts that a config change has removed.
         for gauge in (
-            metrics.REQUESTS_WAITING,
-            metrics.REQUESTS_RUNNING,
-            metrics.EXPERT_STATE,
-            metrics.EXPERT_WEIGHT_BYTES,
-            metrics.OFFERED_LOAD,
-            metrics.BACKLOG,
+            metric_declarations.REQUESTS_WAITING,
+            metric_declarations.REQUESTS_RUNNING,
+            metric_declarations.EXPERT_STATE,
+            metric_declarations.EXPERT_WEIGHT_BYTES,
+            metric_declarations.OFFERED_LOAD,
+            metric_declarations.BACKLOG,
         ):
             self.registry.forget(gauge, keep=now.experts)
         for expert, queue in now.queues.items():
-            put(metrics.REQUESTS_WAITING, queue.waiting, expert)
-            put(metrics.REQUESTS_RUNNING, queue.running, expert)
+            put(metric_declarations.REQUESTS_WAITING, queue.waiting, expert)
+            put(metric_declarations.REQUESTS_RUNNING, queue.running, expert)
         for expert, state in now.experts.items():
             for possible in Residency:
-                put(metrics.EXPERT_STATE, state.state is possible, expert, possible.value)
+                put(
+                    metric_declarations.EXPERT_STATE,
+                    state.state is possible,
+                    expert,
+                    possible.value,
+                )
         load = pool.load()
         for expert in now.experts:
-            put(metrics.OFFERED_LOAD, load.offered.get(expert, 0.0), expert)
-            put(metrics.BACKLOG, load.backlog_s.get(expert, 0.0), expert)
+            put(metric_declarations.OFFERED_LOAD, load.offered.get(expert, 0.0), expert)
+            put(metric_declarations.BACKLOG, load.backlog_s.get(expert, 0.0), expert)
         for key, count in pool.swap_counts().items():
-            self.registry.total(metrics.SWAPS, count, *key)
-        self.registry.total(metrics.CANARY_FAILURES, pool.canary_failures())
+            self.registry.total(metric_declarations.SWAPS, count, *key)
+        self.registry.total(metric_declarations.CANARY_FAILURES, pool.canary_failures())
         for expert, details in pool.details().items():
             held = details.get("held_as", expert)
             size = details.get("host_bytes", self._weights.get(held))
             if size is not None:
                 for tier in (Residency.DEVICE, Residency.HOST):
                     held_bytes = size if details["state"] == tier else 0
-                    put(metrics.EXPERT_WEIGHT_BYTES, held_bytes, expert, tier.value)
+                    put(metric_declarations.EXPERT_WEIGHT_BYTES, held_bytes, expert, tier.value)
 
     # --- as the pool's observer
 
@@ -117,22 +122,26 @@ class PoolMetrics:
         if self.traced is not None:
             self.traced(call, times, fault)
         if times.began_s:
-            self.registry.observe(metrics.QUEUE, times.queue_s, call.expert)
-            self.registry.observe(metrics.SWAP_WAIT, times.swap_s, call.expert)
+            self.registry.observe(metric_declarations.QUEUE, times.queue_s, call.expert)
+            self.registry.observe(metric_declarations.SWAP_WAIT, times.swap_s, call.expert)
 
     # --- as its engines' observer
 
     def on_finished(self, timings: EngineTimings) -> None:
         observe, expert = self.registry.observe, timings.expert
-        observe(metrics.ENGINE_QUEUE, timings.queue_s, expert)
-        observe(metrics.PREFILL, timings.prefill_s, expert)
-        self.registry.add(metrics.TOKENS, timings.prompt_tokens, expert, "prompt")
+        observe(metric_declarations.ENGINE_QUEUE, timings.queue_s, expert)
+        observe(metric_declarations.PREFILL, timings.prefill_s, expert)
+        self.registry.add(metric_declarations.TOKENS, timings.prompt_tokens, expert, "prompt")
         if timings.answer_tokens:
-            observe(metrics.DECODE, timings.decode_s, expert)
-            self.registry.add(metrics.TOKENS, timings.answer_tokens, expert, "completion")
+            observe(metric_declarations.DECODE, timings.decode_s, expert)
+            self.registry.add(
+                metric_declarations.TOKENS, timings.answer_tokens, expert, "completion"
+            )
         if timings.answer_tokens > 1:
             observe(
-                metrics.INTER_TOKEN_LATENCY, timings.decode_s / (timings.answer_tokens - 1), expert
+                metric_declarations.INTER_TOKEN_LATENCY,
+                timings.decode_s / (timings.answer_tokens - 1),
+                expert,
             )
 
     def on_weights(self, expert: str, size_bytes: int) -> None:

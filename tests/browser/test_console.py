@@ -12,7 +12,7 @@ from playwright.async_api import Browser, Page, expect
 
 from service.config import Config
 from tests.browser.conftest import Watched, watched
-from tests.support.serving import ADMIN_KEY, chat, run_gateway
+from tests.support.in_process_service import ADMIN_KEY, chat, run_gateway
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.asyncio(loop_scope="module")

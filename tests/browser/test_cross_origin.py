@@ -15,7 +15,14 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.async_api import Browser, Page
 
-from tests.support.serving import CHAT, RunningGateway, chat, run_gateway, serving, simulated
+from tests.support.in_process_service import (
+    CHAT,
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,7 +20,7 @@ from playwright.async_api import Browser, expect
 
 from service.config import Config
 from tests.browser.conftest import watched
-from tests.support.serving import run_gateway
+from tests.support.in_process_service import run_gateway
 
 pytestmark = [
     pytest.mark.open_webui,

@@ -14,9 +14,9 @@ import pytest
 import pytest_asyncio
 
 from service.config import SimulatedOptions, VllmOptions
-from service.engine.base import Engine, EngineReport
-from service.engine.simulated import SimulatedEngine
-from tests.support.models import small_model, tiny_moe
+from service.engine.engine_interface import Engine, EngineReport
+from service.engine.simulated_engine import SimulatedEngine
+from tests.support.small_models import small_model, tiny_moe
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tests.support.engine_requests import (
     ask,
     run,
 )
-from tests.support.waiting import until
+from tests.support.polling import until
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),

@@ -18,8 +18,8 @@ from service.store.limit_windows import DAY
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account, Charge, Granted, StoreClaim, UsageNote
-from service.store.volatile_redis import RedisVolatileStore
-from tests.support.redis import RedisServer, redis_server
+from service.store.volatile_redis_store import RedisVolatileStore
+from tests.support.redis_server import RedisServer, redis_server
 
 PASSWORD = "p@ss#w/rd%:é"
 BUDGET = Account("budget/all", 100, DAY)

@@ -24,8 +24,8 @@ from service.store.store_interface import (
     StoreClaim,
     UsageNote,
 )
-from tests.support.redis import RedisServer, redis_server
-from tests.support.waiting import until
+from tests.support.polling import until
+from tests.support.redis_server import RedisServer, redis_server
 
 _ids = count()
 REQUESTS = Account("k/requests", 3, MINUTE)

@@ -22,7 +22,7 @@ from service.store.limit_windows import DAY, MONTH
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account
-from tests.support.redis import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, redis_server
 
 ROOT = Path(__file__).parents[2]
 AT_S = 1_700_000_000.5

@@ -17,9 +17,9 @@ from service.store.limit_windows import DAY
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account, Charge, Granted, StoreClaim
-from service.store.volatile import MemoryVolatileStore, VolatileStore
-from service.store.volatile_redis import RedisVolatileStore
-from tests.support.redis import RedisServer, redis_server
+from service.store.volatile_redis_store import RedisVolatileStore
+from service.store.volatile_store import MemoryVolatileStore, VolatileStore
+from tests.support.redis_server import RedisServer, redis_server
 
 _ids = count()
 _MIB = 1024**2

@@ -11,11 +11,11 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from service.engine.base import EngineRequest, Message
+from service.engine.engine_interface import EngineRequest, Message
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.engine.real import BASE, ON_ONE_ENGINE, OPTIONS, metric_values
-from tests.support.waiting import until
+from tests.support.engine.real_engines import BASE, ON_ONE_ENGINE, OPTIONS, metric_values
+from tests.support.polling import until
 
 pytestmark = ON_ONE_ENGINE
 

@@ -12,13 +12,13 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from service.engine.base import EngineReport, EngineRequest, Message, Send
+from service.engine.engine_interface import EngineReport, EngineRequest, Message, Send
 from service.engine.vllm.engine import GENERATE_ENDPOINTS, VllmEngine, VllmModel
 from service.errors import ExpertFailedError
 from service.pool.pool import Pool
-from service.pool.slots.dedicated import DedicatedSlot
+from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.rpc.call_headers import Call
-from tests.support.engine.real import ADAPTERS, BASE, ON_ONE_ENGINE, OPTIONS
+from tests.support.engine.real_engines import ADAPTERS, BASE, ON_ONE_ENGINE, OPTIONS
 
 pytestmark = ON_ONE_ENGINE
 

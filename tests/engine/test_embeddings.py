@@ -15,13 +15,13 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from service.config import Config, VllmOptions
-from service.engine.base import EngineRequest, Message
+from service.engine.engine_interface import EngineRequest, Message
 from service.engine.vllm.engine import POOLING_ENDPOINTS, VllmEngine, VllmModel
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.models import inspect_model
 from service.pool.memory_plan import check_plan, plan_pool
-from tests.support.engine.real import BASE
-from tests.support.models import tiny_embedder
+from tests.support.engine.real_engines import BASE
+from tests.support.small_models import tiny_embedder
 
 pytestmark = [
     pytest.mark.engine,

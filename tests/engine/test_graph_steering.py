@@ -18,10 +18,10 @@ import pytest_asyncio
 from service.config import MoeCapture
 from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from service.errors import ExpertFailedError
-from tests.support.engine.mixtral import EXPERTS, LAYERS
-from tests.support.engine.observer import Watch
-from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+from tests.support.engine.routing_sample_recorder import Watch
 from tests.support.engine.steered_family import PROMPT, RULES, TOKENS, Steering
+from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS
 
 pytestmark = ON_ONE_ENGINE
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)

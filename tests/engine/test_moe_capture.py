@@ -16,10 +16,16 @@ from service.config import Config, MoeCapture
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.moe.virtual_expert_profiles import steering_of
-from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.support.engine.observer import Watch
-from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, greedy, metric_values
+from tests.support.engine.real_engines import (
+    ENVIRONMENT,
+    ON_ONE_ENGINE,
+    OPTIONS,
+    greedy,
+    metric_values,
+)
+from tests.support.engine.routing_sample_recorder import Watch
 from tests.support.engine.steering_reference import Reference
+from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS, mixtral
 
 pytestmark = ON_ONE_ENGINE
 _CAPTURE = MoeCapture(every=1, stretches=2, tokens=40)

@@ -16,8 +16,8 @@ import torch
 
 from router_models.moe import upcycle
 from service.engine.vllm.swapping_engine import Weights
-from tests.support import dense_family as family
-from tests.support.engine.real import ENVIRONMENT, Swapping, greedy
+from tests.support import tiny_dense_family as family
+from tests.support.engine.real_engines import ENVIRONMENT, Swapping, greedy
 
 pytestmark = [
     pytest.mark.engine,

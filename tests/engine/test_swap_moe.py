@@ -15,8 +15,8 @@ import pytest_asyncio
 
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping_engine import Canary, Weights
-from tests.support.engine.mixtral import mixtral
-from tests.support.engine.real import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
+from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, OPTIONS, Swapping, ask
+from tests.support.engine.tiny_mixtral import mixtral
 
 pytestmark = ON_ONE_ENGINE
 

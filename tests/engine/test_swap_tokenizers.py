@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from service.engine.vllm.swapping_engine import Canary, Weights
-from tests.support.engine.real import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
+from tests.support.engine.real_engines import BASE, ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 
 pytestmark = ON_ONE_ENGINE
 

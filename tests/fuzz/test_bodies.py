@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from loadtests.loop_hold_meter import HoldMeter
 from service.http.prompt_endpoints import ENDPOINTS
 from tests.support.gateway_thread import GatewayThread, gateway_in_thread
-from tests.support.serving import simulated
+from tests.support.in_process_service import simulated
 
 ALL = int(os.environ.get("COE_FUZZ_REQUESTS", "10000"))
 # Of the event loop, in processor time of its thread.

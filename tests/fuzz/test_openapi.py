@@ -13,7 +13,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from tests.support.gateway_thread import GatewayThread, gateway_in_thread
-from tests.support.serving import simulated
+from tests.support.in_process_service import simulated
 
 CONFIG = simulated(
     {"cpu": {"tokens": 2, "max_model_len": 100_000}},

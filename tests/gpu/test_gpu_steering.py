@@ -17,9 +17,9 @@ from service.config import VllmOptions
 from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
-from tests.support.engine.mixtral import LAYERS
-from tests.support.engine.real import BASE, greedy
+from tests.support.engine.real_engines import BASE, greedy
 from tests.support.engine.steered_family import PROMPT, RULES, Steering
+from tests.support.engine.tiny_mixtral import LAYERS
 
 pytestmark = [
     pytest.mark.engine,

@@ -12,8 +12,8 @@ import pytest
 
 from service.config import VllmOptions
 from service.engine.shared_weight_cache import SharedWeightCache
-from tests.support.engine.real import ask, demo
-from tests.support.models import small_model
+from tests.support.engine.real_engines import ask, demo
+from tests.support.small_models import small_model
 
 
 def why_no_gpu() -> str | None:
@@ -127,7 +127,7 @@ async def test_gpu_engines_of_two_families_sleep_in_turn(level: int, tmp_path: P
 def test_gpu_swap_every_byte_arrives_where_the_graphs_read_it(tmp_path: Path) -> None:
     import torch
 
-    from service.engine.shared_memory import write_file
+    from service.engine.shared_memory_tensors import write_file
     from service.engine.vllm.worker.pinned_weights import copy_all, copy_to, describe, pinned
 
     live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}

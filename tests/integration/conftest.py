@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import Service, serve
-from tests.support.models import small_model
+from tests.support.coe_serve_process import Service, serve
+from tests.support.small_models import small_model
 
 DEMO = Path(__file__).parents[2] / "deploy" / "config" / "demo.yaml"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.http.asgi import read_body
-from tests.support.serving import RunningGateway, chat, run_gateway, serving, simulated
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
 
 MESSAGES, RESPONSES, CHAT = "/v1/messages", "/v1/responses", "/v1/chat/completions"
 # What is the user's own, under names that we look for.

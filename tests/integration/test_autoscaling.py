@@ -14,8 +14,8 @@ import openai
 import pytest
 import yaml
 
-from tests.support.cluster import Service, serve, wait_until
-from tests.support.redis import redis_server
+from tests.support.coe_serve_process import Service, serve, wait_until
+from tests.support.redis_server import redis_server
 
 pytestmark = pytest.mark.cluster
 

@@ -13,8 +13,8 @@ import orjson
 import pytest
 
 from service.config import Config
-from tests.support.serving import RunningGateway, chat, run_gateway, serving
-from tests.support.waiting import until
+from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving
+from tests.support.polling import until
 
 
 @dataclass

@@ -13,8 +13,8 @@ from textual.widgets import DataTable, Static
 from service.cli import cli
 from service.cli.top import make_app
 from service.errors import CoeError
-from tests.support.serving import ADMIN_KEY, chat, run_gateway, simulated
-from tests.support.waiting import until
+from tests.support.in_process_service import ADMIN_KEY, chat, run_gateway, simulated
+from tests.support.polling import until
 
 TURNS = simulated(
     {"cpu": {"tokens": 6, "swap_s": 0.01}},

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from service.store.api_keys import digest_of
-from tests.support.serving import CHAT, RunningGateway, chat, run_gateway, simulated
-from tests.support.waiting import until
+from tests.support.in_process_service import CHAT, RunningGateway, chat, run_gateway, simulated
+from tests.support.polling import until
 
 KEY = "a-key-of-the-tests-a"
 BEARER = {"authorization": f"Bearer {KEY}"}

@@ -16,9 +16,9 @@ from service.config import Config
 from service.errors import ArtifactError
 from service.gateway.configured_gateway import ConfiguredGateway
 from service.gateway.routing.feedback_learning import Vote
-from service.http.asgi import read_body
+from service.http.asgi_helpers import read_body
 from service.types import NOBODY, Recipe
-from tests.support.serving import (
+from tests.support.in_process_service import (
     RunningGateway,
     RunningServer,
     chat,
@@ -26,7 +26,7 @@ from tests.support.serving import (
     serving,
     simulated,
 )
-from tests.support.waiting import until
+from tests.support.polling import until
 
 
 def looks_for_keys(gateway: ConfiguredGateway) -> bool:
@@ -240,7 +240,7 @@ async def test_failed_reload_changes_nothing() -> None:
 
 
 def test_escalations_are_kept_by_recipe_and_forgotten_with_its_experts() -> None:
-    from service.gateway.routing.quality import Escalations
+    from service.gateway.routing.quality_model import Escalations
 
     known = Escalations()
     one, two = (Recipe("cascade", (name,), ("big",)) for name in ("a", "b"))

@@ -12,7 +12,7 @@ import pytest
 
 from service.config import Config
 from service.gateway.console import event_stream as feeds
-from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
+from tests.support.in_process_service import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 
 TWO = simulated(
     {"cpu": {"tokens": 6}},

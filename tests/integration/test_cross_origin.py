@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.serving import ADMIN_KEY, CHAT, chat, run_gateway, simulated
+from tests.support.in_process_service import ADMIN_KEY, CHAT, chat, run_gateway, simulated
 
 PAGE = "https://chat.example.com"
 ONE = simulated({"cpu": {"tokens": 4}}, server={"cors_origins": [PAGE]})

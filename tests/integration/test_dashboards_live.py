@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from tests.project.test_dashboards import BOARDS, panels
-from tests.support.prometheus import Prometheus, needs_prometheus, prometheus
-from tests.support.traffic import an_engine_dies, busy_site, round_of_traffic
+from tests.support.prometheus_server import Prometheus, needs_prometheus, prometheus
+from tests.support.traffic_for_every_metric import an_engine_dies, busy_site, round_of_traffic
 
 # vLLM's own are asked for where there is one: tests/integration/test_demo.py.
 ENGINE = "vllm:"

@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from tests.clients.python_clients import PLACE
-from tests.support.clients import ROOT, SCRIPTS, last_json, python, run, run_node
-from tests.support.cluster import Service
+from tests.support.coe_serve_process import Service
+from tests.support.third_party_clients import ROOT, SCRIPTS, last_json, python, run, run_node
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 

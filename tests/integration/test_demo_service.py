@@ -19,8 +19,8 @@ import pytest
 
 from service.classifier.expert_map import ExpertMap
 from tests.project.test_dashboards import BOARDS, panels
-from tests.support.cluster import Service, wait_until
-from tests.support.prometheus import needs_prometheus, prometheus
+from tests.support.coe_serve_process import Service, wait_until
+from tests.support.prometheus_server import needs_prometheus, prometheus
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 

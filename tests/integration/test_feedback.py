@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from tests.support.redis import RedisServer, redis_server
-from tests.support.serving import RunningGateway, chat, run_gateway, simulated
-from tests.support.waiting import until
+from tests.support.in_process_service import RunningGateway, chat, run_gateway, simulated
+from tests.support.polling import until
+from tests.support.redis_server import RedisServer, redis_server
 
 VOTES = 12
 

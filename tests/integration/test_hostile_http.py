@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.cluster import Service, serve, wait_until
+from tests.support.coe_serve_process import Service, serve, wait_until
 
 pytestmark = pytest.mark.cluster
 

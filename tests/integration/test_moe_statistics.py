@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
-from service.engine.base import RoutingSample
+from service.engine.engine_interface import RoutingSample
 from service.errors import CoeError
-from tests.support.serving import ADMIN_KEY, RunningGateway, run_gateway, simulated
+from tests.support.in_process_service import ADMIN_KEY, RunningGateway, run_gateway, simulated
 
 CAPTURE = {"vllm": {"moe_capture": {"every": 2}, "enforce_eager": True}}
 EXPERTS = {name: {"model": "m"} for name in ("moe", "dense", "idle", "plain")}

@@ -16,7 +16,7 @@ from aiohttp import web
 from service.rpc.cluster_secret import node_folder
 from service.telemetry import node_scrape_target
 from service.telemetry.node_scrape_target import NodeTarget
-from tests.support.waiting import until
+from tests.support.polling import until
 
 
 def free_port() -> int:

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli import cli
-from tests.support.serving import chat, run_gateway, simulated
-from tests.support.waiting import until
+from tests.support.in_process_service import chat, run_gateway, simulated
+from tests.support.polling import until
 
 EXPERTS = {
     "general": {

@@ -15,8 +15,8 @@ from service.rpc.call_headers import Call
 from service.rpc.client import PoolAddress, PoolLink
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import Snapshot, encode
-from tests.support.serving import serving
-from tests.support.waiting import until
+from tests.support.in_process_service import serving
+from tests.support.polling import until
 
 
 class Node:

@@ -10,10 +10,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from service.engine.base import EngineRequest, Send
+from service.engine.engine_interface import EngineRequest, Send
 from service.errors import EngineDeadError
 from service.rpc.client import PoolAddress
-from tests.support.serving import (
+from tests.support.in_process_service import (
     CHAT,
     SECRET,
     RunningPool,
@@ -23,7 +23,7 @@ from tests.support.serving import (
     run_pool,
     simulated,
 )
-from tests.support.waiting import until
+from tests.support.polling import until
 
 SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 

@@ -19,7 +19,7 @@ from service.broker.unmet_demand import pool_for_demand
 from service.config import Config
 from service.gateway.gateway_reload import GatewayRuntime
 from service.types import Residency
-from tests.support.serving import CHAT, SECRET, RunningPool, run_pool, serving, until
+from tests.support.in_process_service import CHAT, SECRET, RunningPool, run_pool, serving, until
 
 TOKENS, DECODE_S = 10, 0.02
 CONFIG = Config.model_validate(

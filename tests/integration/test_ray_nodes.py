@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from service.rpc.cluster_secret import make_secret
-from tests.support.cluster import free_port, wait_until
-from tests.support.ray_nodes import HEAD, ROOT, RayCluster, ray_cluster, up
+from tests.support.coe_serve_process import free_port, wait_until
+from tests.support.ray_cluster import HEAD, ROOT, RayCluster, ray_cluster, up
 
 pytestmark = pytest.mark.cluster
 

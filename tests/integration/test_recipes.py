@@ -13,9 +13,16 @@ import pytest
 
 from service.config import Config
 from service.gateway.request.parsing import parse_request
-from service.http.asgi import read_body
-from tests.support.serving import CHAT, RunningGateway, chat, events, run_gateway, serving
-from tests.support.waiting import until
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import (
+    CHAT,
+    RunningGateway,
+    chat,
+    events,
+    run_gateway,
+    serving,
+)
+from tests.support.polling import until
 
 
 class Cast:

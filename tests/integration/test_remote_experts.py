@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.http.asgi import read_body
-from tests.support.serving import RunningGateway, chat, events, run_gateway, serving, simulated
-from tests.support.waiting import until
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import (
+    RunningGateway,
+    chat,
+    events,
+    run_gateway,
+    serving,
+    simulated,
+)
+from tests.support.polling import until
 
 KEY = "sk-very-secret"
 

@@ -11,10 +11,10 @@ import pytest
 from service.config import Config
 from service.gateway.cache.response_cache import CacheSession, ResponseCache
 from service.gateway.request.parsing import parse_request
-from service.store.volatile import MemoryVolatileStore
+from service.store.volatile_store import MemoryVolatileStore
 from service.types import Tenant
-from tests.support.serving import RunningGateway, chat, run_gateway, simulated
-from tests.support.waiting import until
+from tests.support.in_process_service import RunningGateway, chat, run_gateway, simulated
+from tests.support.polling import until
 
 
 def config(**cache: Any) -> Config:

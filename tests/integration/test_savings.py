@@ -11,8 +11,8 @@ import pytest
 
 from service.config import Config
 from service.store.api_keys import digest_of
-from tests.support.redis import redis_server
-from tests.support.serving import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
+from tests.support.in_process_service import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
+from tests.support.redis_server import redis_server
 
 KEYS = {"acme": "a-key-of-the-tests-a", "other": "a-key-of-the-tests-b"}
 EXPERTS = {

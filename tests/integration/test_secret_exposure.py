@@ -9,7 +9,14 @@ import pytest
 
 from service.config import Config
 from service.store.api_keys import digest_of
-from tests.support.serving import ADMIN_KEY, SECRET, chat, run_gateway, serving, simulated
+from tests.support.in_process_service import (
+    ADMIN_KEY,
+    SECRET,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 
 KEY = "coe-a-very-secret-key-of-a-tenant"
 UPSTREAM_KEY = "sk-the-key-of-an-upstream-endpoint"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.http.asgi import read_body
-from tests.support.redis import RedisServer, redis_server
-from tests.support.serving import RunningGateway, run_gateway, serving, simulated
-from tests.support.waiting import until
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import RunningGateway, run_gateway, serving, simulated
+from tests.support.polling import until
+from tests.support.redis_server import RedisServer, redis_server
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 USER = {"role": "user", "content": "How warm is it in Oslo?"}

@@ -11,14 +11,14 @@ import orjson
 import pytest
 
 from service.config import Config
-from service.engine.base import Message
+from service.engine.engine_interface import Message
 from service.errors import CoeError
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.rpc.call_headers import Call
 from service.rpc.snapshot import Queue
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.waiting import until
+from tests.support.polling import until
 
 SLOTS = pytest.mark.parametrize("slots", [None, 1])
 

@@ -15,8 +15,8 @@ from service.store.limit_windows import DAY, MINUTE, NOW
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account, Charge, Granted, Refused, StoreClaim, UsageNote
-from tests.support.redis import RedisServer, redis_server
-from tests.support.waiting import until
+from tests.support.polling import until
+from tests.support.redis_server import RedisServer, redis_server
 
 _ids = count()
 BUDGET = Account("budget/all", 10_000, DAY)

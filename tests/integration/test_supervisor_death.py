@@ -11,7 +11,7 @@ import openai
 import pytest
 import yaml
 
-from tests.support.cluster import serve, wait_until
+from tests.support.coe_serve_process import serve, wait_until
 
 pytestmark = pytest.mark.cluster
 

@@ -12,10 +12,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.config import Config
-from service.http.asgi import read_body
+from service.http.asgi_helpers import read_body
 from tests.integration.test_recipes import Cast
-from tests.support.serving import chat, run_gateway, serving, simulated
-from tests.support.traffic import LINES, everything
+from tests.support.in_process_service import chat, run_gateway, serving, simulated
+from tests.support.traffic_for_every_metric import LINES, everything
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 SECRET = "a prompt that nobody else may read"

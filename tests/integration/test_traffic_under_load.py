@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from service.config import Config
-from tests.support.serving import chat, run_gateway
+from tests.support.in_process_service import chat, run_gateway
 
 # A lead of 10 points is worth 0.4 s at auto:fast, 2 s at auto and 12 s at auto:best.
 _LEAD, _ROOM, _TOKENS, _STEP_MS = 0.1, 2, 6, 20

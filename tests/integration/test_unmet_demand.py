@@ -11,7 +11,7 @@ import aiohttp
 from service.config import Config
 from service.gateway.gateway_reload import GatewayRuntime
 from service.types import Residency
-from tests.support.serving import CHAT, SECRET, run_pool, serving, until
+from tests.support.in_process_service import CHAT, SECRET, run_pool, serving, until
 
 GATEWAYS = 4
 FILL_S = 2.0

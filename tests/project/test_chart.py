@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from service.config import ServerConfig, read_config
-from service.launch.environment import every_node, node_env
-from tests.support import chart
-from tests.support.chart import CHART, HELMS, ROOT, VALUES, Object, of_kind, rendered
+from service.launch.ray_environment import every_node, node_env
+from tests.support import helm_chart
+from tests.support.helm_chart import CHART, HELMS, ROOT, VALUES, Object, of_kind, rendered
 
 KUBERNETES = "1.37.0"
 CUSTOM = {"RayService", "HTTPRoute", "PodMonitor", "PrometheusRule"}
@@ -27,7 +27,7 @@ def test_chart_has_enough_value_files() -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_lints(version: str, values: str) -> None:
-    ran = chart.helm(version, "lint", "--strict", "helm", "-f", f"helm/ci/{values}")
+    ran = helm_chart.helm(version, "lint", "--strict", "helm", "-f", f"helm/ci/{values}")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "[WARNING]" not in ran.stdout + ran.stderr
 
@@ -35,7 +35,7 @@ def test_chart_lints(version: str, values: str) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
     for name in HELMS:
-        if chart.tool(name, "helm") is None:
+        if helm_chart.tool(name, "helm") is None:
             pytest.skip(f"{name} is not here (deploy/chart_tools.sh fetches it)")
 
     def comparable(objects: tuple[Object, ...]) -> dict[str, Object]:
@@ -82,7 +82,7 @@ def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
     ],
 )
 def test_chart_invalid_values_are_refused(version: str, setting: str, message: str) -> None:
-    ran = chart.helm(version, "template", "rel", "helm", "--set", setting)
+    ran = helm_chart.helm(version, "template", "rel", "helm", "--set", setting)
     assert ran.returncode != 0
     assert message in ran.stderr, ran.stderr
 
@@ -110,7 +110,7 @@ def test_chart_core_kinds_are_valid(newest: str, values: str) -> None:
         if item["kind"] not in CUSTOM:
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
     # Pods inside custom resources are pods all the same.
-    for name, pod in chart.pods(rendered(newest, values)):
+    for name, pod in helm_chart.pods(rendered(newest, values)):
         made = {"apiVersion": "v1", "kind": "Pod", **pod}
         made["metadata"] = {"name": "pod", **pod.get("metadata", {})}
         kubernetes_validate.validate(made, KUBERNETES, strict=True)
@@ -119,13 +119,13 @@ def test_chart_core_kinds_are_valid(newest: str, values: str) -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_custom_kinds_are_valid(newest: str, values: str) -> None:
-    archive = chart.crd_archive()
+    archive = helm_chart.crd_archive()
     if archive is None:
         pytest.skip("no CRDs here: name an archive of them with COE_CRDS")
-    schemas = chart.crd_schemas(archive)
+    schemas = helm_chart.crd_schemas(archive)
     for item in rendered(newest, values):
         if item["kind"] in CUSTOM:
-            assert chart.crd_faults(schemas[item["apiVersion"], item["kind"]], item) == []
+            assert helm_chart.crd_faults(schemas[item["apiVersion"], item["kind"]], item) == []
 
 
 # --- what the objects say
@@ -137,7 +137,7 @@ def test_chart_pods_meet_the_restricted_standard(newest: str, values: str) -> No
     volumes = {"configMap", "secret", "emptyDir", "persistentVolumeClaim"}
     if values == "no-monitoring-values.yaml":
         volumes.add("hostPath")  # the one way to have it, said in values.yaml
-    for name, pod in chart.pods(rendered(newest, values)):
+    for name, pod in helm_chart.pods(rendered(newest, values)):
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True, name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
@@ -155,7 +155,7 @@ def test_chart_pods_meet_the_restricted_standard(newest: str, values: str) -> No
 
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_shared_memory_is_within_the_memory_limit(newest: str, values: str) -> None:
-    for name, pod in chart.pods(rendered(newest, values)):
+    for name, pod in helm_chart.pods(rendered(newest, values)):
         sizes = [
             volume["emptyDir"]["sizeLimit"]
             for volume in pod["spec"].get("volumes", [])
@@ -164,7 +164,7 @@ def test_chart_shared_memory_is_within_the_memory_limit(newest: str, values: str
         limit = pod["spec"]["containers"][0]["resources"]["limits"]["memory"]
         assert sum(map(_mib, sizes)) <= _mib(limit) / 2, name
     service = of_kind(rendered(newest, values), "RayService")
-    for _, pod in chart.pods(service):
+    for _, pod in helm_chart.pods(service):
         assert [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"]][:2] == [
             "/tmp",
             "/dev/shm",
@@ -176,7 +176,9 @@ def _mib(amount: str) -> int:
 
 
 def test_chart_pool_memory_is_its_own_plus_shared_memory(newest: str) -> None:
-    pod = dict(chart.pods(rendered(newest, "multi-pool-values.yaml")))["RayService/rel-coe/pool-l4"]
+    pod = dict(helm_chart.pods(rendered(newest, "multi-pool-values.yaml")))[
+        "RayService/rel-coe/pool-l4"
+    ]
     assert pod["spec"]["containers"][0]["resources"]["limits"] == {
         "memory": f"{34 * 1024}Mi",
         "nvidia.com/gpu": 1,
@@ -186,13 +188,13 @@ def test_chart_pool_memory_is_its_own_plus_shared_memory(newest: str) -> None:
 def _shared(newest: str, pool: str, *settings: str) -> tuple[int, int]:
     """MiB of a GPU pool's /dev/shm, and of the limit that it counts in."""
     plain = [] if "pool-" in pool else ["--set", "mode=plain,redis.enabled=false"]
-    ran = chart.helm(
+    ran = helm_chart.helm(
         newest, "template", "rel", "helm", "--set", ",".join(
             ["config.experts.a.model=m", "config.pools.g.gpus=1", *settings]
         ), *plain
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    pod = dict(chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item]))[pool]
+    pod = dict(helm_chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item]))[pool]
     (size,) = (
         volume["emptyDir"]["sizeLimit"]
         for volume in pod["spec"]["volumes"]
@@ -222,7 +224,7 @@ def test_chart_shared_weights_are_in_shared_memory_and_the_limit(
 
 
 def test_chart_shared_weights_without_a_bound_are_refused(newest: str) -> None:
-    ran = chart.helm(
+    ran = helm_chart.helm(
         newest, "template", "rel", "helm", "--set",
         "config.experts.a.model=m,config.pools.g.gpus=1,config.pools.g.swap.method=inplace",
     )  # fmt: skip
@@ -234,7 +236,9 @@ def test_chart_shared_weights_without_a_bound_are_refused(newest: str) -> None:
 def test_chart_termination_grace_covers_draining(newest: str, values: str) -> None:
     objects = rendered(newest, values)
     config = _config(objects)
-    for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
+    for name, pod in helm_chart.pods(
+        [*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]
+    ):
         grace_s = pod["spec"]["terminationGracePeriodSeconds"]
         assert grace_s >= config["server"]["drain_s"] + 20, name
         (command,) = (
@@ -249,7 +253,7 @@ def test_chart_termination_grace_covers_draining(newest: str, values: str) -> No
 )
 def test_chart_sets_no_cpu_limit_by_default(newest: str, values: str) -> None:
     objects = rendered(newest, values)
-    pods = chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")])
+    pods = helm_chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")])
     limits = [
         container["resources"]["limits"]
         for _, pod in pods
@@ -262,7 +266,9 @@ def test_chart_sets_no_cpu_limit_by_default(newest: str, values: str) -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_probes_allow_slow_starts_and_ignore_experts(newest: str, values: str) -> None:
     objects = rendered(newest, values)
-    for name, pod in chart.pods([*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]):
+    for name, pod in helm_chart.pods(
+        [*of_kind(objects, "RayService"), *of_kind(objects, "Deployment")]
+    ):
         for container in pod["spec"]["containers"]:
             live = json.dumps(container.get("livenessProbe", {}))
             assert "/ready" not in live, name
@@ -306,7 +312,7 @@ def test_chart_services_are_accepted_by_ray(newest: str) -> None:
     }
     assert set(VALUES) - set(specs) == {"minimal-cpu-values.yaml", "single-gpu-values.yaml"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.support.ray_reads"],
+        [sys.executable, "-m", "tests.support.rayservice_reader"],
         cwd=ROOT,
         input=json.dumps(specs),
         capture_output=True,
@@ -346,9 +352,9 @@ def test_chart_scales_gateways_between_their_bounds(newest: str) -> None:
 
 
 def test_chart_nodes_have_the_environment_that_serve_needs(newest: str) -> None:
-    # Else: python -m service.launch.environment >deploy/ray/node.env
+    # Else: python -m service.launch.ray_environment >deploy/ray/node.env
     assert (ROOT / "deploy" / "ray" / "node.env").read_text() == node_env()
-    pods = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
+    pods = dict(helm_chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     # The operator sets Ray's authentication itself.
     wanted = every_node(ServerConfig(drain_s=60))
     del wanted["RAY_AUTH_MODE"]
@@ -365,7 +371,7 @@ def test_chart_monitoring_resources(newest: str) -> None:
     objects = rendered(newest, "all-on-values.yaml")
     monitor = of_kind(objects, "PodMonitor")[0]["spec"]
     assert monitor["podMetricsEndpoints"][0]["port"] == "coe-metrics"
-    for name, pod in chart.pods(of_kind(objects, "RayService")):
+    for name, pod in helm_chart.pods(of_kind(objects, "RayService")):
         assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
         # Rules and dashboards go by the job's name.
         assert pod["metadata"]["labels"][monitor["jobLabel"]] == "coe"
@@ -390,7 +396,7 @@ def test_chart_serve_config_has_no_secrets(newest: str) -> None:
             config = yaml.safe_load(service["spec"]["serveConfigV2"])
             assert config["applications"][0]["args"]["secret"] == "/run/coe/cluster-secret"
             assert "runtime_env" not in config["applications"][0]
-    heads = dict(chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
+    heads = dict(helm_chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")))
     volumes = {v["name"] for v in heads["RayService/rel-coe/head"]["spec"]["volumes"]}
     assert "secrets" not in volumes
 
@@ -417,11 +423,11 @@ def _knows(pod: Object) -> set[str]:
 
 
 def test_chart_pods_get_only_the_environment_they_need(newest: str) -> None:
-    ran = chart.helm(newest, "template", "rel", "helm", *_KEYS)
+    ran = helm_chart.helm(newest, "template", "rel", "helm", *_KEYS)
     assert ran.returncode == 0, ran.stderr
     knows = {
         name: _knows(pod)
-        for name, pod in chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item])
+        for name, pod in helm_chart.pods([item for item in yaml.safe_load_all(ran.stdout) if item])
     }
     own = "rel-coe-secrets"
     assert knows == {
@@ -440,7 +446,7 @@ def test_chart_pods_get_only_the_environment_they_need(newest: str) -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_pools_have_no_key_in_their_environment(newest: str, values: str) -> None:
-    for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
+    for name, pod in helm_chart.pods(of_kind(rendered(newest, values), "RayService")):
         if "/pool-" in name:
             names = {item["name"] for item in pod["spec"]["containers"][0]["env"]}
             assert not {n for n in names if n.startswith("COE_")} - {"COE_MODELS"}, name
@@ -462,13 +468,15 @@ def test_chart_volatile_store_has_its_own_evicting_redis(newest: str) -> None:
 
 
 def test_chart_without_a_ray_token_ray_containers_exit(newest: str) -> None:
-    for name, pod in chart.pods(of_kind(rendered(newest, "default-values.yaml"), "RayService")):
+    for name, pod in helm_chart.pods(
+        of_kind(rendered(newest, "default-values.yaml"), "RayService")
+    ):
         hook = pod["spec"]["containers"][0]["lifecycle"]["postStart"]["exec"]["command"]
         for mode, code in (({"RAY_AUTH_MODE": "token"}, 0), ({}, 1), ({"RAY_AUTH_MODE": ""}, 1)):
             ran = subprocess.run(hook, env=mode, capture_output=True, text=True, check=False)
             assert ran.returncode == code, name
             assert ("RAY_AUTH_MODE is not token" in ran.stdout) == bool(code)
-    ran = chart.helm(newest, "template", "rel", "helm", "--set", "kuberay.auth=false")
+    ran = helm_chart.helm(newest, "template", "rel", "helm", "--set", "kuberay.auth=false")
     assert "postStart" not in ran.stdout
 
 
@@ -499,14 +507,14 @@ NOT_OURS = {
 
 
 def test_chart_passes_checkov(newest: str, tmp_path: Path) -> None:
-    checkov = chart.tool("checkov", "bin/checkov")
+    checkov = helm_chart.tool("checkov", "bin/checkov")
     if checkov is None:
         pytest.skip("checkov is not here (deploy/chart_tools.sh fetches it)")
     seen = 0
     for values in VALUES:
         objects = [check for check in rendered(newest, values) if check["kind"] not in CUSTOM]
         # It does not look into custom resources: their pods are given to it as such.
-        for name, pod in chart.pods(of_kind(rendered(newest, values), "RayService")):
+        for name, pod in helm_chart.pods(of_kind(rendered(newest, values), "RayService")):
             made = {"apiVersion": "v1", "kind": "Pod", **pod}
             meta = {"name": name.rsplit("/", 1)[1], "namespace": "coe", **pod["metadata"]}
             objects.append({**made, "metadata": meta})

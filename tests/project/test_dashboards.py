@@ -27,9 +27,9 @@ from promql_parser import (
     VectorSelector,
 )
 
+from service.telemetry.metric_declarations import METRICS
 from service.telemetry.metric_types import Kind
-from service.telemetry.metrics import METRICS
-from tests.support.prometheus import RULES, needs_prometheus
+from tests.support.prometheus_server import RULES, needs_prometheus
 
 ROOT = Path(__file__).parents[2]
 BOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
@@ -95,7 +95,7 @@ def check(expr: str) -> None:
 
 def test_dashboards_equal_their_rendered_source() -> None:
     ran = subprocess.run(
-        [sys.executable, "-m", "deploy.grafana.render", "--check"],
+        [sys.executable, "-m", "deploy.grafana.render_dashboards", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

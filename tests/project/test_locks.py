@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chart import ROOT
+from tests.support.helm_chart import ROOT
 
 LOCKS = ROOT / "deploy" / "locks"
 SCRIPTS = sorted((ROOT / "deploy").glob("*.sh"))

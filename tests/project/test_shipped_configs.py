@@ -16,7 +16,7 @@ from service.classifier.expert_map import ExpertMap
 from service.config import Config
 from service.config.loader import read_config
 from service.default_prices import with_default_prices
-from service.gateway.routing.frontier import WEIGHTS, frontier_of, routing_warnings
+from service.gateway.routing.quality_cost_frontier import WEIGHTS, frontier_of, routing_warnings
 from service.gateway.routing.semantic_router import RoutingSetup
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from service.broker.autoscaling import (
     required_replicas,
 )
 from service.pool.autoscaling_load import LoadMeter, SlotLoad, pool_load
-from service.pool.queue import Backlog
+from service.pool.request_queue import Backlog
 
 positive = st.floats(0, 200, allow_nan=False)
 by_expert = st.dictionaries(st.sampled_from("abc"), positive, max_size=3)

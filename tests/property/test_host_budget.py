@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pool.host_budget import HostMemoryClaim, claims, divide
+from service.pool.host_memory_division import HostMemoryClaim, claims, divide
 from service.pool.swap_planner import (
     SlotView,
     SwapPolicy,

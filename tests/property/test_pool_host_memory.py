@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, LoadResult
-from service.engine.simulated import SimulatedEngine
+from service.engine.engine_interface import EngineReport, EngineRequest, LoadResult
+from service.engine.simulated_engine import SimulatedEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, ExpertFailedError
 from service.pool.pool import Pool
 from service.pool.slot_units import Unit, UnitState
-from service.pool.slots.base import LeaseRevokedError
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.base_slot import LeaseRevokedError
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
-from tests.support.clock import FastTime
-from tests.support.swap_stage import on_clock
+from tests.support.fake_clock_loop import FastTime
+from tests.support.shared_slot_simulation import on_clock
 
 LOAD_S, FILL_S, SWAP_S, DROP_S, STOP_S = 0.2, 0.3, 0.02, 0.4, 0.3
 

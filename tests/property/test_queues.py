@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OverCapacityError
-from service.pool.queue import PROMPT_TOKENS, FairQueue, Ticket
+from service.pool.request_queue import PROMPT_TOKENS, FairQueue, Ticket
 
 EXPERTS = ("a", "b", "c")
 CAPACITY = 3

@@ -15,7 +15,7 @@ from service.store.memory_store import MemoryStore
 from service.store.redis_commands import RedisClient
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account, Charge, Granted, Refused, StoreClaim, UsageNote
-from tests.support.redis import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, redis_server
 
 _ids = count()
 ACCOUNTS = (

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, LoadResult, SwapResult
-from service.engine.simulated import SimulatedEngine
+from service.engine.engine_interface import EngineReport, LoadResult, SwapResult
+from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleep_mode import SleepingEngines
 from service.errors import CoeError, ExpertFailedError
 from service.pool.pool import Pool
 from service.pool.slot_units import Unit, UnitState
-from service.pool.slots.dedicated import DedicatedSlot
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 from service.types import Residency
-from tests.support.clock import FastTime
-from tests.support.swap_stage import on_clock
-from tests.support.waiting import until
+from tests.support.fake_clock_loop import FastTime
+from tests.support.polling import until
+from tests.support.shared_slot_simulation import on_clock
 
 # Guesses that are wrong by far: nothing that is told may rest on them once it was measured.
 GUESS = UnitState(host_bytes=10, fill_s=5.0, swap_s=0.05)

@@ -13,14 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, LoadResult, Message, Send, SwapResult
-from service.engine.simulated import SimulatedEngine
+from service.engine.engine_interface import (
+    EngineReport,
+    EngineRequest,
+    LoadResult,
+    Message,
+    Send,
+    SwapResult,
+)
+from service.engine.simulated_engine import SimulatedEngine
 from service.errors import CoeError, ConflictError, ExpertFailedError
 from service.pool.slot_units import Unit, UnitState
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
-from tests.support.clock import FastTime
-from tests.support.swap_stage import on_clock
+from tests.support.fake_clock_loop import FastTime
+from tests.support.shared_slot_simulation import on_clock
 
 SIZE = 10
 NEEDS = {"a1": "a", "a2": "a", "b1": "b"}

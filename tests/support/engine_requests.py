@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from service.engine.base import Engine, EngineRequest, Message
+from service.engine.engine_interface import Engine, EngineRequest, Message
 from service.errors import CoeError
 from service.http.openai_errors import error_response
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from service.config import Config
-from tests.support.serving import RunningGateway, run_gateway
+from tests.support.in_process_service import RunningGateway, run_gateway
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.chart import EXPERT, RATE, Board, Chart, Query, quantile, rate
+from deploy.grafana.dashboard_parts import EXPERT, RATE, Board, Chart, Query, quantile, rate
 
 ENGINES = Board(
     "coe-engines",

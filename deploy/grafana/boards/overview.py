@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from deploy.grafana.chart import EXPERT, Board, Chart, Query, mean, quantile, quantiles, rate
+from deploy.grafana.dashboard_parts import (
+    EXPERT,
+    Board,
+    Chart,
+    Query,
+    mean,
+    quantile,
+    quantiles,
+    rate,
+)
 
 ERROR_SHARE = f"{rate('coe_server_errors_total')} / {rate('coe_requests_total')}"
 

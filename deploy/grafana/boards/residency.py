@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.chart import EXPERT, Board, Chart, Query, quantile, quantiles, rate
+from deploy.grafana.dashboard_parts import EXPERT, Board, Chart, Query, quantile, quantiles, rate
 
 RESIDENCY = Board(
     "coe-residency",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.grafana.chart import Board, Chart, Query, quantile, quantiles, rate
+from deploy.grafana.dashboard_parts import Board, Chart, Query, quantile, quantiles, rate
 
 # How many waits were predicted, per second.
 WAITS = rate("coe_wait_prediction_error_seconds_count")

@@ -10,8 +10,8 @@ from typing import Any
 
 from router_models.composition.composition_problem import Unit
 from service.config import Config
-from service.config.base import parse_bytes
 from service.config.pools import VllmOptions
+from service.config.section_base import parse_bytes
 from service.default_prices import billions_in_name
 from service.errors import CoeError, ConfigError
 from service.models import AdapterInfo, ModelInfo, inspect_model

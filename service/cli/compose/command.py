@@ -251,7 +251,7 @@ def run(options: Mapping[str, Any]) -> Composition:
 
 def _unknown_categories(config: Config, problem: Problem) -> list[str]:
     """Return a note where prompts of some categories would not be recognised."""
-    from service.classifier.artifact import load_artifact
+    from service.classifier.router_artifact import load_artifact
 
     if config.router.artifact is None:
         return ["the base config has no router.artifact, so that auto always means the fallback"]
@@ -299,7 +299,7 @@ def _measured(url: str | None) -> dict[str, float]:
 
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     from router_models.composition.recipe_estimates import estimate, from_map, with_alternatives
-    from router_models.outcomes import read_costs, read_outcomes
+    from router_models.outcome_reader import read_costs, read_outcomes
     from service.broker.token_prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
     from service.cli.compose.traffic_shares import read_traffic

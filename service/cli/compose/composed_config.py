@@ -17,7 +17,7 @@ from typing import Any
 
 from router_models.composition.composition_problem import Problem, SwapMethod, Unit
 from router_models.composition.composition_value import Composition, Holding, shortest_waits
-from service.config.text_fields import TEXT_FIELDS, Meaning, holders, move_paths
+from service.config.name_and_path_fields import TEXT_FIELDS, Meaning, holders, move_paths
 from service.errors import ConfigError
 from service.types import Recipe
 

@@ -16,7 +16,9 @@ from http import HTTPStatus
 from typing import Any
 
 from service.config import VllmOptions
-from service.engine.base import (
+from service.engine.cache_salt import CACHE_SALT
+from service.engine.deferred_response_start import DeferredStartSend
+from service.engine.engine_interface import (
     EngineObserver,
     EngineReport,
     EngineRequest,
@@ -25,8 +27,6 @@ from service.engine.base import (
     Send,
     SwapResult,
 )
-from service.engine.cache_salt import CACHE_SALT
-from service.engine.deferred_response_start import DeferredStartSend
 from service.engine.gpu_share import GpuShare
 from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.expert_stats import EngineStats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from service.engine.base import CANARY, EngineObserver, EngineTimings
+from service.engine.engine_interface import CANARY, EngineObserver, EngineTimings
 from service.engine.vllm.handle import FinishedRequest
 
 # The number of requests whose expert is remembered. No engine has more requests in flight.

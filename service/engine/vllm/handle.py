@@ -25,8 +25,8 @@ import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.config import VllmOptions
-from service.engine.base import Message, Send
 from service.engine.cache_salt import CACHE_SALT, with_salt
+from service.engine.engine_interface import Message, Send
 from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
 from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets

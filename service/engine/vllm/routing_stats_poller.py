@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from service.config import MoeCapture
-from service.engine.base import EngineObserver, RoutingSample
+from service.engine.engine_interface import EngineObserver, RoutingSample
 from service.errors import CoeError, ExpertFailedError
 
 log = logging.getLogger("coe.engine")

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import orjson
 
 from service.config import VllmOptions
-from service.engine.base import (
+from service.engine.engine_interface import (
     CANARY,
     EngineObserver,
     EngineReport,

@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 
 from service.config import CacheConfig, Config
-from service.engine.base import Message, Send
+from service.engine.engine_interface import Message, Send
 from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cache.text_similarity import (
     MOST_CHARACTERS,
@@ -33,12 +33,12 @@ from service.gateway.cache.text_similarity import (
     similarity,
 )
 from service.gateway.request.parsing import InferenceRequest
-from service.http.asgi import STREAM_HEADERS, send_response
+from service.http.asgi_helpers import STREAM_HEADERS, send_response
 from service.http.token_usage import reply_usage, usage_of
 from service.moe.virtual_expert_profiles import profile_digests
 from service.store.record_names import join_name
-from service.store.volatile import VolatileStore
-from service.telemetry import metrics
+from service.store.volatile_store import VolatileStore
+from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 
 log = logging.getLogger("coe.cache")
@@ -169,7 +169,9 @@ class ResponseCache:
 
     def _count(self, kind: str, found: bool) -> None:
         if self.registry is not None:
-            self.registry.add(metrics.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss")
+            self.registry.add(
+                metric_declarations.CACHE_LOOKUPS, 1, kind, "hit" if found else "miss"
+            )
 
     async def _exact(self, search: CacheSearch, request: InferenceRequest) -> CacheHit | None:
         return _read(await self._store.get(search.place), search.key, request, "exact", 1.0)

@@ -17,7 +17,7 @@ import unicodedata
 
 import numpy as np
 
-from service.classifier.features import Features, FeatureSpec, Featurizer
+from service.classifier.hashed_ngrams import Features, FeatureSpec, Featurizer
 
 # The features cover only a part of longer texts.
 MOST_CHARACTERS = 4000

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from service.errors import CoeError
 from service.gateway.console.assets import Asset, load_assets
 from service.gateway.console.event_stream import EventStream
-from service.http.asgi import (
+from service.http.asgi_helpers import (
     ClientDisconnectedError,
     Receive,
     Send,

@@ -25,7 +25,7 @@ from service.errors import (
     PoolUnavailableError,
     UpstreamError,
 )
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 
 _OWN = (EngineDeadError, PoolUnavailableError)
@@ -94,7 +94,7 @@ class CircuitBreakers:
     def pay_for_retry(self) -> bool:
         """Take one retry from the budget; False if the budget is empty."""
         paid = self._budget.spend()
-        self._registry.add(metrics.RETRIES, 1, "made" if paid else "refused")
+        self._registry.add(metric_declarations.RETRIES, 1, "made" if paid else "refused")
         return paid
 
     async def wait_before_retry(self, times_tried: int) -> None:
@@ -131,7 +131,7 @@ class CircuitBreakers:
             ends = (ok, reached)
             for key, permit, end in zip(keys, permits, ends, strict=False):
                 if self._breakers.end(key, permit, end, now_s):
-                    self._registry.add(metrics.BREAKER_TRIPS, 1, expert)
+                    self._registry.add(metric_declarations.BREAKER_TRIPS, 1, expert)
 
     def _classify_outcome(self, error: CoeError, given_s: float) -> bool | None:
         if isinstance(error, DeadlineExceededError):
@@ -148,10 +148,10 @@ class CircuitBreakers:
 
     def read(self) -> None:
         """Update the metric of experts with an open breaker."""
-        self._registry.forget(metrics.BREAKER_OPEN)
+        self._registry.forget(metric_declarations.BREAKER_OPEN)
         for key, state in self._breakers.states(time.monotonic()).items():
             if not isinstance(key, RemoteUrl):
                 expert = key[0]
-                before = self._registry.value(metrics.BREAKER_OPEN, expert)
+                before = self._registry.value(metric_declarations.BREAKER_OPEN, expert)
                 is_open = max(before, float(state is not State.CLOSED))
-                self._registry.put(metrics.BREAKER_OPEN, is_open, expert)
+                self._registry.put(metric_declarations.BREAKER_OPEN, is_open, expert)

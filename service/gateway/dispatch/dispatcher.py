@@ -24,7 +24,7 @@ from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, wo
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Candidate, Selection, select
 from service.broker.unmet_demand import can_serve, failure_reason
-from service.engine.base import EngineRequest
+from service.engine.engine_interface import EngineRequest
 from service.errors import (
     CoeError,
     DeadlineExceededError,
@@ -66,7 +66,7 @@ from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.request_bounds import infeasible_error
 from service.gateway.routing.semantic_router import RoutePlan, selection_request
-from service.http.asgi import body_message, send_response, start_response
+from service.http.asgi_helpers import body_message, send_response, start_response
 from service.http.openai_errors import FAULT_HEADER
 from service.http.prompt_endpoints import TABLE
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Call

@@ -22,12 +22,12 @@ from service.broker.cost_model import CostModel
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import Selection
 from service.errors import CoeError, UnavailableError
-from service.gateway.dispatch.side_call import BufferedSend
+from service.gateway.dispatch.internal_expert_calls import BufferedSend
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_sends import NoAnswerError, ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan
-from service.http.asgi import send_response
+from service.http.asgi_helpers import send_response
 from service.types import MAX_LATER, Recipe
 
 if TYPE_CHECKING:

@@ -27,10 +27,10 @@ from service.gateway.dispatch.pool_errors import deadline_error
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
 from service.gateway.response_sends import ResponseSend
-from service.gateway.routing.explain import explain
+from service.gateway.routing.decision_explanation import explain
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
-from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import within_bounds
 from service.gateway.routing.semantic_router import RoutePlan, selection_request
 from service.types import Recipe

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from service.broker.pool_state import REMOTE, PoolView
-from service.engine.base import Engine, EngineRequest, Message, Send
+from service.engine.engine_interface import Engine, EngineRequest, Message, Send
 from service.errors import CoeError, ExpertFailedError
-from service.pool.queue import Ticket, TicketQueue
+from service.pool.request_queue import Ticket, TicketQueue
 from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import NOBODY, Residency, Tenant

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from service.config.limits import RequestLimits
+from service.config.request_limits import RequestLimits
 from service.errors import InvalidRequestError
 
 # Fields that are constraints (`_WHOLE`), or that hold one in their `format` (`_IN_FORMAT`).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.broker.cost_model import CostModel
-from service.config.limits import RequestLimits
+from service.config.request_limits import RequestLimits
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest
 from service.http.prompt_endpoints import TABLE

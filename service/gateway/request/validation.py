@@ -16,8 +16,8 @@ from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent
-from service.http.asgi import Receive, read_body
-from service.telemetry import metrics
+from service.http.asgi_helpers import Receive, read_body
+from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
 
@@ -88,8 +88,8 @@ class RequestValidator:
         try:
             result = await self._guard.check(request)
         except GuardRefusedError as error:
-            self._registry.add(metrics.GUARD_CHECKS, 1, error.screen, "refused")
+            self._registry.add(metric_declarations.GUARD_CHECKS, 1, error.screen, "refused")
             raise
         for check in result.seen:
-            self._registry.add(metrics.GUARD_CHECKS, 1, check.screen, check.done)
+            self._registry.add(metric_declarations.GUARD_CHECKS, 1, check.screen, check.done)
         return result

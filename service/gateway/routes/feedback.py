@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.gateway.dependencies import CountedTenant, Services, headers_of, json_response
 from service.gateway.routing.feedback_learning import read_vote
-from service.http.asgi import read_body
+from service.http.asgi_helpers import read_body
 
 router = APIRouter()
 

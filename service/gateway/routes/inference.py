@@ -17,9 +17,9 @@ from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestObservers, RequestScope
 from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
-from service.gateway.routing.sessions import SessionService
+from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
-from service.http.asgi import ClientDisconnectedError, Receive, Send, until_gone
+from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.openai_errors import dialect_of
 
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from service.gateway.api_key_requests import NewKey, Rotation, new_key_record, parse_key_body
 from service.gateway.dependencies import AdminRoute, Services, add_audit_details, json_response
-from service.gateway.key_requests import NewKey, Rotation, new_key_record, parse_key_body
-from service.http.asgi import read_body
+from service.http.asgi_helpers import read_body
 
 router = APIRouter(route_class=AdminRoute)
 

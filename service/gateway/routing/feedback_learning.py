@@ -29,10 +29,10 @@ from service.errors import (
     ReplyNotFoundError,
     StoreUnavailableError,
 )
-from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.quality_model import QualityModel
 from service.store.record_names import join_name
 from service.store.store_interface import Granted, Store, StoreClaim, UsageNote
-from service.store.volatile import VolatileStore
+from service.store.volatile_store import VolatileStore
 from service.task_cancellation import cancel_and_wait
 from service.types import Tenant
 

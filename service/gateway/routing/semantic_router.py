@@ -20,21 +20,21 @@ from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
 from service.broker.token_prices import prices_of
-from service.classifier.artifact import Artifact, load_artifact
-from service.classifier.built_in import built_in_artifact
+from service.classifier.built_in_artifact import built_in_artifact
 from service.classifier.classifier import Assessment
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import Artifact, load_artifact
 from service.config import Config
-from service.config.presets import PresetConfig
+from service.config.router_presets import PresetConfig
 from service.config.schema import silent_member
 from service.config.server import NO_ARTIFACT
 from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
-from service.gateway.routing.prompt_stages import PromptStages
-from service.gateway.routing.quality import Escalations, QualityModel, named_categories
+from service.gateway.routing.classifier_stages import PromptStages
+from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
-from service.gateway.routing.sessions import NO_SESSION, SessionLookup
+from service.gateway.routing.session_affinity import NO_SESSION, SessionLookup
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 import orjson
 
 from service.broker.answer_agreement import final_answer
-from service.broker.judging import MAX_TOKENS, Messages, both_orders, preference, trimmed
+from service.broker.judge_prompts import MAX_TOKENS, Messages, both_orders, preference, trimmed
 from service.broker.shadow_scores import scores_by_agreement, scores_by_preference
 from service.broker.token_prices import MICRO, cost, micro, prices_of
 from service.config import Config, ShadowConfig
-from service.engine.base import Send
+from service.engine.engine_interface import Send
 from service.errors import CoeError
-from service.gateway.dispatch.side_call import SideAnswer
+from service.gateway.dispatch.internal_expert_calls import SideAnswer
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import NOTHING
 from service.gateway.request.parsing import InferenceRequest
@@ -39,7 +39,7 @@ from service.store.limit_windows import DAY, MONTH
 from service.store.outcome_folder import OutcomeFolder, default_folder
 from service.store.store_interface import Account, Charge, Refused, Store, StoreClaim
 from service.task_cancellation import cancel_and_wait
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
 
@@ -272,7 +272,7 @@ class ShadowEvaluator:
         return allowed and expert not in request.deny and request.tenant.may_ask(expert)
 
     def _count(self, result: ShadowResult) -> None:
-        self._registry.add(metrics.SHADOW_REQUESTS, 1, result.value)
+        self._registry.add(metric_declarations.SHADOW_REQUESTS, 1, result.value)
 
     async def _work(self) -> None:
         while True:
@@ -382,7 +382,7 @@ class ShadowEvaluator:
             return answer, cost(price, used[0], used[1])
 
         answer, spent = await self._budget.spend(most, call)
-        self._registry.add(metrics.SHADOW_COST, spent, expert)
+        self._registry.add(metric_declarations.SHADOW_COST, spent, expert)
         text = whole_text(answer.body) if answer.status == 200 else None
         if not text or not text.strip():
             return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from service.engine.base import Message, Send
+from service.engine.engine_interface import Message, Send
 
 # Reasons of an end that is not the answer's own.
 _CUT = frozenset({"length", "content_filter"})

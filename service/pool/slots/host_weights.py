@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from service.engine.base import LoadResult, SwappingEngine
+from service.engine.engine_interface import LoadResult, SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError
 from service.pool.slot_units import Unit, UnitState
 from service.types import Residency

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.engine.vllm.swapping_engine import Weights
-from tests.support.engine.real import ADAPTERS, BASE
+from tests.support.engine.real_engines import ADAPTERS, BASE
 
 Spoil = Callable[[Path], object]
 

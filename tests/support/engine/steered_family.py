@@ -11,9 +11,9 @@ from service.config import Config
 from service.engine.vllm.swapping_engine import Canary, Weights
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.moe.virtual_expert_profiles import steering_of
-from tests.support.engine.mixtral import EXPERTS, LAYERS, mixtral
-from tests.support.engine.real import greedy
+from tests.support.engine.real_engines import greedy
 from tests.support.engine.steering_reference import Reference
+from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS, mixtral
 
 PROMPT = [917, 5, 40021, 333, 8, 1207, 29, 17777, 64]
 TOKENS = 10

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.comparing_pairs import GROUPS, REFUSALS, SPELLINGS, STATED, different_answers
+from loadtests.equal_and_different_text_pairs import (
+    GROUPS,
+    REFUSALS,
+    SPELLINGS,
+    STATED,
+    different_answers,
+)
 from service.broker.answer_agreement import FinalAnswer, agreed, confidence, final_answer, majority
 
 _PAIRS = 20_000

@@ -14,7 +14,7 @@ from service.classifier.conversation_classifier import (
     content_words,
     user_turns,
 )
-from service.classifier.features import FeatureSpec, Featurizer
+from service.classifier.hashed_ngrams import FeatureSpec, Featurizer
 
 SPEC = FeatureSpec(char_orders=(), word_orders=(1,), bits=12, known_bits=16)
 

@@ -16,8 +16,8 @@ from service.classifier.example_classifier import (
     fit_head,
     held_out,
 )
-from service.classifier.heads import Head
-from service.classifier.static_table import built_in_table
+from service.classifier.linear_heads import Head
+from service.classifier.static_embedding_table import built_in_table
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.classifier.artifact import MANIFEST, load_artifact, save_artifact
 from service.classifier.classifier import Assessment, Classifier
 from service.classifier.expert_map import ExpertMap
-from service.classifier.features import FeatureSpec
+from service.classifier.hashed_ngrams import FeatureSpec
+from service.classifier.router_artifact import MANIFEST, load_artifact, save_artifact
 from service.errors import ArtifactError
 from service.types import MAX_LATER, CategoryScores, Recipe
 

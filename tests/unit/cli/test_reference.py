@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from service.cli import cli
 from service.cli.reference import DOCUMENTS, metrics_reference, write_documents
 from service.config import SECTIONS, parse_config
-from service.config.base import Section
-from service.telemetry.metrics import METRICS
+from service.config.section_base import Section
+from service.telemetry.metric_declarations import METRICS
 
 ROOT = Path(__file__).parents[3]
 

@@ -19,7 +19,7 @@ from service.deployment.config_reload import (
     version,
 )
 from service.errors import ArtifactError, ConfigError
-from tests.support.waiting import until
+from tests.support.polling import until
 
 CONFIG: dict[str, Any] = {
     "experts": {"a": {"model": "m"}, "b": {"model": "m"}, "c": {"model": "m"}},

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import Config, RemoteConfig
-from service.engine.base import EngineRequest
 from service.engine.cache_salt import combine_salts, with_salt
-from service.engine.remote import RemoteEngine
+from service.engine.engine_interface import EngineRequest
+from service.engine.remote_engine import RemoteEngine
 from service.gateway.auth import Authenticator, cache_salt
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.prefix_affinity import PrefixAffinity

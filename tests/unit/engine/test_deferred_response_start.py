@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from service.engine.base import Message
 from service.engine.deferred_response_start import DeferredStartSend, openai_error, sse_error
+from service.engine.engine_interface import Message
 
 
 class Sink:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
-from service.engine.shared_memory import write_file
+from service.engine.shared_memory_tensors import write_file
 from service.engine.shared_weight_cache import KEEP_ENDED_S, KEEP_EVICTED_S, SharedWeightCache
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.errors import ExpertFailedError
-from tests.unit.engine.test_shared_memory import TENSORS, Clock, a_model, fill
+from tests.unit.engine.test_shared_memory_tensors import TENSORS, Clock, a_model, fill
 
 
 class Workers(SwappingVllmEngine):

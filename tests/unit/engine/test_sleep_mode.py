@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from service.config import SimulatedOptions
-from service.engine.base import EngineReport, EngineRequest, Message
-from service.engine.simulated import SimulatedEngine
+from service.engine.engine_interface import EngineReport, EngineRequest, Message
+from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleep_mode import SleepingEngines
 from service.errors import EngineDeadError, ExpertFailedError
 

@@ -12,7 +12,7 @@ import pytest
 from service.errors import ConflictError
 from service.gateway.audit_log import REFUSALS, RefusalLog
 from service.telemetry.json_logging import JsonLines
-from tests.support.serving import ADMIN_KEY, chat, run_gateway, simulated
+from tests.support.in_process_service import ADMIN_KEY, chat, run_gateway, simulated
 
 KEY = "a-key-of-the-tests-0123456789"
 

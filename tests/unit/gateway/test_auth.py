@@ -23,8 +23,8 @@ from service.errors import (
     UnauthorizedError,
     UnknownModelError,
 )
+from service.gateway.api_key_requests import NewKey, new_key_record
 from service.gateway.auth import Authenticator, any_key, configured
-from service.gateway.key_requests import NewKey, new_key_record
 from service.gateway.store_setup import keys_marker
 from service.launch.supervisor import _restrict_host
 from service.store.api_keys import (

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.broker.token_prices import Price
-from service.engine.base import Message
+from service.engine.engine_interface import Message
 from service.errors import EngineDeadError
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord

@@ -11,8 +11,8 @@ from loadtests.gateway.vs_vllm import TurnResult, judge, unfairness
 from loadtests.lib import machine_load
 from loadtests.lib.coe_service import config
 from loadtests.lib.machine_load import Process, Ticks, Watch, describe, ours_of, parse_stat
-from loadtests.lib.prompts import prompts
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
+from loadtests.lib.varied_prompts import prompts
 from service.config import Config
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from loadtests.lib.targets import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.moe import __main__ as moe
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from loadtests.tenants.tenant_clients import ENDPOINTS, MANY, Clients
 from service.config import SimulatedOptions
-from service.engine.base import EngineRequest
-from service.engine.simulated import SimulatedEngine
-from service.http.asgi import read_body
-from tests.support.serving import serving
+from service.engine.engine_interface import EngineRequest
+from service.engine.simulated_engine import SimulatedEngine
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import serving
 
 
 class Fake:

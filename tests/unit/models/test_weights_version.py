@@ -12,7 +12,7 @@ import pytest
 
 from service.config import Config, load_config
 from service.deployment.config_reload import RunningConfig, reload
-from service.engine.base import EngineRequest, Send
+from service.engine.engine_interface import EngineRequest, Send
 from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.models.weights_version import version_of

@@ -13,7 +13,7 @@ from service.pool.autoscaling_load import (
     SlotLoad,
     pool_load,
 )
-from service.pool.queue import Backlog
+from service.pool.request_queue import Backlog
 
 IDLE = Backlog(running=0, waiting=0, waiting_load=0, oldest_s=None)
 

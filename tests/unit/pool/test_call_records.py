@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import orjson
 import pytest
 
-from service.engine.base import Message
+from service.engine.engine_interface import Message
 from service.pool.call_records import AbandonedCalls, Acknowledgements, TimedSend
 from service.rpc.expert_latency import ResponseTimer
 

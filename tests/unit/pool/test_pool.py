@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from service.config import SimulatedOptions
-from service.engine.simulated import SimulatedEngine
+from service.engine.simulated_engine import SimulatedEngine
 from service.errors import ConflictError
 from service.pool import pool as module
 from service.pool.pool import Pool
 from service.pool.slot_units import Unit, UnitState
-from service.pool.slots.shared import SharedSlot
+from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
-from tests.support.waiting import until
+from tests.support.polling import until
 
 
 async def test_placement_loop_after_an_error_continues_and_logs_it(

@@ -11,16 +11,16 @@ import orjson
 import pytest
 
 from service.config import Config
-from service.engine.base import Message
-from service.engine.simulated import SimulatedEngine
+from service.engine.engine_interface import Message
+from service.engine.simulated_engine import SimulatedEngine
 from service.errors import CoeError, UnknownModelError
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
-from service.pool.slots.dedicated import DedicatedSlot
+from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.waiting import until
+from tests.support.polling import until
 from tests.unit.moe.test_steering_profile import gates
 
 

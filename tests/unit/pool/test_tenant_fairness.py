@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import OverCapacityError
-from service.pool.queue import FairQueue, Ticket
+from service.pool.request_queue import FairQueue, Ticket
 from service.pool.tenant_fairness import STARVE
 from service.types import Tenant
 

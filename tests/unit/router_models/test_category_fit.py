@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from router_models.category_fit import CurvePoint, Judgement, cost_curve, min_confidence
 from router_models.cli import group
-from router_models.outcomes import OutcomeError
-from router_models.prompt_files import LabelledPrompt, prompt_files, read_prompts
-from service.classifier.artifact import load_artifact
+from router_models.labelled_prompt_reader import LabelledPrompt, prompt_files, read_prompts
+from router_models.outcome_reader import OutcomeError
 from service.classifier.classifier import Classifier
-from service.classifier.static_table import built_in_table
+from service.classifier.router_artifact import load_artifact
+from service.classifier.static_embedding_table import built_in_table
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ArtifactError
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts

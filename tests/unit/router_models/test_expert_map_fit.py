@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from router_models.expert_map_fit import choose_trust_power, loadings
+from router_models.fit_settings import Settings
 from router_models.recipe_replay import RecipeResults
-from router_models.settings import Settings
 from service.types import MAX_LATER, Recipe
 
 SETTINGS = Settings()

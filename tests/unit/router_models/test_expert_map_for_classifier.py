@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from router_models import expert_map_for_classifier
 from router_models.expert_map_fit import shrunk_cells
-from service.classifier.artifact import load_artifact
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact
 from service.cli import cli
 
 DEMO = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"

@@ -14,7 +14,7 @@ from router_models.frontier_evaluation import (
     standard_error,
     with_errors,
 )
-from router_models.outcomes import Table
+from router_models.outcome_reader import Table
 from router_models.recipe_replay import RecipeResults, play
 from router_models.two_stage_fit import Predicted
 from service.types import Recipe

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from router_models.general.categories import general_categories
-from router_models.general.held_out import held_out_prompts, paraphrases
+from router_models.general.held_out_prompts import held_out_prompts, paraphrases
+from router_models.outcome_recording.answer_check_kinds import JudgeCheck, UnitTestsCheck
 from router_models.outcome_recording.answer_scoring import score_text
-from router_models.outcome_recording.check_kinds import JudgeCheck, UnitTestsCheck
 from router_models.outcome_recording.sandboxed_unit_tests import probe, score_code
 from router_models.outcome_recording.task_reader import Task, builtin_files, read_tasks
 

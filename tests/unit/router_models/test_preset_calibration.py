@@ -20,8 +20,8 @@ from router_models.preset_calibration import (
     choose,
     point_cost,
 )
-from service.config.presets import AutoPresetConfig, BestPresetConfig, FastPresetConfig
-from tests.unit.router_models.test_fit import COSTS, rows
+from service.config.router_presets import AutoPresetConfig, BestPresetConfig, FastPresetConfig
+from tests.unit.router_models.test_router_fit import COSTS, rows
 
 
 def played(loss: float, gain: float = 0.0) -> Played:

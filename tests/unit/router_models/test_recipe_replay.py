@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from router_models.outcomes import NO_ANSWER, Table
+from router_models.outcome_reader import NO_ANSWER, Table
 from router_models.recipe_replay import candidates, play
 from service.types import Recipe
 

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from router_models.cli import group
-from service.classifier.artifact import load_artifact
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact
 
 SHIPPED = Path(__file__).parents[3] / "router_models/artifacts/public@1"
 

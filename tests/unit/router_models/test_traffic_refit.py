@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router_models.outcomes import OutcomeError
+from router_models.outcome_reader import OutcomeError
 from router_models.traffic_refit import MapColumns, TrafficRow, mean_costs, read_rows, split
 from service.types import Recipe
 

@@ -16,8 +16,8 @@ from service.rpc.client import PoolAddress, PoolLink, new_session
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.snapshot import ExpertState, Snapshot, decode, encode
 from service.types import Residency
-from tests.support.serving import serving
-from tests.support.waiting import until
+from tests.support.in_process_service import serving
+from tests.support.polling import until
 
 
 def snapshot_of(**experts: int) -> Snapshot:

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from service.errors import CoeError, ConflictError
-from service.http.asgi import Message, Send, body_message, start_response
+from service.http.asgi_helpers import Message, Send, body_message, start_response
 from service.rpc.call_headers import Call
 from service.rpc.cluster_secret import HEADER
 from service.rpc.server import PoolApp

@@ -10,7 +10,7 @@ from service.store.limit_windows import NOW
 from service.store.offline_quota import OfflineQuotas
 from service.store.redis_store import RedisStore
 from service.store.store_interface import Account, Charge, Granted, StoreClaim
-from tests.support.waiting import until
+from tests.support.polling import until
 
 AT_ONCE = Account("acme/concurrent", 10, NOW)
 

@@ -6,11 +6,11 @@ import numpy as np
 import orjson
 import pytest
 
-from service.engine.base import RoutingSample
+from service.engine.engine_interface import RoutingSample
 from service.errors import ConflictError
 from service.moe.load_statistics import cacheability
 from service.moe.routing_counts import RoutingCounts
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.label_values import MAX_SERIES
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
@@ -97,21 +97,21 @@ async def test_moe_collector_metrics_are_per_layer_and_removed_with_the_expert()
     await routes.compute()
     routes.read(registry)
     tally = await routes.tally("a")
-    assert registry.value(metrics.MOE_TOKENS, "a") == 50
-    assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
-    assert registry.value(metrics.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
+    assert registry.value(metric_declarations.MOE_TOKENS, "a") == 50
+    assert registry.value(metric_declarations.MOE_IMBALANCE, "a", "1") == tally.balance(1).imbalance
+    assert registry.value(metric_declarations.MOE_SEGMENT_ROUTING, "a", "0") == tally.balance(0).srp
     # Too short to tell: no value, not 0.
     found = [
         s.labels
         for f in registry.families()
-        if f.name == metrics.MOE_SEGMENT_ROUTING.name
+        if f.name == metric_declarations.MOE_SEGMENT_ROUTING.name
         for s in f.samples
     ]
     assert {item["expert"] for item in found} == {"a"}
     routes.forget("a")
     routes.read(registry)
-    assert registry.value(metrics.MOE_IMBALANCE, "a", "1") == 0
-    assert registry.value(metrics.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
+    assert registry.value(metric_declarations.MOE_IMBALANCE, "a", "1") == 0
+    assert registry.value(metric_declarations.MOE_ROUTED_TOKENS, "a", "1", "0") == 0
 
 
 def test_moe_collector_metrics_per_routed_expert_stay_within_the_series_limit() -> None:
@@ -129,7 +129,7 @@ def test_moe_collector_metrics_per_routed_expert_stay_within_the_series_limit() 
         (sample.labels["expert"], sample.value)
         for family in registry.families()
         for sample in family.samples
-        if sample.name == metrics.MOE_ROUTED_TOKENS.name
+        if sample.name == metric_declarations.MOE_ROUTED_TOKENS.name
     ]
     # Of the large one nothing, rather than some of it by name and the rest as "other".
     assert found == [("a", value) for value in (small.load + more.load).ravel().tolist()]

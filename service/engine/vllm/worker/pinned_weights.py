@@ -3,9 +3,9 @@
 Captured graphs hold the addresses of the parameters. Weights are therefore copied into the running
 model's parameters on a separate stream, and never replaced by reference. An expert is loaded beside
 the running expert as a model on the CPU, by vLLM's own classes and loader. Its tensors are written
-to a file of shared memory (`service.engine.shared_memory`), which the pool's other engines map.
-Each engine registers the file with CUDA. This works for plain linear layers and embeddings, because
-a GPU's kernels use their weights as the loader leaves them.
+to a file of shared memory (`service.engine.shared_memory_tensors`), which the pool's other engines
+map. Each engine registers the file with CUDA. This works for plain linear layers and embeddings,
+because a GPU's kernels use their weights as the loader leaves them.
 
 For other models (mixtures of experts) the engine keeps its first weights. Steered experts use these
 weights with the rules that are installed in the routers (`graph_steering`).
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from service.engine.shared_memory import (
+from service.engine.shared_memory_tensors import (
     SUFFIX,
     MappedTensors,
     Tensor,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from router_models import fit
+from router_models import router_fit
 from service.cli import cli
 from service.cli.compose.shipped_composition import EXPERTS, SIZES, shipped_map, write_composed
 from service.cli.machine_resources import Machine
@@ -41,7 +41,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "costs.json").write_text(json.dumps({"small": 1.5, "coder": 7, "large": 32}))
-    fit.run(
+    router_fit.run(
         outcomes=[folder / "rows.jsonl"],
         costs=folder / "costs.json",
         out=folder / "public@2",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from service.cli.compose.traffic_shares import read_traffic, shares_of_metrics
 from service.errors import ConfigError
-from service.telemetry.metrics import REQUESTS
+from service.telemetry.metric_declarations import REQUESTS
 
 
 @given(

@@ -9,7 +9,7 @@ import pytest
 from service.config import MoeCapture
 from service.engine.vllm import routing_stats_poller
 from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
-from tests.support.waiting import until
+from tests.support.polling import until
 
 
 class Watch:

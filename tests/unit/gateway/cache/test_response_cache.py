@@ -6,7 +6,7 @@ from pathlib import Path
 
 from service.config import Config
 from service.gateway.cache.response_cache import ResponseCache
-from service.store.volatile import MemoryVolatileStore
+from service.store.volatile_store import MemoryVolatileStore
 
 
 def test_cache_key_changes_with_the_content_of_the_steering_profile(tmp_path: Path) -> None:

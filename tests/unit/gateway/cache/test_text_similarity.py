@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtests.comparing_pairs import GROUPS, different_questions, paraphrases
+from loadtests.equal_and_different_text_pairs import GROUPS, different_questions, paraphrases
 from service.config import CacheConfig
 from service.gateway.cache.text_similarity import canonical_form, same_words, similarity
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from service.engine.base import EngineRequest
+from service.engine.engine_interface import EngineRequest
 from service.errors import OverCapacityError
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.types import Tenant
-from tests.support.waiting import until
+from tests.support.polling import until
 
 A, B = Tenant("a"), Tenant("b")
 

@@ -18,8 +18,8 @@ from service.errors import (
     RequestTimeoutError,
 )
 from service.gateway.request.body_limits import RequestLimitChecker
-from service.http.asgi import read_body
-from tests.support.serving import simulated
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import simulated
 
 LIMITS = {"max_headers": 10, "max_header_bytes": 1024, "max_json_depth": 8, "max_json_values": 100}
 MANY = RequestLimitChecker(simulated({"cpu": {}}))

@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import DisallowedFieldError
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from tests.support.serving import run_gateway, simulated
+from tests.support.in_process_service import run_gateway, simulated
 
 FUNCTION = {"type": "function", "name": "run", "parameters": {"type": "object"}}
 NAMESPACE = {"type": "namespace", "name": "mcp__notes__", "tools": [FUNCTION]}

@@ -16,10 +16,10 @@ import pytest
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import Exclusion
 from service.broker.selection import select
-from service.capabilities import with_capabilities
 from service.config import Config
 from service.config.experts import MediaConfig
 from service.errors import ConfigError, InvalidRequestError
+from service.expert_capabilities import with_capabilities
 from service.gateway.request.media_tokens import (
     NOTHING,
     Media,

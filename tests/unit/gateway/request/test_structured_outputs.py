@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import Config
-from service.config.limits import RequestLimits
+from service.config.request_limits import RequestLimits
 from service.errors import InvalidRequestError
 from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.structured_outputs import StructuredOutputBounds

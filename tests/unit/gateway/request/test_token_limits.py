@@ -9,7 +9,7 @@ import pytest
 
 from service.broker.cost_model import CostModel
 from service.broker.token_prices import Price
-from service.config.limits import RequestLimits
+from service.config.request_limits import RequestLimits
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent, within_context, within_cost

@@ -13,10 +13,10 @@ from service.broker.recipe_catalog import RecipeCatalog
 from service.config import Config, FeedbackConfig
 from service.errors import ConflictError, ReplyNotFoundError, StoreUnavailableError
 from service.gateway.routing.feedback_learning import FeedbackService, Vote
-from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.quality_model import QualityModel
 from service.store.memory_store import MemoryStore
 from service.store.record_names import join_name
-from service.store.volatile import MemoryVolatileStore, VolatileStore
+from service.store.volatile_store import MemoryVolatileStore, VolatileStore
 from service.types import Tenant
 
 ACME = Tenant("acme")

@@ -18,7 +18,7 @@ from service.errors import InvalidRequestError
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import parse_request
 from service.gateway.request.token_limits import within_cost
-from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.semantic_router import SemanticRouter, selection_request
 
 PATHS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from service.classifier.classifier import Assessment
 from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
-from service.gateway.routing.quality import QualityModel
+from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.semantic_router import (
     PRESETS,
     RoutePlan,

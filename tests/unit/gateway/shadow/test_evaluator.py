@@ -19,14 +19,14 @@ from service.broker.savings import RecipeEstimates
 from service.broker.token_prices import MICRO
 from service.config import Config
 from service.errors import UnavailableError
-from service.gateway.dispatch.side_call import SideAnswer
+from service.gateway.dispatch.internal_expert_calls import SideAnswer
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import RequestRecord
 from service.gateway.routing.semantic_router import RoutePlan
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.store.memory_store import MemoryStore
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import MAX_LATER, Tenant
@@ -104,7 +104,7 @@ class Stand:
         return shadowed is not None
 
     def count(self, result: str) -> float:
-        return self.registry.value(metrics.SHADOW_REQUESTS, result)
+        return self.registry.value(metric_declarations.SHADOW_REQUESTS, result)
 
     def rows(self) -> list[Any]:
         files = sorted(self.folder.rglob("*.jsonl"))

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from service.engine.base import Message
+from service.engine.engine_interface import Message
 from service.gateway.shadow.reply_text import ReplyText
 
 

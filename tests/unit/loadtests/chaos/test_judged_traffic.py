@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from loadtests.chaos.judged_traffic import BROKEN, RIGHT, TYPED, UNTYPED, WRONG, Ask, judged
-from service.engine.simulated import answer_text
+from service.engine.simulated_engine import answer_text
 
 WHOLE = Ask("general", "hello", 3, False, 1.0, frozenset({"general"}))
 STREAM = Ask("general", "hello", 3, True, 1.0, frozenset({"general"}))

@@ -20,7 +20,7 @@ from loadtests.compose.held_out_compositions import (
     read,
 )
 from router_models.composition.recipe_estimates import estimate
-from router_models.outcomes import Table
+from router_models.outcome_reader import Table
 
 GB = 10**9
 

@@ -21,11 +21,11 @@ from loadtests.compose.served_vs_predicted import (
     queue_wait,
     within,
 )
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
 from router_models.outcome_recording.task_reader import read_tasks
 from service.config import Config, load_config
 from service.types import Recipe
-from tests.support.serving import run_gateway
+from tests.support.in_process_service import run_gateway
 
 ROOT = Path(__file__).parents[4]
 A = Recipe("single", ("a",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
 from loadtests.route.agent_sessions import measure, scripts
 
 

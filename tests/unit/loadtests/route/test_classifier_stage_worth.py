@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.lib.targets import Report
+from loadtests.lib.targets_and_report import Report
 from loadtests.route import classifier_stage_worth
 from router_models.category_fit import fit_categories, write_artifact
-from router_models.prompt_files import LabelledPrompt
-from service.classifier.static_table import built_in_table
+from router_models.labelled_prompt_reader import LabelledPrompt
+from service.classifier.static_embedding_table import built_in_table
 from service.encoder.onnx_encoder import OnnxEncoder
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 

@@ -20,8 +20,8 @@ from router_models.composition.recipe_estimates import (
     only,
     with_alternatives,
 )
-from router_models.outcomes import OutcomeError, Table, read_outcomes
-from router_models.settings import Settings
+from router_models.fit_settings import Settings
+from router_models.outcome_reader import OutcomeError, Table, read_outcomes
 from service.classifier.expert_map import ExpertMap
 from service.types import MAX_LATER, Recipe
 

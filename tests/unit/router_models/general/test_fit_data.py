@@ -11,7 +11,7 @@ import pytest
 
 from router_models.general.categories import general_categories
 from router_models.general.fit_data import OWN, SCRAPS, FitRow, Mix, fit_rows, row_weights
-from router_models.general.held_out import held_out_prompts
+from router_models.general.held_out_prompts import held_out_prompts
 from router_models.general.public_data_reader import PublicDataError, read_sources
 from service.classifier.classifier import GENERAL
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_models.general.held_out import (
+from router_models.general.held_out_prompts import (
     HeldOutPrompt,
     Paraphrase,
     held_out_prompts,

@@ -11,7 +11,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from router_models.general.categories import general_categories
-from router_models.general.held_out import held_out_prompts
+from router_models.general.held_out_prompts import held_out_prompts
 from router_models.general.training_prompt_reader import (
     LabelledPrompt,
     PromptsError,

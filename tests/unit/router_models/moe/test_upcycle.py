@@ -22,7 +22,7 @@ from router_models.moe import (
 )
 from router_models.moe.dense_reader import UpcycleError
 from service.models import ModelInfo, inspect_model, locate
-from tests.support import dense_family as family
+from tests.support import tiny_dense_family as family
 
 # transformers' own.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from service.http.asgi import read_body
-from tests.support.serving import serving
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import serving
 
 Answer = Callable[[str, str], Any]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from router_models.outcome_recording.answer_check_kinds import Check
 from router_models.outcome_recording.answer_scoring import ScoringError, score_text, stated
-from router_models.outcome_recording.check_kinds import Check
 
 CHECKS: TypeAdapter[Any] = TypeAdapter(Check)
 LONG = "Let us look at this one step after another, since it is not obvious at all. " * 3

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from router_models.outcome_recording.cli import group, key_for
 from router_models.outcome_recording.outcome_file import read_rows
-from tests.support.waiting import until
+from tests.support.polling import until
 from tests.unit.router_models.outcome_recording.conftest import Upstream
 
 

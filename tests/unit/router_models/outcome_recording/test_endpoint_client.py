@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from router_models.outcome_reader import OutcomeError
 from router_models.outcome_recording.endpoint_client import CallError, Endpoint
-from router_models.outcomes import OutcomeError
 from service.broker.token_prices import Price
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router_models.outcome_recording.answer_check_kinds import JudgeCheck
 from router_models.outcome_recording.answer_scoring import ScoringError
-from router_models.outcome_recording.check_kinds import JudgeCheck
 from router_models.outcome_recording.judge_prompts import questions, score_verdicts
 
 PAIR = JudgeCheck(kind="judge", reference="the reference")

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router_models.outcome_reader import OutcomeError
 from router_models.outcome_recording.outcome_file import (
     OutcomeFile,
     join_rows,
     read_rows,
     write_rows,
 )
-from router_models.outcomes import OutcomeError
 
 
 def row(identity: str, **more: Any) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from router_models.outcome_reader import OutcomeError, costs_of, read_outcomes
 from router_models.outcome_recording.endpoint_client import Endpoint
 from router_models.outcome_recording.outcome_file import OutcomeFile, join_rows, read_rows
 from router_models.outcome_recording.recorder import Progress, Recorder, RecorderSettings, spent_of
 from router_models.outcome_recording.task_reader import Task
-from router_models.outcomes import OutcomeError, costs_of, read_outcomes
 from service.broker.token_prices import Price
-from tests.support.waiting import until
+from tests.support.polling import until
 from tests.unit.router_models.outcome_recording.conftest import Upstream
 
 PRICES = {name: Price(1000.0, 1000.0) for name in ("a", "b", "j")}  # 1e-3 each token

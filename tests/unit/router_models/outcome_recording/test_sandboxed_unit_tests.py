@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from router_models.outcome_recording import sandboxed_unit_tests
+from router_models.outcome_recording.answer_check_kinds import UnitTestsCheck
 from router_models.outcome_recording.answer_scoring import ScoringError
-from router_models.outcome_recording.check_kinds import UnitTestsCheck
 from router_models.outcome_recording.sandboxed_unit_tests import (
     _split,
     code_of,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from router_models.outcome_reader import OutcomeError
 from router_models.outcome_recording.task_reader import builtin_files, read_tasks
-from router_models.outcomes import OutcomeError
 
 GOOD_CHECKS: list[dict[str, Any]] = [
     {"kind": "exact", "answer": "Paris"},

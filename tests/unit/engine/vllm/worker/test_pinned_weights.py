@@ -131,7 +131,7 @@ def test_pinned_weights_without_room_fails_the_load_and_the_engine_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("service.engine.shared_memory.os.posix_fallocate", full)
+        patched.setattr("service.engine.shared_memory_tensors.os.posix_fallocate", full)
         result = filled(one, "b")
     assert result["state"] == "failed"
     assert "no room for 0.00 GB of weights in shared memory" in result["reason"]

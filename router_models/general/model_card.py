@@ -1,0 +1,186 @@
+"""The model card of the general router."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from router_models.general.router_evaluation import percent
+from service.classifier.classifier import GENERAL
+
+_STAGES = {"static": "n-grams and static table", "encoder": "and the encoder, as served"}
+_FIGURES = {
+    "accuracy": "accuracy on prompts of a category",
+    "unknown_to_general": "prompts of no category that get `general`",
+    "known_to_general": "prompts of a category that get `general`",
+    "wrong_above_0.9": "wrong with a confidence of 0.9 or more",
+}
+
+
+def card(name: str, manifest: dict[str, Any]) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: The artifact's name.
+        manifest: Its manifest, with `metrics.calibration`, `metrics.test` and perhaps
+            `metrics.folds`.
+    """
+    metrics = manifest["metrics"]
+    tested = metrics["test"]
+    least = manifest["classifier"]["thresholds"]["min_confidence"]
+    categories = ", ".join(c for c in manifest["categories"] if c != GENERAL)
+    sources = [
+        _row(source, [f"{found['rows']:,.0f}", f"{found['weight']:,.0f}"])
+        for source, found in manifest["rows"].items()
+    ]
+    curve = [
+        _row(f"{p['when_below']:.2f}", [f"{100 * p['asked']:.0f} %", percent(p["accuracy"])])
+        for p in tested["curve"]
+    ]
+    return f"""# {name}: which of 26 everyday categories a prompt belongs to
+
+Fitted by `python -m router_models.general.router_fit`: three linear models, on hashed n-grams, on
+the service's static table and on all-MiniLM-L6-v2 (int8), joined as a product of posteriors.
+A prompt counts as `general` below a confidence of {least:.3g}, where the model takes it for a scrap
+that asks for nothing, and where it is new to every stage. `{name}` itself has no map of
+experts: experts name categories in the config. The licence of the weights is Apache-2.0. The
+artifact holds weights and hashed n-grams, and no text.
+
+Categories: {categories}.
+
+## Data
+
+| source | rows | weight |
+| --- | --- | --- |
+{_lines(sources)}
+
+`own` is `general/prompts`, in 13 languages; `forms of own` are the same with slips, polite words
+and other endings, and the encoder's model does without them; `scraps`, made by a program, teach
+`general`.
+In no category do public data weigh more than 0.3 of our own prompts. Prompts by another author
+(`general/calibration`) chose exponents, temperatures and thresholds.
+
+| data | licence | authors | SHA-256 begins |
+| --- | --- | --- | --- |
+{_lines(_data(manifest["data"]))}
+
+CLINC150 is licensed under CC BY 3.0 (https://creativecommons.org/licenses/by/3.0/); its texts were
+turned into counts of n-grams and vectors.
+
+## Held-out prompts
+
+{tested["prompts"]} prompts by a third author (`general/test`), which chose nothing. In brackets are
+95 % intervals. The encoder is asked below a confidence of {tested["when_below"]}: for
+{100 * tested["asked"]:.0f} % of these prompts. Without an encoder the first column counts.
+
+{_table(_figures(tested["stages"]))}
+
+On the prompts that calibrated, the calibration error is {_calibrated(metrics["calibration"])}.
+{_folds(metrics)}
+### Languages
+
+{_table(_groups(tested["stages"], "by_language"))}
+
+Dutch, Polish, Russian, Arabic and Hindi are fitted on 104 to 130 prompts each, and not judged.
+
+### Categories
+
+{_table(_groups(tested["stages"], "by_category"))}
+
+### The same prompt in another form
+
+How often a prompt and another form of it (`general/perturbations.py`) get the same category:
+
+{_table(_groups(tested["stages"], "unchanged"))}
+
+### Accuracy against cost
+
+| the encoder is asked below | of the prompts | accuracy |
+| --- | --- | --- |
+{_lines(curve)}
+
+### Confusion
+
+What is served for the prompts of each category:
+
+| category | given |
+| --- | --- |
+{_lines(_confusion(tested["confusion"]))}
+
+## Limits
+
+- Languages other than English rest on few prompts, and the encoder reads English. A multilingual
+  encoder needs a fit of its own.
+- Language models wrote all of our own prompts, those of the test as well, and they think of the
+  same subjects. People's prompts can be further away.
+- A prompt that asks for two kinds of work gets one category.
+"""
+
+
+def _figures(stages: dict[str, Any]) -> list[str]:
+    rows = [_row(t, [percent(s[key]) for s in stages.values()]) for key, t in _FIGURES.items()]
+    error = _row("calibration error", [f"{s['ece']:.3f}" for s in stages.values()])
+    return [rows[0], error, *rows[1:]]
+
+
+def _groups(stages: dict[str, Any], key: str) -> list[str]:
+    names = next(iter(stages.values()))[key]
+    return [_row(name, [percent(s[key][name]) for s in stages.values()]) for name in names]
+
+
+def _table(rows: list[str]) -> str:
+    head = [_row("", list(_STAGES.values())), "| --- |" + " --- |" * len(_STAGES)]
+    return _lines([*head, *rows])
+
+
+def _confusion(confusion: dict[str, dict[str, int]]) -> list[str]:
+    found = []
+    for want, row in confusion.items():
+        ranked = sorted(row.items(), key=lambda cell: (-cell[1], cell[0]))
+        found.append(_row(want, [", ".join(f"{got} {count}" for got, count in ranked)]))
+    return found
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _lines(rows: Iterable[str]) -> str:
+    return "\n".join(rows)
+
+
+def _data(data: list[dict[str, str]]) -> list[str]:
+    return [
+        _row(d["title"], [d["license"], d["credit"], f"`{d['sha256'][:16]}`"])
+        for d in data
+        if d["credit"] != "this project"
+    ]
+
+
+def _calibrated(given: dict[str, Any]) -> str:
+    titles = {"static": "n-grams and static table", "encoder": "and the encoder"}
+    return ", ".join(f"{given[stage]['ece']:.3f} ({title})" for stage, title in titles.items())
+
+
+def _folds(metrics: dict[str, Any]) -> str:
+    if "folds" not in metrics:
+        return ""
+    folds = metrics["folds"]
+    rows = []
+    for source, found in folds.items():
+        if source in ("folds", "prompts"):
+            continue
+        cells = [
+            f"{100 * found[stage]['accuracy']:.1f} %, {found[stage]['ece']:.3f}"
+            for stage in ("static", "encoder")
+        ]
+        rows.append(_row(source, [f"{found['static']['prompts']:,}", *cells]))
+    return f"""
+Accuracy and calibration error within the data of the fit, {folds["folds"]} folds, the encoder asked
+for all prompts in the last column. Our own prompts come as near pairs of different categories, so
+that folds take away a prompt's nearest neighbours: they are harder than other people's prompts.
+
+| source | prompts | n-grams and static table | and the encoder |
+| --- | --- | --- | --- |
+{_lines(rows)}
+"""

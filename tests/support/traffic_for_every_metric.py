@@ -1,0 +1,134 @@
+"""A site with something of everything, and traffic that makes every one of our metrics move."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from router_models.category_fit import fit_categories, write_artifact
+from router_models.labelled_prompt_reader import LabelledPrompt
+from service.classifier.static_embedding_table import built_in_table
+from service.config import Config
+from service.encoder.onnx_encoder import OnnxEncoder
+from service.engine.engine_interface import RoutingSample
+from tests.integration.test_recipes import Cast
+from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
+from tests.support.polling import until
+from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
+
+# The first two differ, so that the cascade goes on to the strong one.
+LINES = {"far": "41", "near": "42", "strong": "The answer is 42."}
+
+
+def everything(url: str) -> Config:
+    """Two experts that share a slot, remote ones with a cascade, prices and a budget."""
+    local = simulated({"cpu": {"tokens": 6, "decode_ms": 2, "swap_s": 0.01}})
+    given = local.model_dump(mode="json", exclude_defaults=True)
+    price = {"prompt": 10.0, "completion": 10.0}
+
+    def far(name: str) -> dict[str, object]:
+        return {"remote": {"url": url + "/v1", "model": name}, "price": price}
+
+    given["experts"] = {
+        "general": {"model": "m", "categories": ["general"], "price": price},
+        "math": {"model": "m", "categories": ["math"], "price": price},
+        "far": far("far"),
+        "near": far("near"),
+        "strong": far("strong"),
+    }
+    given["recipes"] = {
+        "careful": {"kind": "cascade", "members": ["far", "near"], "later": ["strong"]}
+    }
+    given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}}
+    given["tenants"] = {
+        "default": {
+            "guard": {"pii": {"action": "flag"}},
+            "cache": {"mode": "exact"},
+        }
+    }
+    given["budgets"] = {"all": {"amount": 1000.0, "period": "day"}}
+    return Config.model_validate(given)
+
+
+def learning(folder: Path) -> dict[str, Any]:
+    """Sections of a config: a classifier that always asks its encoder, and shadow evaluation."""
+    encoder = make_encoder(folder / "encoder")
+    rows = [LabelledPrompt(text, subject) for subject in SUBJECTS for text in prompts(subject, 20)]
+    fitted = fit_categories(rows, built_in_table(), OnnxEncoder(encoder), say=lambda _: None)
+    write_artifact(fitted, folder / "mine@1", [], {})
+    return {
+        "router": {
+            "artifact": str(folder / "mine@1"),
+            "encoder": {"model": str(encoder), "when_below": 1.0, "timeout_ms": 1000},
+        },
+        "shadow": {
+            "share": 1.0,
+            "experts": ["general", "near", "far"],
+            "judge": "strong",
+            "budget": {"amount": 100},
+            "folder": str(folder / "outcomes"),
+        },
+    }
+
+
+@asynccontextmanager
+async def busy_site(folder: Path) -> AsyncIterator[RunningGateway]:
+    """The site, and its upstream; files go into `folder`."""
+    cast = Cast()
+    cast.lines = dict(LINES)
+    async with serving(cast) as upstream:
+        given = everything(upstream.url).model_dump(mode="json", exclude_defaults=True)
+        given["tenants"]["default"]["shadow"] = True
+        async with run_gateway(Config.model_validate(given | learning(folder))) as s:
+            yield s
+
+
+def routers_choose(s: RunningGateway) -> None:
+    """As an engine tells it that runs a mixture of experts."""
+    stretch = np.zeros((1, 32, 2), np.int16)
+    stretch[:, :, 1] = 1
+    load = np.array([[32, 32, 0, 0]], np.int64)
+    sample = RoutingSample("general", (0,), 4, 2, 32, load, (stretch,))
+    s.pools["cpu"].process.pool_metrics.on_routing_sample(sample)
+
+
+async def round_of_traffic(s: RunningGateway) -> None:
+    """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
+    routers_choose(s)
+    for model in ("general", "math", "auto", "auto/math"):
+        for stream in (True, False):
+            async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:
+                assert reply.status == 200, await reply.text()
+                await reply.read()
+    usage = {"stream_options": {"include_usage": True}}
+    for model in ("far", "careful"):
+        async with s.post(chat(model=model, stream=model == "far", **usage)) as reply:
+            assert reply.status == 200, await reply.text()
+            await reply.read()
+    status, _, _ = await s.ask(chat("write to somebody@example.com", model="general"))
+    assert status == 200
+    for _ in range(2):
+        kept = {"x-coe-cache": "exact"}
+        status, _, _ = await s.ask(chat("again", model="general", temperature=0), headers=kept)
+        assert status == 200
+    for content in ("how do I bake lasagna?", "and which sauce?"):
+        session = {"x-session-id": "dinner"}
+        status, _, _ = await s.ask(chat(content, model="auto"), headers=session)
+        assert status == 200
+    status, _, _ = await s.ask(chat(model="nobody"))
+    assert status == 404
+
+
+async def an_engine_dies(s: RunningGateway) -> None:
+    """While requests run on it: they are answered by the next one."""
+    pool = s.pools["cpu"]
+    running = [asyncio.create_task(s.ask(chat(model="general", max_tokens=400))) for _ in range(2)]
+    await until(lambda: pool.engine.now == 2, "both run")
+    pool.engine.kill("told to die")
+    for status, _, _ in await asyncio.gather(*running):
+        assert status == 200
