@@ -12,7 +12,9 @@ from service.cli.table_output import size, table
 
 if TYPE_CHECKING:
     from service.config import Config
+    from service.engine.swap_proof import SwapMethodChoice
     from service.gateway.routing.semantic_router import RoutingSetup
+    from service.pool.memory_plan import PoolPlan
 
 CONFIG = click.Path(path_type=Path, dir_okay=False)
 
@@ -68,6 +70,7 @@ def plans_of(config: Config) -> list[Any]:
     from service.gpu_devices import largest_gpu_bytes
     from service.models import inspect_model, locate
     from service.pool.memory_plan import check_plan, folders_of, plan_pool
+    from service.pool.swap_method import resolve_swap_method, with_swap_method
 
     root = Path(config.models_dir) if config.models_dir else None
     sources = set(config.model_sources().values())
@@ -80,12 +83,32 @@ def plans_of(config: Config) -> list[Any]:
     plans = []
     folders = folders_of(config, found) if sources else {}
     for kind in config.pools:
+        resolved = resolve_swap_method(config, kind) if sources else None
+        planned = config
+        if resolved is not None and config.pools[kind].swap.method == "auto":
+            planned = with_swap_method(config, kind, resolved.choice.method)
         plan = plan_pool(
-            config, kind, lambda name: inspect_model(folders[name]), gpu_bytes=gpu_bytes
+            planned, kind, lambda name: inspect_model(folders[name]), gpu_bytes=gpu_bytes
         )
         check_plan(plan, machine_bytes)
+        if resolved is not None:
+            plan = _with_choice(plan, resolved.choice)
         plans.append(plan)
     return plans
+
+
+def _with_choice(plan: PoolPlan, choice: SwapMethodChoice) -> PoolPlan:
+    """Return the plan with a line on the pool's swap method."""
+    from dataclasses import replace
+
+    line = f"swap.method {choice.method} ({choice.reason})"
+    if choice.source != "fallback":
+        return replace(plan, notes=(*plan.notes, line))
+    warning = (
+        f"pools.{plan.kind}: {line}; a change of expert then restarts the engine, some 40 to 120 s "
+        "for a model of 7B. `coe doctor --config FILE` proves the faster methods on this machine"
+    )
+    return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def warnings_of(plans: list[Any]) -> list[str]:

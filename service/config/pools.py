@@ -123,9 +123,9 @@ class SwapOptions(Section):
         "auto",
         description="Method of swaps. inplace: load other weights into the running engine, for "
         "experts of one family; on a GPU from pinned memory. sleep: one engine per expert, one of "
-        "them awake; GPU only. respawn: start another engine. auto: inplace on CPU, respawn on a "
-        "GPU, where the other two have not been measured yet. Virtual experts run in their base's "
-        "engine, with every method but sleep.",
+        "them awake; GPU only. respawn: start another engine. auto: inplace on CPU; on a GPU the "
+        "fastest method that `coe doctor` has proven on such a machine, else respawn. Virtual "
+        "experts run in their base's engine, with every method but sleep.",
     )
     sleep_level: Literal[1, 2] = Field(
         1,

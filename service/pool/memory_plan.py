@@ -89,7 +89,8 @@ class PoolPlan:
         host_bytes: On a GPU, bytes of the weights that the engines together keep in host memory.
             They are in /dev/shm where units are swapped in place.
         warnings: A line for each setting that may not work as expected.
-        notes: A line for each adapter with unusual settings that are supported.
+        notes: A line for each adapter with unusual settings that are supported, and for the swap
+            method.
         shared: The experts that take no memory, each with the expert whose weights answer for it.
         gpu_shares: On a GPU, the part of the replica's GPUs that each engine takes.
     """

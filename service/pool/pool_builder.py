@@ -9,6 +9,7 @@ from functools import partial
 
 from service.config import Config, PoolConfig
 from service.engine.engine_interface import EngineObserver, SwappingEngine
+from service.engine.swap_proof import ChoiceSource, SwapMethodChoice
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
@@ -18,6 +19,7 @@ from service.pool.slot_units import UnitState
 from service.pool.slots.base_slot import BaseSlot
 from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.pool.slots.shared_slot import SharedSlot
+from service.pool.swap_method import resolve_swap_method, with_swap_method
 from service.pool.swap_planner import SwapPolicy
 from service.pool.weight_sharing import share_weights
 
@@ -46,11 +48,15 @@ class PoolBuilder:
     """
 
     def __init__(self, config: Config, kind: str, pool: Pool, observer: EngineObserver) -> None:
-        sharing = share_weights(config, kind)
+        # A running pool keeps its method, even if a record changes meanwhile.
+        self.swap_method = resolve_swap_method(config, kind)
+        if self.swap_method is not None:
+            _log_choice(kind, self.swap_method.choice)
+        self._kind = kind
+        sharing = share_weights(self._with_method(config), kind)
         # Each expert of this config is one set of weights that the pool holds.
         self._config = config = sharing.config
         self._held = sharing.held
-        self._kind = kind
         self._observer = observer
         self.engines = EngineFactory(config, kind, observer)
         versions = file_versions(config, config.local_experts(kind))
@@ -94,6 +100,7 @@ class PoolBuilder:
         them.
         """
         async with self._turn:
+            config = self._with_method(config)
             sharing = await asyncio.to_thread(share_weights, config, self._kind, self._config)
             self._config = config = sharing.config
             self._held = sharing.held
@@ -136,6 +143,19 @@ class PoolBuilder:
         await asyncio.gather(*leaving, return_exceptions=True)
         await self.pool.stop(drain_s)
         await asyncio.to_thread(self.engines.close)
+
+    # --- the swap method
+
+    def _with_method(self, config: Config) -> Config:
+        """Return the config with the method that `auto` stands for since the pool's start."""
+        if self.swap_method is None or config.pools[self._kind].swap.method != "auto":
+            return config
+        return with_swap_method(config, self._kind, self.swap_method.choice.method)
+
+    def _withdraw_proof(self, unit: str, method: str) -> None:
+        if self.swap_method is not None:
+            withdraw = partial(self.swap_method.withdraw, unit, method)
+            asyncio.get_running_loop().run_in_executor(None, withdraw)
 
     # --- removals
 
@@ -330,6 +350,7 @@ class PoolBuilder:
             ),
             changed=self.pool.changed,
             apart=not simulated and self.engines.swap_method == "respawn",
+            refuted=self._withdraw_proof,
         )
 
     @property
@@ -345,6 +366,11 @@ class PoolBuilder:
         else:
             self._with_adapters.discard(base)
         return self.engines.dedicated_engine(base, adapters)
+
+
+def _log_choice(kind: str, choice: SwapMethodChoice) -> None:
+    level = logging.WARNING if choice.source is ChoiceSource.FALLBACK else logging.INFO
+    log.log(level, "pools.%s: swap.method %s (%s)", kind, choice.method, choice.reason)
 
 
 def _policy(settings: PoolConfig) -> SwapPolicy:

@@ -25,6 +25,8 @@ LABELS = {
     "undecided, forgotten, stopped or failed",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
+    "source": "what a swap method is founded on: config, release (its tests), proof (a record of "
+    "coe doctor), or fallback (nothing faster is proven)",
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",
     "state": "of weights: disk, host, device, loading, draining, failed; of a replica: starting, "
     "running, stopping",

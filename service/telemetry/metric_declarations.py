@@ -238,6 +238,13 @@ SWAPS = counter(
     ("expert", "method", "reason"),
     "Swaps, by the expert that was swapped in.",
 )
+SWAP_METHOD = gauge(
+    "coe_swap_method_info",
+    Side.POOL,
+    ("method", "source"),
+    "Always 1: the method of the pool's swaps, and what its choice is founded on. No sample where "
+    "nothing is swapped.",
+)
 CANARY_FAILURES = counter(
     "coe_canary_failures_total",
     Side.POOL,
@@ -467,6 +474,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         EXPERT_STATE,
         EXPERT_WEIGHT_BYTES,
         SWAPS,
+        SWAP_METHOD,
         CANARY_FAILURES,
     ),
     "Inside mixtures of experts": (

@@ -88,6 +88,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         changed: A callback for every change that the pool's snapshot would show.
         apart: Whether to assume that units with weights of their own can't share an engine. The
             assumption holds until an engine has reported which units it can run.
+        refuted: Receives the unit and the method of a swap whose weights failed verification.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         guess: UnitState,
         changed: Callable[[], None],
         apart: bool = False,
+        refuted: Callable[[str, str], None] = lambda unit, method: None,
     ) -> None:
         super().__init__(
             tuple(name for unit in units for name in unit.experts),
@@ -114,6 +116,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self.swaps: list[Swap] = []
         self._swap_counts: dict[tuple[str, str, str], int] = {}
         self._build_for = build_for
+        self._refuted = refuted
         self._weights = HostWeights(guess, units[0].name, self)
         self._state = SlotState.STARTING
         # The event wakes the controller before its next tick.
@@ -521,6 +524,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return True
         if not result.ok:
             self.canary_failures += 1
+            self._refuted(unit, result.method)
             log.error("weight verification failed for %s after swap; restarting engine", unit)
             self._respawn_for(unit, "canary")
             return False

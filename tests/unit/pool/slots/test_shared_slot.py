@@ -102,7 +102,10 @@ def test_failed_swap_keeps_the_running_unit_serving() -> None:
 
 
 def test_corrupted_weights_after_a_swap_restart_the_engine_before_any_answer() -> None:
+    refuted: list[tuple[str, str]] = []
+
     async def act(stage: Stage) -> None:
+        stage.slot._refuted = lambda unit, method: refuted.append((unit, method))
         assert await stage.ask("b") == "ok"
         engines = len(stage.world.engines)
         stage.world.armed["exchange"] = "spoil"
@@ -112,6 +115,7 @@ def test_corrupted_weights_after_a_swap_restart_the_engine_before_any_answer() -
     stage = play(world(), act)
     assert stage.slot.canary_failures == 1
     assert stage.slot.swap_counts()[("c", "respawn", "canary")] == 1
+    assert refuted == [("c", "inplace")]
 
 
 def test_evict_of_a_unit_being_swapped_in_raises_conflict() -> None:
