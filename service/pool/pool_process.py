@@ -14,7 +14,7 @@ from service.moe.virtual_expert_profiles import profile_bytes
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.rpc.server import PoolApp
-from service.telemetry import metrics
+from service.telemetry import metric_declarations
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.telemetry_setup import node_target, traces_of
 
@@ -28,7 +28,9 @@ class PoolProcess:
         self.pool = self._builder.pool
         if (resolved := self._builder.swap_method) is not None:
             choice = resolved.choice
-            self.pool_metrics.registry.put(metrics.SWAP_METHOD, 1, choice.method, choice.source)
+            self.pool_metrics.registry.put(
+                metric_declarations.SWAP_METHOD, 1, choice.method, choice.source
+            )
         self._traces = traces_of(config, "pool", f"{kind}-{self.pool.boot}")
         if self._traces is not None:
             self.pool_metrics.traced = self._traces.pooled

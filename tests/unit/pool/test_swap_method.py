@@ -26,8 +26,8 @@ from service.pool.pool_builder import PoolBuilder
 from service.pool.pool_process import PoolProcess
 from service.pool.swap_method import ResolvedSwapMethod, resolve_swap_method
 from service.telemetry.pool_metrics import PoolMetrics
-from tests.support.dense_family import base
-from tests.support.waiting import until
+from tests.support.polling import until
+from tests.support.tiny_dense_family import base
 from tests.unit.engine.test_swap_proof import PROVEN
 
 GIB = 1024**3
