@@ -7,7 +7,7 @@ CONFIG ?= deploy/config/demo.yaml
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: ## Make the environment in .venv
+setup: ## Make the environment in .venv (GPU=1: for NVIDIA GPUs)
 	@deploy/setup.sh
 
 serve: setup ## Start the service with the demo's experts (CONFIG=… for others)
@@ -52,8 +52,11 @@ lock: setup ## Resolve the dependencies anew into deploy/locks
 	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gguf --extra encoder --python-version 3.11 \
 		--python-platform linux --constraint deploy/locks/cpu.txt --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-cpu.txt
+	@cd deploy/locks/gpu-project && $(CURDIR)/$(BIN)/uv pip compile $(CURDIR)/pyproject.toml --extra gpu \
+		--extra gguf --extra encoder --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --quiet --output-file ../gpu.txt
 	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra gguf --extra encoder --python-version 3.11 \
-		--python-platform x86_64-manylinux_2_28 --no-config --generate-hashes \
+		--python-platform x86_64-manylinux_2_28 --no-config --constraint deploy/locks/gpu.txt --generate-hashes \
 		--no-annotate --no-header --quiet --output-file deploy/locks/image-gpu.txt
 
 lock-tools: setup ## Resolve anew what only tests and installing use, into deploy/locks/tools

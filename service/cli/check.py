@@ -34,12 +34,17 @@ def check(path: Path, as_json: bool) -> None:
         _print_prices(prices)
         for line in routing["warnings"]:
             click.echo(f"warning: {line}", err=True)
+    build_fault = torch_fault(config)
+    if build_fault and not as_json:
+        click.echo(f"warning: {build_fault}", err=True)
     plans = plans_of(config)
     unchecked = engine_arguments_unchecked(config)
     if as_json:
         found = {"config": str(path), "pools": [_plan_json(p) for p in plans], "prices": prices}
         if unchecked is not None:
             found["unchecked"] = unchecked
+        if build_fault:
+            found["torch"] = build_fault
         click.echo(json.dumps(found | {"routing": routing}))
         return
     if unchecked is not None:
@@ -62,6 +67,19 @@ def engine_arguments_unchecked(config: Config) -> str | None:
     from service.engine.vllm.argument_check import check_arguments
 
     return check_arguments(config)
+
+
+def torch_fault(config: Config) -> str:
+    """Tell which pools could not run with the torch of this environment; empty if all can.
+
+    A config may be checked on another machine than it runs on, so this is a warning here, and an
+    error where a pool starts.
+    """
+    from service.torch_build import gpu_fault, torch_build
+
+    kinds = [k for k, pool in config.pools.items() if pool.gpus > 0 and pool.engine == "vllm"]
+    fault = gpu_fault(torch_build()) if kinds else ""
+    return f"pools {', '.join(kinds)} can't run here: {fault}" if fault else ""
 
 
 def plans_of(config: Config) -> list[Any]:

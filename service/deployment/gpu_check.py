@@ -1,9 +1,10 @@
-"""Checks a config's pools against the GPUs of a machine. Pure functions."""
+"""Checks a config's pools against the GPUs and the torch of a machine. Pure functions."""
 
 from __future__ import annotations
 
 from service.config import Config
 from service.errors import ConfigError
+from service.torch_build import TorchBuild, gpu_fault
 
 
 def check_gpus(config: Config, have: float) -> None:
@@ -22,3 +23,19 @@ def check_gpus(config: Config, have: float) -> None:
     always = sum(pool.gpus * pool.min_replicas for pool in config.pools.values())
     if always > have:
         raise ConfigError(f"pools: their replicas need {always:g} GPUs, and {found} ({hint})")
+
+
+def check_torch(config: Config, build: TorchBuild | None) -> None:
+    """Check that the installed torch can use a GPU where a pool has one.
+
+    Args:
+        config: The config.
+        build: The installed torch. None is left to the engines, which need one.
+
+    Raises:
+        ConfigError: A pool with real engines has GPUs, and torch was built for the CPU.
+    """
+    fault = gpu_fault(build)
+    for kind, pool in config.pools.items():
+        if fault and pool.gpus > 0 and pool.engine == "vllm":
+            raise ConfigError(f"pools.{kind}.gpus: {pool.gpus:g}, but {fault}")

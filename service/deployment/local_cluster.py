@@ -14,9 +14,10 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from service.config import Config
 from service.deployment.find_run_processes import processes_of_run
-from service.deployment.gpu_check import check_gpus
+from service.deployment.gpu_check import check_gpus, check_torch
 from service.deployment.serve_application import APP, application
 from service.deployment.service_stop_signal import EndOfService
+from service.torch_build import torch_build
 
 _EXIT_TIMEOUT_S = 3.0
 
@@ -37,8 +38,9 @@ class LocalCluster:
         """Start Ray's own processes.
 
         Raises:
-            ConfigError: The machine has too few GPUs.
+            ConfigError: The machine has too few GPUs, or a torch that can't use them.
         """
+        check_torch(self._config, torch_build())
         # The supervisor reports the progress.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         pools = self._config.pools.values()

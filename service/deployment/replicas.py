@@ -27,8 +27,11 @@ from service.deployment.config_reload import config_file, current_config, follow
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
 from service.deployment.serve_autoscaling import gateway_stats, pool_stats
 from service.deployment.service_stop_signal import EndableApp, EndOfService
+from service.engine.compile_cache import compile_cache
 from service.errors import UnavailableError
 from service.gateway.gateway_reload import GatewayRuntime
+from service.gpu_devices import gpus
+from service.models.model_store import model_root
 from service.pool.pool_process import PoolProcess
 from service.rpc import pool_address_registry
 from service.rpc.cluster_secret import node_folder, read_secret
@@ -66,6 +69,10 @@ class PoolReplica:
         with contextlib.suppress(OSError):
             own_folder(node)
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
+        if scaled.gpus > 0:
+            models = Path(config.models_dir) if config.models_dir else model_root()
+            names = [gpu.name for gpu in await asyncio.to_thread(gpus)]
+            os.environ |= compile_cache(models, names[0] if names else "", os.environ)
         self._process = PoolProcess(config, kind, secret, node=node)
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)

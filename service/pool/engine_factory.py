@@ -35,6 +35,7 @@ from service.pool.memory_plan import (
     weights_bytes,
 )
 from service.pool.slot_units import Unit
+from service.torch_build import gpu_fault, torch_build
 
 if TYPE_CHECKING:
     from service.engine.vllm.swapping_engine import Canary, Weights
@@ -228,12 +229,15 @@ class EngineFactory:
             The part, or None for a pool on CPU.
 
         Raises:
-            ConfigError: vLLM's share of the GPUs can't hold the weights.
+            ConfigError: vLLM's share of the GPUs can't hold the weights, or the installed torch
+                can't use GPUs.
             ModelStoreError: A folder could not be read.
         """
         settings = self._settings
         if settings.gpus == 0:
             return None
+        if fault := gpu_fault(torch_build()):
+            raise ConfigError(f"pools.{self._kind}.gpus: {settings.gpus:g}, but {fault}")
         config, slots = self._config, slots_of(self._config, self._kind)
         try:
             groups = gpu_groups(settings, slots)

@@ -51,12 +51,18 @@ def test_dockerfile_last_stages_run_unprivileged_and_build_nothing() -> None:
     for target in ("cpu", "gpu"):
         assert found[target].startswith("FROM run\n")
         assert found[target].rstrip().endswith("USER 10001:10001")
-        assert f"COPY --from=build-{target} /opt/coe /opt/coe" in found[target]
+        # Our code is the last layer, apart from what is locked, which is large and seldom changes.
+        layers = re.findall(r"^COPY --from=(\S+) (\S+) (\S+)$", found[target], re.MULTILINE)
+        assert layers == [
+            (f"locked-{target}", "/opt/coe", "/opt/coe"),
+            (f"build-{target}", "/own/opt/coe", "/opt/coe"),
+        ]
+        assert not re.search(r"COPY (service|router_models)", found[f"locked-{target}"])
     tools = {"gcc", "g++", "make", "build-essential", "python3-pip", "python3-venv", "python3-dev"}
     assert not tools & installed(found["run"])
     assert installed(found["cpu"]) == set()
-    # Triton compiles a file of its own when it first runs on a GPU, and asks for no more than that.
-    assert installed(found["gpu"]) == {"gcc", "libc6-dev", "libpython3-dev"}
+    # Triton and Inductor compile at the first start on a GPU, and ask for no more than that.
+    assert installed(found["gpu"]) == {"g++", "gcc", "libc6-dev", "libpython3-dev"}
     # pip is there to fetch the catalogue's models with; it comes from the building stage.
     assert not re.search(r"pip uninstall [^&\n]*\bpip\b", DOCKERFILE)
     assert "PIP_NO_CACHE_DIR=1" in found["run"]
@@ -93,6 +99,16 @@ def locked(name: str) -> dict[str, str]:
     """Package → version of a lock."""
     found = re.findall(r"^([a-z0-9][a-z0-9._-]*)==([^ \\;]+)", (LOCKS / name).read_text(), re.M)
     return dict(found)
+
+
+def test_gpu_image_has_the_versions_of_make_setup_on_a_gpu() -> None:
+    setup, image = locked("gpu.txt"), locked("image-gpu.txt")
+    # A package may have several versions there, one for each Python.
+    versions = re.findall(
+        r"^([a-z0-9][a-z0-9._-]*)==([^ \\;]+)", (LOCKS / "gpu.txt").read_text(), re.M
+    )
+    assert not image.items() - set(versions)
+    assert {"pytest", "mypy", "ruff"} <= setup.keys() - image.keys()
 
 
 def test_cpu_image_has_the_versions_that_the_tests_ran_with() -> None:
@@ -165,6 +181,35 @@ def test_compose_stop_grace_covers_draining() -> None:
     assert {config.store.url_env, config.store.cache_url_env} <= coe["environment"].keys()
     assert config.telemetry.metrics_port == 9464
     assert {key.key_env for key in config.keys.values()} <= coe["environment"].keys()
+
+
+def test_compose_for_gpus_changes_image_devices_and_config_only() -> None:
+    """It is laid over the other file, so what it does not name stays hardened."""
+    overlay = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yaml").read_text())
+    assert overlay["services"].keys() == {"coe"}
+    coe, base = overlay["services"]["coe"], compose()["services"]["coe"]
+    assert coe.keys() == {"image", "volumes", "deploy", "shm_size", "mem_limit"}
+    assert coe["image"] == f"coe:{__version__}-gpu"
+    (device,) = coe["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert [m.split(":", 1)[1] for m in coe["volumes"]] == [
+        m.split(":", 1)[1] for m in base["volumes"]
+    ]
+    assert int(coe["shm_size"].removesuffix("g")) < int(coe["mem_limit"].removesuffix("g"))
+    folder = ROOT / "deploy" / "config"
+    (mounted,) = [m for m in coe["volumes"] if m.endswith("/etc/coe/config.yaml:ro")]
+    on_gpu, on_cpu = (
+        load_config(ROOT / "deploy" / mounted.split(":")[0]),
+        load_config(folder / "compose.yaml"),
+    )
+    # Laid over it, the file still has to have what the other services and the environment give.
+    assert (on_gpu.server, on_gpu.store, on_gpu.telemetry) == (
+        on_cpu.server,
+        on_cpu.store,
+        on_cpu.telemetry,
+    )
+    assert on_gpu.keys == on_cpu.keys
+    assert [pool.gpus for pool in on_gpu.pools.values()] == [1]
 
 
 def test_compose_redis_is_the_first_process_of_its_container() -> None:

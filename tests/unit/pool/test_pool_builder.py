@@ -13,13 +13,14 @@ import pytest
 from service.config import Config
 from service.engine.engine_interface import Message
 from service.engine.simulated_engine import SimulatedEngine
-from service.errors import CoeError, UnknownModelError
+from service.errors import CoeError, ConfigError, UnknownModelError
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
+from service.torch_build import TorchBuild
 from tests.support.polling import until
 from tests.unit.moe.test_steering_profile import gates
 
@@ -291,6 +292,17 @@ def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Conf
     return Config.model_validate({"experts": experts, "pools": {"p": pool}})
 
 
+async def test_gpu_pool_is_refused_with_a_torch_that_sees_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = TorchBuild("2.13.0+cpu", "")
+    monkeypatch.setattr("service.pool.engine_factory.torch_build", lambda: cpu)
+    assembly = PoolBuilder(on_a_gpu(tmp_path, "a b"), "p", Pool("p"), PoolMetrics())
+    with pytest.raises(ConfigError, match=r"pools\.p\.gpus: 1, but .*make setup GPU=1"):
+        assembly.engines.shared_engine("a").make()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("torch_for_gpus")
 async def test_gpu_pool_engines_and_virtual_experts_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from service.engine.vllm.swapping_engine import SwappingVllmEngine
