@@ -61,7 +61,7 @@ class InvalidRequestError(CoeError):
 
 
 class InfeasibleBoundsError(InvalidRequestError):
-    """No candidate keeps the request's bounds `min_quality`, `max_cost`, `allow`, `deny` (400).
+    """No candidate keeps the request's bounds of quality, cost, time and experts (400).
 
     Attributes:
         nearest: The nearest bounds that a candidate keeps, by name, each beside the other bounds of

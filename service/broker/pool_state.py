@@ -26,11 +26,13 @@ REMOTE: Final = None
 Place = tuple[str, BootId]
 
 _IDLE = Queue()
+_UNMEASURED = Speed()
 # Rows of one pool's array.
 _ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
     range(10)
 )
-_COLUMNS = 10
+_IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK = range(10, 13)
+_COLUMNS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ class PoolMatrix:
         displaced: Time that a swap to the expert costs other requests.
         context: Tokens that prompt and answer may have together; 0 if unknown.
         prompts: Prompt tokens in the queue of the slot.
+        idle_first: `first` where nothing else runs; 0 if that was never measured. The next two are
+            like this.
+        idle_per_token: `per_token` where nothing else runs.
+        idle_chunk: `chunk` where nothing else runs.
     """
 
     boots: tuple[BootId, ...]
@@ -88,6 +94,9 @@ class PoolMatrix:
     displaced: Floats
     context: Floats
     prompts: Floats
+    idle_first: Floats
+    idle_per_token: Floats
+    idle_chunk: Floats
 
 
 class PoolStateTable:
@@ -126,6 +135,9 @@ class PoolStateTable:
             displaced=table[:, _DISPLACED],
             context=table[:, _CONTEXT],
             prompts=table[:, _PROMPTS],
+            idle_first=table[:, _IDLE_FIRST],
+            idle_per_token=table[:, _IDLE_PER_TOKEN],
+            idle_chunk=table[:, _IDLE_CHUNK],
         )
 
     def _row(self, boot: BootId, snapshot: Snapshot) -> Floats:
@@ -176,6 +188,7 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
         if at is None or snapshot.draining or state.state is Residency.FAILED:
             continue
         speed = speeds.get(name, guess)
+        idle = snapshot.idle_speeds.get(name, _UNMEASURED)
         ahead = in_slot[state.slot]
         others = requests[state.slot] - own[snapshot.weights_of(name)]
         # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
@@ -193,6 +206,9 @@ def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
                 1.0,
                 state.max_model_len,
                 prompts[state.slot],
+                idle.first_s,
+                idle.per_token_s,
+                idle.chunk_s,
             )
         )
     if columns:

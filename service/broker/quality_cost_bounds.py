@@ -1,7 +1,9 @@
 """The bounds of one request: which recipes keep them, and the nearest bounds that one keeps. Pure.
 
-A request may bound the quality from below, the cost from above, and the experts. The bounds are
-hard: a recipe that breaks one can't be selected.
+A request may bound the quality from below, cost and time from above, and the experts. The bounds
+are hard: a recipe that breaks one can't be selected. The bound of the time excludes recipes that
+would be too slow even if their experts were resident and idle. Queues and swaps pass, so they break
+no bound.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Exclusion(IntEnum):
     NOT_ALLOWED = 6
     MIN_QUALITY = 7
     OPEN_TOOL_CALL = 8
+    TOO_SLOW = 9
 
 
 FIRST_BROKEN_BOUND = Exclusion.MAX_COST
@@ -47,15 +50,22 @@ class RequestBounds:
         max_cost: Most cost if every expert of a recipe is called.
         floor: (experts,), the most that the prompt and one token of answer can cost; None is 0.
             The gateway cuts answers to `max_cost`, but it can't cut the prompt.
+        deadline_s: The deadline that the client set; infinite without one.
     """
 
     allowed: NDArray[np.bool_] | None = None
     min_quality: float = 0.0
     max_cost: float = math.inf
     floor: Floats | None = None
+    deadline_s: float = math.inf
 
     def exclusions(
-        self, catalog: RecipeCatalog, rows: Ints, quality: Floats, worst: Floats
+        self,
+        catalog: RecipeCatalog,
+        rows: Ints,
+        quality: Floats,
+        worst: Floats,
+        idle_s: Floats | None = None,
     ) -> NDArray[np.int8]:
         """Find the recipes that break a bound.
 
@@ -64,11 +74,15 @@ class RequestBounds:
             rows: (recipes,), the recipes, as rows of the catalog.
             quality: (recipes,), their expected quality.
             worst: (recipes,), their expected cost if every expert is called.
+            idle_s: (recipes,), their expected time if their experts were resident and idle, 0 where
+                it is unknown; None takes 0.
 
         Returns:
             (recipes,), an `Exclusion` for each; 0 for recipes that keep every bound.
         """
         found = np.zeros(len(rows), dtype=np.int8)
+        if math.isfinite(self.deadline_s) and idle_s is not None:
+            found[idle_s > self.deadline_s] = Exclusion.TOO_SLOW
         if math.isfinite(self.max_cost):
             found[self.least_cost(catalog, rows, worst) > self.max_cost] = Exclusion.MAX_COST
         if self.min_quality > 0:
@@ -89,13 +103,15 @@ class NearestBounds:
     Attributes:
         min_quality: The greatest `min_quality` that is possible with the other bounds.
         max_cost: The least `max_cost` that is possible with the other bounds.
-        together: `min_quality` and `max_cost` of the best recipe of the allowed experts, where it
-            does not suffice to change one of them. None if the experts leave no recipe.
+        deadline_s: The least deadline that is possible with the other bounds.
+        together: `min_quality`, `max_cost` and deadline of the best recipe of the allowed experts,
+            where it does not suffice to change one of them. None if the experts leave no recipe.
     """
 
-    min_quality: float | None
-    max_cost: float | None
-    together: tuple[float, float] | None
+    min_quality: float | None = None
+    max_cost: float | None = None
+    deadline_s: float | None = None
+    together: tuple[float, float, float] | None = None
 
 
 def worst_costs(catalog: RecipeCatalog, rows: Ints, cost: Floats) -> Floats:
@@ -105,7 +121,12 @@ def worst_costs(catalog: RecipeCatalog, rows: Ints, cost: Floats) -> Floats:
 
 
 def nearest_bounds(
-    bounds: RequestBounds, catalog: RecipeCatalog, rows: Ints, quality: Floats, worst: Floats
+    bounds: RequestBounds,
+    catalog: RecipeCatalog,
+    rows: Ints,
+    quality: Floats,
+    worst: Floats,
+    idle_s: Floats | None = None,
 ) -> NearestBounds:
     """Find the nearest bounds that some recipe keeps, where no recipe keeps `bounds`.
 
@@ -116,19 +137,34 @@ def nearest_bounds(
     if bounds.allowed is not None:
         within &= ~(catalog.uses[rows] & ~bounds.allowed).any(axis=1)
     if not within.any():
-        return NearestBounds(None, None, None)
+        return NearestBounds()
     least = bounds.least_cost(catalog, rows, worst)
-    cheap = within & (least <= bounds.max_cost)
-    good = within & (quality >= bounds.min_quality)
-    together = None
-    if not cheap.any() and not good.any():
-        best = np.flatnonzero(within & (quality == quality[within].max()))
-        at = best[least[best].argmin()]
-        together = _rounded(float(quality[at]), up=False), _rounded(float(least[at]), up=True)
+    time_s = np.zeros(len(rows)) if idle_s is None else idle_s
+    cheap = least <= bounds.max_cost
+    good = quality >= bounds.min_quality
+    quick = time_s <= bounds.deadline_s
+
+    def nearest(figure: Floats, others: NDArray[np.bool_], *, up: bool) -> float | None:
+        """The nearest value among the recipes that keep the other bounds."""
+        kept = figure[within & others]
+        return _rounded(float(kept.min() if up else kept.max()), up=up) if len(kept) else None
+
+    found = NearestBounds(
+        nearest(quality, cheap & quick, up=False),
+        nearest(least, good & quick, up=True),
+        nearest(time_s, good & cheap, up=True),
+    )
+    if found != NearestBounds():
+        return found
+    best = np.flatnonzero(within & (quality == quality[within].max()))
+    at = best[np.lexsort((time_s[best], least[best]))[0]]
+    figures = float(quality[at]), float(least[at]), float(time_s[at])
     return NearestBounds(
-        _rounded(float(quality[cheap].max()), up=False) if cheap.any() else None,
-        _rounded(float(least[good].min()), up=True) if good.any() else None,
-        together,
+        together=(
+            _rounded(figures[0], up=False),
+            _rounded(figures[1], up=True),
+            _rounded(figures[2], up=True),
+        )
     )
 
 

@@ -418,7 +418,10 @@ def _exclusions(
 ) -> NDArray[np.int8]:
     """(recipes,), an `Exclusion` for each recipe. `single`, (recipes,), marks single experts."""
     rows = request.rows
-    exclusion = request.bounds.exclusions(catalog, rows, request.quality, totals.max_cost)
+    idle_s = None
+    if math.isfinite(request.bounds.deadline_s):
+        idle_s = idle_times(catalog, pools, request)
+    exclusion = request.bounds.exclusions(catalog, rows, request.quality, totals.max_cost, idle_s)
     no_pool = ~np.isfinite(totals.time) & (exclusion == 0)
     if no_pool.any():
         exclusion[no_pool] = Exclusion.NO_POOL
@@ -439,6 +442,31 @@ def _exclusions(
                 late &= ~single
             exclusion[late] = Exclusion.DEADLINE
     return exclusion
+
+
+def idle_times(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest) -> Floats:
+    """(recipes,), the expected time if all experts were resident and idle, each of them called.
+
+    It ends where the deadline counts, as `_RecipeTotals.deadline_time` does. It is a lower bound:
+    an expert that no pool has, or that some pool has never run alone, counts as taking no time.
+    """
+    rows = request.rows
+    if not len(pools.boots):
+        return np.zeros(len(rows))
+    hint = request.prefix_cache
+    cached = hint.tokens if hint is not None else 0
+    prefill = pools.idle_first + pools.idle_per_token * max(0, request.prompt_tokens - cached)
+    experts = np.zeros((2, len(catalog.experts) + 1))
+    for i, time in enumerate((prefill, prefill + pools.idle_chunk * request.tokens)):
+        least = np.where(pools.usable, time, _INFINITE).min(axis=0)
+        # The last column stands for the absent members of short recipes.
+        experts[i, :-1] = np.where(np.isfinite(least), least, 0.0)
+    first, end = experts
+    members, later = catalog.members[rows], catalog.later[rows]
+    in_full: Floats = end[members].max(axis=1) + end[later].sum(axis=1)
+    if not request.streams:
+        return in_full
+    return np.where(catalog.single[rows], first[members[:, 0]], in_full)
 
 
 def _single_totals(

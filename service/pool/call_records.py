@@ -12,7 +12,7 @@ from service.engine.engine_interface import Message, Send
 from service.http.token_usage import reply_usage
 from service.pool.slots.base_slot import Lease
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
-from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
+from service.rpc.expert_latency import EngineStay, ExpertLatency, ResponseTimer
 
 # A gateway gets a new id at each start, and every snapshot carries all ids. Hence the bound.
 _MOST_GATEWAYS = 256
@@ -54,12 +54,14 @@ class TimedSend:
         self._swap_s = 0.0
         self._arrived_s = self._clock()
         self._timer: ResponseTimer | None = None
+        self._stay = EngineStay(alone=False)
         self._record_tokens: Callable[[int], None] = lambda _tokens: None
         self._commit: Callable[[], bool] = lambda: True
         self._is_revoked = False
 
-    def begin(self, lease: Lease, record_tokens: Callable[[int], None]) -> None:
+    def begin(self, lease: Lease, record_tokens: Callable[[int], None], stay: EngineStay) -> None:
         """Start to measure a run of the request under this lease."""
+        self._stay = stay
         self._commit = lease.commit
         self._is_revoked = False
         self._record_tokens = record_tokens
@@ -115,10 +117,10 @@ class TimedSend:
             self._swap_s,
         )
 
-    def report(self, estimator: LatencyEstimator, prompt_tokens: int) -> None:
-        """Report the speed of the answer to an estimator."""
+    def report(self, latency: ExpertLatency, prompt_tokens: int) -> None:
+        """Report the speed of the answer to its expert's latency."""
         if self._timer is not None:
-            self._timer.report(estimator, prompt_tokens)
+            latency.learn(self._timer, prompt_tokens, alone=self._stay.alone)
 
 
 # A live gateway fetches its counts long before this many calls are kept.

@@ -38,8 +38,8 @@ from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 from service.pool.unit_placement import next_move
 from service.rpc.call_headers import Call, Times
-from service.rpc.expert_latency import LatencyEstimator
-from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, Speed, encode
+from service.rpc.expert_latency import ExpertLatency, measured_speeds
+from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, encode
 from service.telemetry.json_logging import log_fields
 
 log = logging.getLogger("coe.pool")
@@ -92,7 +92,7 @@ class Pool:
         # Engines start one at a time, because they would compete for the same cores and disk.
         self._turn = asyncio.Lock()
         self._placement: asyncio.Task[None] | None = None
-        self._speeds: dict[str, LatencyEstimator] = {}
+        self._latencies: dict[str, ExpertLatency] = {}
         self._tokens: Counter[str] = Counter()
         self._load = LoadMeter(time.monotonic)
         self._acks = Acknowledgements()
@@ -242,7 +242,7 @@ class Pool:
         error = EngineRestartingError if unit.name in successors else UnknownModelError
         for name in unit.experts:
             del self._slot_of[name]
-            self._speeds.pop(name, None)
+            self._latencies.pop(name, None)
             self._load.forget(name)
             if name in successors:
                 self._returning[name] = reason
@@ -287,7 +287,7 @@ class Pool:
         """Remove an adapter from the engine of its base. The arguments are those of `remove`."""
         slot = self._slot_of.pop(expert)
         assert isinstance(slot, DedicatedSlot)
-        self._speeds.pop(expert, None)
+        self._latencies.pop(expert, None)
         self._load.forget(expert)
         if expert in successors:
             self._returning[expert] = reason
@@ -419,7 +419,7 @@ class Pool:
         finally:
             if self._observer is not None:
                 self._observer.ended(call, reply.times(), fault)
-        reply.report(self._speeds.setdefault(held, LatencyEstimator()), call.prompt_tokens)
+        reply.report(self._latencies.setdefault(held, ExpertLatency()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Return the prompt and answer tokens of a call that its gateway has abandoned.
@@ -453,7 +453,6 @@ class Pool:
                         f"it has {', '.join(sorted(lease.report.endpoints))}"
                     )
                 record_tokens = partial(self._record_tokens, call.expert, lease.record_tokens)
-                reply.begin(lease, record_tokens)
                 self._abandoned.mark_running(call.request_id)
                 request = EngineRequest(
                     call.endpoint,
@@ -464,7 +463,11 @@ class Pool:
                     on_abandoned=partial(self._record_abandoned, call, record_tokens),
                     asked_as=name,
                 )
-                with self._load.run(held, min(call.places, slot.capacity)):
+                with (
+                    self._load.run(held, min(call.places, slot.capacity)),
+                    slot.occupancy.stay() as stay,
+                ):
+                    reply.begin(lease, record_tokens, stay)
                     await lease.engine.run(request, reply)
         except EngineDeadError:
             slot.report_engine_death()
@@ -518,6 +521,9 @@ class Pool:
             # names are subtracted from the first name's queue.
             by_name[name] = slot_of[held[name]].queue_of(held[name], name)
             by_name[first] = by_name[first].without(by_name[name])
+        latencies = {
+            name: self._latencies[own] for name, own in held.items() if own in self._latencies
+        }
         return Snapshot(
             boot=self.boot,
             kind=self.kind,
@@ -526,12 +532,8 @@ class Pool:
             experts={name: states[own] for name, own in held.items()},
             queues=by_name,
             capacity={name: capacity[own] for name, own in held.items()},
-            speeds={
-                name: speed
-                for name, own in held.items()
-                if (estimator := self._speeds.get(own)) is not None
-                and (speed := estimator.speed(now_s)) != Speed()
-            },
+            speeds=measured_speeds({n: one.usual for n, one in latencies.items()}, now_s),
+            idle_speeds=measured_speeds({n: one.idle for n, one in latencies.items()}, now_s),
             acks=self._acks.to_wire(),
             shares=shares,
         )

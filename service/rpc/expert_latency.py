@@ -7,6 +7,10 @@ measurements therefore decay toward the prior, and the expert gets requests agai
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 from service.http.token_usage import reply_usage
 from service.rpc.snapshot import Speed
 
@@ -98,8 +102,70 @@ class LatencyEstimator:
         )
 
 
+def measured_speeds(estimators: Mapping[str, LatencyEstimator], now_s: float) -> dict[str, Speed]:
+    """Return the speed of each expert that was measured.
+
+    Args:
+        estimators: The estimator of each expert.
+        now_s: The current time in s.
+    """
+    speeds = {name: estimator.speed(now_s) for name, estimator in estimators.items()}
+    return {name: speed for name, speed in speeds.items() if speed != Speed()}
+
+
 def _decay_to_prior(measured: float, prior: float, kept: float) -> float:
     return prior + kept * (measured - prior) if measured > prior else measured
+
+
+@dataclass(slots=True, eq=False)
+class EngineStay:
+    """A request in an engine. `alone`: no other request has been there meanwhile."""
+
+    alone: bool
+
+
+class EngineOccupancy:
+    """Knows which requests have an engine to themselves."""
+
+    def __init__(self) -> None:
+        self._stays: set[EngineStay] = set()
+
+    @contextmanager
+    def stay(self) -> Iterator[EngineStay]:
+        """Count a request while it is in the engine."""
+        stay = EngineStay(alone=not self._stays)
+        for other in self._stays:
+            other.alone = False
+        self._stays.add(stay)
+        try:
+            yield stay
+        finally:
+            self._stays.remove(stay)
+
+
+@dataclass(slots=True)
+class ExpertLatency:
+    """The latency of an expert as it usually is, and as it is where nothing else runs.
+
+    Attributes:
+        usual: Learns from all answers.
+        idle: Learns only from the answers to requests that had the engine to themselves.
+    """
+
+    usual: LatencyEstimator = field(default_factory=LatencyEstimator)
+    idle: LatencyEstimator = field(default_factory=LatencyEstimator)
+
+    def learn(self, timer: ResponseTimer, prompt_tokens: int, *, alone: bool) -> None:
+        """Learn from an answer.
+
+        Args:
+            timer: Has timed it.
+            prompt_tokens: Length of the prompt.
+            alone: Whether the request had the engine to itself.
+        """
+        timer.report(self.usual, prompt_tokens)
+        if alone:
+            timer.report(self.idle, prompt_tokens)
 
 
 class ResponseTimer:

@@ -102,6 +102,7 @@ class Snapshot:
         queues: Requests of each expert.
         capacity: Requests that may run at once, by expert.
         speeds: Measured latencies of each expert.
+        idle_speeds: The same of requests that had the engine to themselves.
         acks: Last call number received from each gateway.
         shares: The experts that another expert's weights answer for, each with that expert.
     """
@@ -114,6 +115,7 @@ class Snapshot:
     queues: dict[str, Queue] = field(default_factory=dict)
     capacity: dict[str, int] = field(default_factory=dict)
     speeds: dict[str, Speed] = field(default_factory=dict)
+    idle_speeds: dict[str, Speed] = field(default_factory=dict)
     acks: dict[str, int] = field(default_factory=dict)
     shares: dict[str, str] = field(default_factory=dict)
 
@@ -132,7 +134,12 @@ def encode(now: Snapshot, before: Snapshot | None) -> bytes:
     return orjson.dumps(changed) + b"\n"
 
 
-_NESTED: dict[str, Any] = {"experts": ExpertState, "queues": Queue, "speeds": Speed}
+_NESTED: dict[str, Any] = {
+    "experts": ExpertState,
+    "queues": Queue,
+    "speeds": Speed,
+    "idle_speeds": Speed,
+}
 
 
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:

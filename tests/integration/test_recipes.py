@@ -35,6 +35,7 @@ class Cast:
         self.finish: dict[str, str] = {}
         self.logprob: dict[str, float] = {}
         self.silent: set[str] = set()
+        self.takes_s: dict[str, float] = {}
         self.asked: list[dict[str, Any]] = []
         self.left: list[str] = []
 
@@ -52,6 +53,7 @@ class Cast:
                 pass
             self.left.append(model)
             return
+        await asyncio.sleep(self.takes_s.get(model, 0.0))
         status = 500 if model in self.broken else 200
         if model in self.refusing:
             start = {"type": "http.response.start", "status": 400}
@@ -445,6 +447,54 @@ async def test_request_bounds_that_nothing_keeps_state_the_nearest_ones() -> Non
             assert (status, answer["error"]["code"]) == (400, "infeasible_bounds"), (model, coe)
         status, _, _ = await s.ask({**chat(model="a"), "coe": {"min_quality": 0.6}})
         assert status == 200
+
+
+async def test_deadline_that_nothing_can_meet_is_refused_and_the_nearest_one_is_told() -> None:
+    cast = Cast()
+    async with serving(cast) as served:
+        known = config(served.url).model_dump()["experts"]
+        known["b"]["quality"] = {"general": 0.5}
+        config_here = config(served.url, experts={"a": known["a"], "b": known["b"]}, recipes={})
+        async with run_gateway(config_here) as s:
+            await _ask_in_a_hurry(s, cast)
+
+
+async def _ask_in_a_hurry(s: RunningGateway, cast: Cast) -> None:
+    ask = chat(max_tokens=5)
+    cast.takes_s = {"a": 0.4, "b": 0.01}
+    hasty = {**ask, "model": "a", "coe": {"deadline_ms": 30}}
+    # Nobody knows yet how long it takes.
+    status, _, answer = await s.ask(hasty)
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    for model in ("a", "b"):
+        status, _, _ = await s.ask({**ask, "model": model})
+        assert status == 200
+    asked = len(cast.asked)
+    status, _, answer = await s.ask(hasty)
+    error = answer["error"]
+    assert (status, error["code"]) == (400, "infeasible_bounds"), error
+    assert error["param"] == "coe.deadline_ms"
+    assert len(cast.asked) == asked
+    nearest = error["nearest"]["deadline_ms"]
+    assert 100 < nearest < 2000
+    status, _, answer = await s.ask({**hasty, "coe": {"deadline_ms": nearest - 1}})
+    assert status == 400
+    status, _, answer = await s.ask({**hasty, "coe": {"deadline_ms": nearest + 1000}})
+    assert status == 200, answer
+    # A deadline leaves those that can meet it, and is a bound like the others.
+    both = {**ask, "model": "auto", "coe": {"deadline_ms": nearest // 2}}
+    status, _, answer = await s.ask(both)
+    assert (status, answer["model"]) == (200, "b")
+    _, _, answer = await s.ask(both, "/v1/route")
+    slow = "takes longer than deadline_ms, even when it is resident and idle"
+    assert {one["recipe"]: one["why"] for one in answer["candidates"]}["a"] == slow
+    # A queue makes it no error of the client's: it is tried. The endpoint takes 64 at once.
+    cast.takes_s = {"b": 0.3}
+    crowd = [asyncio.create_task(s.ask({**ask, "model": "b"})) for _ in range(130)]
+    await until(lambda: len(cast.asked) > asked + 40, "a queue")
+    status, _, answer = await s.ask({**ask, "model": "b", "coe": {"deadline_ms": 250}})
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded"), answer
+    await asyncio.gather(*crowd)
 
 
 async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None:

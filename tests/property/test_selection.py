@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import RequestBounds
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import SelectionRequest, select
+from service.broker.selection import SelectionRequest, idle_times, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
@@ -89,3 +91,35 @@ def test_select_single_experts_score_alike_with_and_without_recipes(
     if not alone.exclusion.all():
         # Else a deadline that all miss is no bar to a single expert.
         np.testing.assert_array_equal(alone.exclusion, beside.exclusion[:3])
+
+
+@given(pools(), st.integers(0, 200))
+def test_idle_times_are_what_the_selection_expects_of_an_idle_pool(
+    views: list[PoolView], prompt_tokens: int
+) -> None:
+    book = RecipeCatalog(EXPERTS, TOGETHER)
+    table = PoolStateTable(book.index)
+    wish = SelectionRequest(
+        rows=book.everything,
+        quality=np.ones(len(book.everything)),
+        reach=np.ones((len(book.everything), MAX_LATER)) * (book.later < len(EXPERTS)),
+        tokens=np.full(3, 20.0),
+        cost=np.zeros(3),
+        prompt_tokens=prompt_tokens,
+    )
+    # What was never measured alone is never too slow, and queues and swaps do not count.
+    assert not idle_times(book, table.to_matrix(views), wish).any()
+    for view in views:
+        held = view.snapshot.experts
+        ready = {name: replace(state, eta_s=0.0) for name, state in held.items()}
+        idle = replace(view.snapshot, experts=ready, queues={}, idle_speeds=view.snapshot.speeds)
+        matrix = table.to_matrix([replace(view, snapshot=idle)])
+        expected = select(book, matrix, wish).time
+        known = np.isfinite(expected)
+        to_end = idle_times(book, matrix, wish)
+        np.testing.assert_allclose(to_end[known], expected[known])
+        streamed = idle_times(book, matrix, replace(wish, streams=True))
+        single = book.single & known
+        first_s = to_end[single] - 20 * matrix.chunk[0, book.members[single, 0]]
+        np.testing.assert_allclose(streamed[single], first_s)
+        np.testing.assert_array_equal(streamed[~book.single], to_end[~book.single])

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from service.broker.cost_model import CostModel
-from service.broker.pool_state import Place, PoolStateTable, PoolView
+from service.broker.pool_state import Floats, Place, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import Candidate, Selection, select
+from service.broker.selection import Candidate, Selection, SelectionRequest, idle_times, select
 from service.broker.unmet_demand import can_serve, failure_reason
 from service.engine.engine_interface import EngineRequest
 from service.errors import (
@@ -181,6 +181,10 @@ class Dispatcher:
         matrix = self._pool_table.to_matrix(self.views() if views is None else views)
         return select(self.catalog, matrix, wanted)
 
+    def idle_times(self, request: SelectionRequest) -> Floats:
+        """(rows,), the expected time of each candidate if its experts were resident and idle."""
+        return idle_times(self.catalog, self._pool_table.to_matrix(self.views()), request)
+
     async def dispatch(
         self,
         request: InferenceRequest,
@@ -288,7 +292,7 @@ class Dispatcher:
         """Refuse the request if every candidate breaks its bounds.
 
         `RecipeExecutor.within_bounds` has dropped such candidates before. If all that were left
-        break a bound now, their expected cost has changed since.
+        break a bound now, their expected cost or time has changed since.
 
         Raises:
             InfeasibleBoundsError: Every candidate breaks a bound.
@@ -297,7 +301,12 @@ class Dispatcher:
             request = selection.request
             worst = worst_costs(self.catalog, request.rows, request.cost)
             raise infeasible_error(
-                self.catalog, request.bounds, request.rows, request.quality, worst
+                self.catalog,
+                request.bounds,
+                request.rows,
+                request.quality,
+                worst,
+                idle_times(self.catalog, selection.pools, request),
             )
 
     def _next_candidate(

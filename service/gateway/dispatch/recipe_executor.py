@@ -181,7 +181,10 @@ class RecipeExecutor:
         """
         added = self._dispatcher.defaults.added(request, self._catalog.experts)
         wanted = selection_request(self._cost_model, request, plan, added=added)
-        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost)
+        idle_s = None
+        if math.isfinite(wanted.bounds.deadline_s):
+            idle_s = self._dispatcher.idle_times(wanted)
+        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost, idle_s)
 
     def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Drop the recipes that cost more than the tenant's budgets have left.

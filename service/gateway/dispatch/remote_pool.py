@@ -12,8 +12,13 @@ from service.broker.pool_state import REMOTE, PoolView
 from service.engine.engine_interface import Engine, EngineRequest, Message, Send
 from service.errors import CoeError, ExpertFailedError
 from service.pool.request_queue import Ticket, TicketQueue
-from service.rpc.expert_latency import LatencyEstimator, ResponseTimer
-from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
+from service.rpc.expert_latency import (
+    EngineOccupancy,
+    ExpertLatency,
+    ResponseTimer,
+    measured_speeds,
+)
+from service.rpc.snapshot import ExpertState, Queue, Snapshot
 from service.types import NOBODY, Residency, Tenant
 
 # The queue of a remote expert has a single expert, under this name, which is always ready.
@@ -33,7 +38,7 @@ class RemotePool:
         max_queued_requests: The most requests that may wait.
         failed: Why the endpoint can't be used; None if it can.
         tickets: The queue.
-        speed: Measures the endpoint's latency.
+        latency: The endpoint's latency.
     """
 
     engine: Engine
@@ -41,7 +46,8 @@ class RemotePool:
     max_queued_requests: int
     failed: str | None = None
     tickets: TicketQueue = field(init=False)
-    speed: LatencyEstimator = field(init=False, default_factory=LatencyEstimator)
+    latency: ExpertLatency = field(init=False, default_factory=ExpertLatency)
+    _occupancy: EngineOccupancy = field(init=False, default_factory=EngineOccupancy)
     # Number of running requests of each engine. A replaced engine stops after its last request.
     _users: Counter[Engine] = field(init=False, default_factory=Counter)
     _ending: set[asyncio.Task[None]] = field(init=False, default_factory=set)
@@ -141,11 +147,12 @@ class RemotePool:
         engine = self.engine
         self._users[engine] += 1
         try:
-            await engine.run(request, timed)
+            with self._occupancy.stay() as stay:
+                await engine.run(request, timed)
         finally:
             self.tickets.served(ticket, watch.tokens())
             self._release(engine)
-        watch.report(self.speed, ticket.tokens)
+        self.latency.learn(watch, ticket.tokens, alone=stay.alone)
 
     def _release(self, engine: Engine) -> None:
         """Record the end of a request, and stop a replaced engine after its last request."""
@@ -186,11 +193,8 @@ def remote_pool_view(pools: Mapping[str, RemotePool], variants: Mapping[str, str
             experts=states,
             queues={name: remote.queue_of(name) for name, remote in of.items()},
             capacity={name: remote.max_in_flight for name, remote in of.items()},
-            speeds={
-                name: speed
-                for name, remote in of.items()
-                if (speed := remote.speed.speed(now_s)) != Speed()
-            },
+            speeds=measured_speeds({n: one.latency.usual for n, one in of.items()}, now_s),
+            idle_speeds=measured_speeds({n: one.latency.idle for n, one in of.items()}, now_s),
             shares={name: owner for name, owner in owners.items() if name != owner},
         ),
         0.0,

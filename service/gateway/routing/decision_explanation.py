@@ -16,6 +16,7 @@ _WHY = {
     Exclusion.MAX_COST: "costs more than max_cost",
     Exclusion.MIN_QUALITY: "its expected quality is less than min_quality",
     Exclusion.NOT_ALLOWED: "it uses an expert that the request's allow or deny excludes",
+    Exclusion.TOO_SLOW: "takes longer than deadline_ms, even when it is resident and idle",
     Exclusion.OPEN_TOOL_CALL: "a tool call of this conversation is open at another expert",
     Exclusion.DEADLINE: "would miss the deadline",
 }

@@ -1,11 +1,12 @@
-"""A request's own bounds: allowed experts, quality and cost. Errors state the nearest ones."""
+"""A request's own bounds: experts, quality, cost and time. Errors state the nearest ones."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,15 +61,20 @@ def bounds_of(
         cost_model: Knows the prices.
         most_added: (experts,), the most tokens that the defaults of each expert add to the prompt.
     """
+    deadline_s = request.deadline_ms / 1000 if request.own_deadline else math.inf
     if request.max_cost is None:
-        return RequestBounds(plan.allowed, request.min_quality)
+        return RequestBounds(plan.allowed, request.min_quality, deadline_s=deadline_s)
     answers = request.answers if TABLE[request.endpoint].generates else 0
     floor = cost_model.floor(request.most_prompt_tokens + most_added, answers)
-    return RequestBounds(plan.allowed, request.min_quality, request.max_cost, floor)
+    return RequestBounds(plan.allowed, request.min_quality, request.max_cost, floor, deadline_s)
 
 
 def within_bounds(
-    catalog: RecipeCatalog, bounds: RequestBounds, plan: RoutePlan, cost: Floats
+    catalog: RecipeCatalog,
+    bounds: RequestBounds,
+    plan: RoutePlan,
+    cost: Floats,
+    idle_s: Floats | None = None,
 ) -> RoutePlan:
     """Keep the candidates that keep a request's bounds.
 
@@ -77,15 +83,16 @@ def within_bounds(
         bounds: The bounds.
         plan: The candidates.
         cost: (experts,), expected cost of one call.
+        idle_s: (rows,), the candidates' `idle_times`; None where the client set no deadline.
 
     Raises:
         InfeasibleBoundsError: No candidate keeps them.
     """
     worst = worst_costs(catalog, plan.rows, cost)
-    broken = bounds.exclusions(catalog, plan.rows, plan.quality, worst)
+    broken = bounds.exclusions(catalog, plan.rows, plan.quality, worst, idle_s)
     keeps = broken == 0
     if not keeps.any():
-        raise infeasible_error(catalog, bounds, plan.rows, plan.quality, worst)
+        raise infeasible_error(catalog, bounds, plan.rows, plan.quality, worst, idle_s)
     at = None if plan.session is None else plan.session.position(plan.rows)
     kept = plan.only(keeps, None if at is None else Exclusion(int(broken[at])).name.lower())
     first = catalog.recipes[int(kept.rows[kept.quality.argmax()])].experts[0]
@@ -93,24 +100,31 @@ def within_bounds(
 
 
 def infeasible_error(
-    catalog: RecipeCatalog, bounds: RequestBounds, rows: Ints, quality: Floats, worst: Floats
+    catalog: RecipeCatalog,
+    bounds: RequestBounds,
+    rows: Ints,
+    quality: Floats,
+    worst: Floats,
+    idle_s: Floats | None,
 ) -> InfeasibleBoundsError:
     """The error for bounds that no candidate keeps; see `nearest_bounds` for the arguments."""
-    found = nearest_bounds(bounds, catalog, rows, quality, worst)
-    asked = {"min_quality": bounds.min_quality} if bounds.min_quality > 0 else {}
-    if np.isfinite(bounds.max_cost):
+    found = nearest_bounds(bounds, catalog, rows, quality, worst, idle_s)
+    asked: dict[str, float] = {}
+    if bounds.min_quality > 0:
+        asked["min_quality"] = bounds.min_quality
+    if math.isfinite(bounds.max_cost):
         asked["max_cost"] = bounds.max_cost
-    told = " and ".join(f"{name} {value:g}" for name, value in asked.items())
-    nearest: dict[str, object] = {}
-    if found.min_quality is not None and "min_quality" in asked:
-        nearest["min_quality"] = found.min_quality
-    if found.max_cost is not None and "max_cost" in asked:
-        nearest["max_cost"] = found.max_cost
-    options = [f"{name} {value:g}" for name, value in nearest.items()]
+    if math.isfinite(bounds.deadline_s):
+        asked["deadline_ms"] = round(1000 * bounds.deadline_s)
+    told = " and ".join(_listed(asked))
+    alone = _named(found.min_quality, found.max_cost, found.deadline_s)
+    nearest: dict[str, Any] = {name: alone[name] for name in alone if name in asked}
+    options = _listed(nearest)
     if found.together is not None:
-        both = dict(zip(("min_quality", "max_cost"), found.together, strict=True))
-        nearest["together"] = both
-        options.append(" with ".join(f"{name} {value:g}" for name, value in both.items()))
+        all_of_them = _named(*found.together)
+        together = {name: value for name, value in all_of_them.items() if name in asked}
+        nearest["together"] = together
+        options.append(" with ".join(_listed(together)))
     if not options:
         return InfeasibleBoundsError(
             "coe.allow and coe.deny leave no candidate that can answer this request",
@@ -123,3 +137,19 @@ def infeasible_error(
         param=f"coe.{next(iter(asked))}",
         nearest=nearest,
     )
+
+
+def _listed(bounds: Mapping[str, float]) -> list[str]:
+    return [
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:g}"
+        for name, value in bounds.items()
+    ]
+
+
+def _named(
+    min_quality: float | None, max_cost: float | None, deadline_s: float | None
+) -> dict[str, float]:
+    """Name bounds as requests do, without those that are None."""
+    deadline_ms = None if deadline_s is None else max(1, math.ceil(1000 * deadline_s))
+    values = {"min_quality": min_quality, "max_cost": max_cost, "deadline_ms": deadline_ms}
+    return {name: value for name, value in values.items() if value is not None}

@@ -26,6 +26,7 @@ from service.errors import (
 )
 from service.pool.request_queue import Backlog, Ticket, TicketQueue
 from service.pool.slot_units import Unit
+from service.rpc.expert_latency import EngineOccupancy
 from service.rpc.snapshot import ExpertState, Queue
 from service.types import NOBODY, Residency, Tenant
 
@@ -122,6 +123,7 @@ class BaseSlot(ABC, Generic[E]):
     ) -> None:
         self.experts = experts
         self.canary_failures = 0
+        self.occupancy = EngineOccupancy()
         # Seconds that the engines take that start before this slot's engine. The pool sets it.
         self.ahead_s = 0.0
         self._queue = TicketQueue(experts, capacity=capacity, max_waiting=max_waiting)

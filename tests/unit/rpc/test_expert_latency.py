@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from service.rpc.expert_latency import PRIOR, LatencyEstimator
+import itertools
+from contextlib import ExitStack
+
+import pytest
+
+from service.rpc.expert_latency import (
+    PRIOR,
+    EngineOccupancy,
+    ExpertLatency,
+    LatencyEstimator,
+    ResponseTimer,
+)
 from service.rpc.snapshot import Speed
 
 
@@ -36,3 +47,32 @@ def test_latency_published_values_change_in_steps() -> None:
     meter.whole(10, 8.0, 4, 0.0)
     assert meter.speed(59.0) == meter.speed(0.0)
     assert meter.speed(61.0) != meter.speed(0.0)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["in1", "out1", "in2", "out2"])))
+def test_occupancy_a_request_is_alone_only_if_no_other_one_was_there(
+    order: tuple[str, ...],
+) -> None:
+    at = {step: order.index(step) for step in order}
+    if at["out1"] < at["in1"] or at["out2"] < at["in2"]:
+        return
+    engine, stacks, stays = EngineOccupancy(), {"1": ExitStack(), "2": ExitStack()}, []
+    for step in order:
+        if step.startswith("in"):
+            stays.append(stacks[step[-1]].enter_context(engine.stay()))
+        else:
+            stacks[step[-1]].close()
+    apart = at["out1"] < at["in2"] or at["out2"] < at["in1"]
+    assert [stay.alone for stay in stays] == [apart, apart]
+
+
+def test_latency_of_an_idle_engine_is_not_learned_beside_others() -> None:
+    latency = ExpertLatency()
+    for began_s, first_s, alone in ((0.0, 0.1, True), (10.0, 3.0, False), (20.0, 3.0, False)):
+        timer = ResponseTimer(began_s)
+        head = {"status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+        timer.on_bytes({"type": "http.response.start", **head}, began_s + first_s)
+        timer.on_bytes({"type": "http.response.body", "body": b"x"}, began_s + first_s)
+        latency.learn(timer, 10, alone=alone)
+    assert latency.idle.speed(30.0).first_s == pytest.approx(0.1)
+    assert latency.usual.speed(30.0).first_s > 1.0

@@ -18,6 +18,7 @@ WHOLE = Snapshot(
     queues={"a": Queue(1, 2)},
     capacity={"a": 8},
     speeds={"a": Speed(0.1, 0.01)},
+    idle_speeds={"a": Speed(0.05, 0.005)},
     acks={"g": 7},
 )
 
