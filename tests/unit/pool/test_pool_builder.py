@@ -292,6 +292,13 @@ def on_a_gpu(root: Path, names: str, method: str = "auto", **top_k: int) -> Conf
     return Config.model_validate({"experts": experts, "pools": {"p": pool}})
 
 
+@pytest.fixture
+def torch_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the installed torch pass for one that was built for CUDA."""
+    cuda = TorchBuild("2.13.0", "cuda 13.0")
+    monkeypatch.setattr("service.pool.engine_factory.torch_build", lambda: cuda)
+
+
 async def test_gpu_pool_is_refused_with_a_torch_that_sees_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +370,7 @@ async def test_shared_weights_bound_is_that_of_the_config(tmp_path: Path) -> Non
     await assembly.stop(0)
 
 
+@pytest.mark.usefixtures("torch_for_gpus")
 async def test_gpu_pool_engines_with_in_place_swap_get_their_slots(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     first = on_a_gpu(tmp_path, "a b a1", "inplace")
@@ -528,6 +536,7 @@ async def test_reload_from_adapter_to_full_weights_of_that_name_and_back(tmp_pat
         ({"gpus": 0}, [None, None], None),
     ],
 )
+@pytest.mark.usefixtures("torch_for_gpus")
 async def test_engines_get_the_share_of_the_gpus_that_the_memory_plan_says(
     pool: dict[str, Any],
     devices: list[tuple[int, ...] | None],
