@@ -29,7 +29,7 @@ from service.classifier.router_artifact import load_artifact
 from service.config import Config, load_config
 from service.default_prices import with_default_prices
 from service.gateway.routing.quality_cost_frontier import frontier_of
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.types import Recipe
 
 Floats = NDArray[np.float64]

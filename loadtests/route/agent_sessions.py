@@ -33,7 +33,8 @@ from service.default_prices import with_default_prices
 from service.gateway.request.parsing import parse_request
 from service.gateway.request_record import RequestRecord
 from service.gateway.routing.prefix_affinity import PrefixAffinity
-from service.gateway.routing.semantic_router import RoutingSetup, selection_request
+from service.gateway.routing.routing_setup import RoutingSetup
+from service.gateway.routing.semantic_router import selection_request
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.routing.session_memory import SessionMemory
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed

@@ -27,7 +27,7 @@ from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
 from service.gateway.request.parsing import parse_request
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.models.encoder_store import require_encoder
 from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side

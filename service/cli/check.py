@@ -13,7 +13,7 @@ from service.cli.table_output import size, table
 if TYPE_CHECKING:
     from service.config import Config
     from service.engine.swap_proof import SwapMethodChoice
-    from service.gateway.routing.semantic_router import RoutingSetup
+    from service.gateway.routing.routing_setup import RoutingSetup
     from service.pool.memory_plan import PoolPlan
 
 CONFIG = click.Path(path_type=Path, dir_okay=False)
@@ -55,7 +55,7 @@ def check(path: Path, as_json: bool) -> None:
 def check_artifacts(config: Config) -> RoutingSetup:
     """Read the router's artifact and the model folders, which raise where they can't be used."""
     from service.expert_capabilities import with_capabilities
-    from service.gateway.routing.semantic_router import RoutingSetup
+    from service.gateway.routing.routing_setup import RoutingSetup
 
     setup = RoutingSetup(config)
     with_capabilities(config)
@@ -159,7 +159,7 @@ def _prices(config: Config, priced: Config) -> dict[str, Any]:
 def _routing(priced: Config, setup: RoutingSetup) -> dict[str, Any]:
     """Return what makes `auto` do less than it could."""
     from service.gateway.routing.quality_cost_frontier import routing_warnings
-    from service.gateway.routing.semantic_router import category_warnings
+    from service.gateway.routing.routing_setup import category_warnings
 
     warnings = category_warnings(priced, setup.stages.labels)
     return {"warnings": [*warnings, *routing_warnings(priced, setup)]}

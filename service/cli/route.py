@@ -15,7 +15,8 @@ from service.cli.table_output import table
 
 if TYPE_CHECKING:
     from service.gateway.request.parsing import InferenceRequest
-    from service.gateway.routing.semantic_router import RoutePlan, RoutingSetup
+    from service.gateway.routing.route_plan import RoutePlan
+    from service.gateway.routing.routing_setup import RoutingSetup
 
 _ENCODER_START_S = 30.0
 
@@ -89,7 +90,8 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.gateway.request.expert_defaults import RequestDefaults
     from service.gateway.request.parsing import parse_request
     from service.gateway.routing.decision_explanation import explain
-    from service.gateway.routing.semantic_router import RoutingSetup, selection_request
+    from service.gateway.routing.routing_setup import RoutingSetup
+    from service.gateway.routing.semantic_router import selection_request
 
     config = with_default_prices(load_config(path))
     raw = json.dumps(body).encode()

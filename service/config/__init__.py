@@ -15,20 +15,15 @@ from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapO
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.request_limits import RequestLimits
+from service.config.router import RouterConfig
 from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config
 from service.config.section_base import parse_bytes
-from service.config.server import RouterConfig, ServerConfig
+from service.config.server import ServerConfig
 from service.config.shadow import ShadowConfig
+from service.config.store import StoreConfig
 from service.config.telemetry import TelemetryConfig
-from service.config.tenants import (
-    BudgetConfig,
-    KeyConfig,
-    LimitsConfig,
-    SpendConfig,
-    StoreConfig,
-    TenantConfig,
-)
+from service.config.tenants import BudgetConfig, KeyConfig, LimitsConfig, SpendConfig, TenantConfig
 
 __all__ = [
     "SECTIONS",

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.moe_options import ExpertKernels
-from service.config.section_base import Section
+from service.config.section_base import ENV_VARIABLE_PATTERN, Section
 
 
 class RemoteConfig(Section):
@@ -20,7 +20,7 @@ class RemoteConfig(Section):
     model: str = Field(description="Name of the model at that API.")
     api_key_env: str | None = Field(
         None,
-        pattern=r"^[A-Z_][A-Z0-9_]{0,63}$",
+        pattern=ENV_VARIABLE_PATTERN,
         description="Environment variable that holds the key. Never the key itself.",
     )
     cache_salt: bool = Field(

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from service.config.moe_options import ExpertKernels
 from service.config.pools import VllmOptions
+from service.config.router import NO_ARTIFACT
 from service.config.schema import SECTIONS, Config
 from service.config.section_base import is_path, shown
-from service.config.server import NO_ARTIFACT
 from service.config.strict_yaml_loader import ConfigLoader, line_of, written_at
 from service.errors import ConfigError
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from enum import Enum, auto
 from typing import Any
 
+from service.config.router import NO_ARTIFACT
 from service.config.section_base import is_path
-from service.config.server import NO_ARTIFACT
 from service.config.vllm_args import argument_name
 
 

@@ -22,6 +22,7 @@ from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapO
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.request_limits import RequestLimits
+from service.config.router import EncoderConfig, RouterConfig
 from service.config.router_presets import (
     AutoPresetConfig,
     BestPresetConfig,
@@ -30,18 +31,12 @@ from service.config.router_presets import (
 )
 from service.config.savings import SavingsConfig
 from service.config.section_base import Name, Section
-from service.config.server import EncoderConfig, RouterConfig, ServerConfig
+from service.config.server import ServerConfig
 from service.config.sessions import SessionsConfig
 from service.config.shadow import PromoteConfig, ShadowConfig
+from service.config.store import StoreConfig
 from service.config.telemetry import TelemetryConfig
-from service.config.tenants import (
-    BudgetConfig,
-    KeyConfig,
-    SpendConfig,
-    StoreConfig,
-    TenantConfig,
-    known_tenant,
-)
+from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, TenantConfig, known_tenant
 from service.types import Recipe
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 GIB = 1024**3
+ENV_VARIABLE_PATTERN = r"^[A-Z_][A-Z0-9_]{0,63}$"
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b)?\s*$", re.IGNORECASE)
 _BYTE_UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power

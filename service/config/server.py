@@ -1,4 +1,4 @@
-"""Sections `server` and `router`."""
+"""Section `server`: the address, and the requests that are accepted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from service.config.autoscaling import GatewaysConfig
 from service.config.circuit_breaker import BreakerConfig
 from service.config.request_limits import RequestLimits
-from service.config.router_presets import PresetsConfig
 from service.config.section_base import Bytes, Section, shown
-from service.config.sessions import SessionsConfig
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _HOST_NAME = re.compile(r"^(\*|(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*)$")
@@ -99,68 +97,3 @@ class ServerConfig(Section):
         if self.allow_unauthenticated and self.require_keys:
             raise ValueError("allow_unauthenticated and require_keys exclude each other")
         return self
-
-
-class EncoderConfig(Section):
-    """The sentence encoder that is asked where the first stage is unsure."""
-
-    model: str = Field(
-        "all-minilm-l6-v2",
-        description="A sentence encoder as ONNX: `all-minilm-l6-v2` of the built-in catalogue, a "
-        "folder, or a model that `coe models pull` has fetched from the hub.",
-    )
-    when_below: float = Field(
-        0.8,
-        ge=0,
-        le=1,
-        description="Ask it where the confidence of the first stage is below this, and where the "
-        "prompt is new to it. 1 asks for every prompt.",
-    )
-    threads: int = Field(1, ge=1, le=64, description="Threads of one batch.")
-    max_tokens: int = Field(
-        128, ge=8, le=512, description="Tokens of a prompt that it reads, half from either end."
-    )
-    cache_entries: int = Field(
-        10_000,
-        ge=0,
-        le=1_000_000,
-        description="Vectors of recent prompts that each gateway keeps, of 1.5 KB each. They are "
-        "kept for each tenant apart.",
-    )
-    timeout_ms: float = Field(
-        50,
-        gt=0,
-        le=1000,
-        description="The longest that a request waits for it. Then the first stage decides.",
-    )
-
-
-NO_ARTIFACT = "none"
-"""The value of `router.artifact` that leaves out the built-in artifact."""
-
-
-class RouterConfig(Section):
-    """The stages of the classifier of prompts, and the expert for prompts without a category."""
-
-    artifact: str | None = Field(
-        None,
-        description="Folder of a router artifact, relative to this file. Without one, the built-in "
-        "`general@1` sorts prompts into 26 everyday categories, unless there are `categories` with "
-        "examples. `none` leaves it out; without such categories `auto` then always means "
-        "`fallback`.",
-    )
-    fallback: str | None = Field(
-        None,
-        description="Expert for prompts of category `general` or of a category that no expert "
-        "names. Default: the first expert that names category `general`, else the first expert.",
-    )
-    presets: PresetsConfig = Field(default_factory=lambda: PresetsConfig())
-    sessions: SessionsConfig = Field(default_factory=lambda: SessionsConfig())
-    static: bool = Field(
-        True,
-        description="Use the static semantic table with n-grams in the first stage, where the "
-        "artifact was fitted with it, and for `categories`.",
-    )
-    encoder: EncoderConfig | None = Field(
-        None, description="The second stage, a sentence encoder. Default: there is none."
-    )

@@ -22,7 +22,7 @@ from service.config import Config, PoolConfig, load_config
 from service.errors import CoeError, ConfigError
 from service.expert_capabilities import with_capabilities
 from service.gateway.auth import configured
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.gpu_devices import largest_gpu_bytes
 from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions

@@ -33,7 +33,7 @@ from service.gateway.request_record import ExpertCall, RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.quality_cost_frontier import frontier_of
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.gateway.state_across_reloads import GatewayState

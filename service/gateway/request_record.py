@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from service.gateway.guard.guard import GuardResult
     from service.gateway.request.parsing import InferenceRequest
     from service.gateway.request_metrics import GatewayMetrics
-    from service.gateway.routing.semantic_router import RoutePlan
+    from service.gateway.routing.route_plan import RoutePlan
     from service.telemetry.tracing import Trace, Traces
 
 log = logging.getLogger("coe.api")

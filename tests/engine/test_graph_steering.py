@@ -20,7 +20,7 @@ from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from service.errors import ExpertFailedError
 from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 from tests.support.engine.routing_sample_recorder import Watch
-from tests.support.engine.steered_family import PROMPT, RULES, TOKENS, Steering
+from tests.support.engine.steered_tiny_mixtral import PROMPT, RULES, TOKENS, Steering
 from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS
 
 pytestmark = ON_ONE_ENGINE

@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from service.errors import ExpertFailedError
 from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, Swapping
-from tests.support.engine.steered_family import PROMPT, RULES, TOKENS, Steering
+from tests.support.engine.steered_tiny_mixtral import PROMPT, RULES, TOKENS, Steering
 from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS
 from tests.support.polling import until
 

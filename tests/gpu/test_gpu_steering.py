@@ -18,7 +18,7 @@ from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
 from tests.support.engine.real_engines import BASE, greedy
-from tests.support.engine.steered_family import PROMPT, RULES, Steering
+from tests.support.engine.steered_tiny_mixtral import PROMPT, RULES, Steering
 from tests.support.engine.tiny_mixtral import LAYERS
 
 pytestmark = [

@@ -44,7 +44,7 @@ ONLY_IN = {
         "service/engine/vllm/worker/merged_worker.py",
         "service/engine/vllm/worker/gate_capture.py",
         "service/engine/vllm/worker/gate_access.py",
-        "service/engine/vllm/worker/choice_recorder.py",
+        "service/engine/vllm/worker/gate_choice_recorder.py",
         "service/engine/vllm/worker/graph_steering.py",
         "service/engine/vllm/worker/model_access.py",
         "service/engine/vllm/worker/eager_steering.py",

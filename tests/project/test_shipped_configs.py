@@ -17,7 +17,7 @@ from service.config import Config
 from service.config.loader import read_config
 from service.default_prices import with_default_prices
 from service.gateway.routing.quality_cost_frontier import WEIGHTS, frontier_of, routing_warnings
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "config"

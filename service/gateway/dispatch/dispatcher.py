@@ -65,7 +65,8 @@ from service.gateway.response_sends import ResponseSend
 from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.request_bounds import infeasible_error
-from service.gateway.routing.semantic_router import RoutePlan, selection_request
+from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.semantic_router import selection_request
 from service.http.asgi_helpers import body_message, send_response, start_response
 from service.http.openai_errors import FAULT_HEADER
 from service.http.prompt_endpoints import TABLE

@@ -12,7 +12,7 @@ from service.engine.engine_interface import Message
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import RequestRecord
 from service.gateway.response_sends import ResponseSend
-from service.gateway.routing.semantic_router import RoutePlan
+from service.gateway.routing.route_plan import RoutePlan
 from service.types import MAX_LATER
 
 if TYPE_CHECKING:

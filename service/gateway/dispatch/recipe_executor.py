@@ -32,7 +32,8 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import within_bounds
-from service.gateway.routing.semantic_router import RoutePlan, selection_request
+from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.semantic_router import selection_request
 from service.types import Recipe
 
 

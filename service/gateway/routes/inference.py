@@ -16,7 +16,8 @@ from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.validation import RequestValidator
 from service.gateway.request_record import RequestObservers, RequestScope
 from service.gateway.response_sends import ResponseSend
-from service.gateway.routing.semantic_router import RoutePlan, SemanticRouter
+from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone

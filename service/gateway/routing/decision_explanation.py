@@ -7,7 +7,7 @@ from typing import Any
 
 from service.broker.quality_cost_bounds import Exclusion
 from service.broker.selection import Selection
-from service.gateway.routing.semantic_router import RoutePlan
+from service.gateway.routing.route_plan import RoutePlan
 
 _WHY = {
     Exclusion.NO_POOL: "no running pool has it",

@@ -18,7 +18,7 @@ from service.broker.recipe_catalog import Ints
 from service.broker.reference_cost import best_shares
 from service.broker.token_prices import cost, prices_of
 from service.config import Config
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.types import Recipe
 
 # Tokens of the usual prompt and answer.

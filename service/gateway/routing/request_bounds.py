@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,8 @@ from service.broker.quality_cost_bounds import Exclusion, RequestBounds, nearest
 from service.broker.recipe_catalog import Ints, RecipeCatalog
 from service.errors import InfeasibleBoundsError, InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest
+from service.gateway.routing.route_plan import RoutePlan
 from service.http.prompt_endpoints import TABLE
-
-if TYPE_CHECKING:
-    from service.gateway.routing.semantic_router import RoutePlan
 
 
 def allowed_experts(request: InferenceRequest, experts: Sequence[str]) -> NDArray[np.bool_] | None:

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.cost_model import LONG_TOKENS, CostModel, Lengths
+from service.broker.cost_model import LONG_TOKENS, CostModel
 from service.broker.pool_state import Floats, Place
-from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.reference_cost import best_shares
-from service.broker.savings import RecipeEstimates, SavingsModel, best_baseline
+from service.broker.savings import RecipeEstimates
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
-from service.broker.token_prices import prices_of
-from service.classifier.built_in_artifact import built_in_artifact
 from service.classifier.classifier import Assessment
-from service.classifier.expert_map import ExpertMap
-from service.classifier.router_artifact import Artifact, load_artifact
 from service.config import Config
 from service.config.router_presets import PresetConfig
-from service.config.schema import silent_member
-from service.config.server import NO_ARTIFACT
-from service.errors import ArtifactError, ForbiddenError, InvalidRequestError, UnknownModelError
+from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
-from service.gateway.routing.classifier_stages import PromptStages
-from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
+from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
+from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.routing.session_affinity import NO_SESSION, SessionLookup
-from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
-
-log = logging.getLogger("coe.routing")
 
 # The presets' suffixes of `auto`.
 PRESETS = ("fast", "", "best")
@@ -54,72 +42,6 @@ _NO_LATER = np.zeros((1, MAX_LATER))
 
 Assess = Callable[[Mapping[str, Any]], Assessment]
 Refine = Callable[[Mapping[str, Any], Assessment, str], Awaitable[Assessment]]
-
-
-@dataclass(frozen=True, slots=True)
-class RoutePlan:
-    """The candidates for one request.
-
-    Attributes:
-        rows: Indices of the recipes in the catalog, (rows,).
-        quality: Expected quality of each, (rows,) in [0, 1].
-        reach: The probability that each later expert of a cascade is used, (rows, MAX_LATER).
-        first: The first expert of the best recipe.
-        category: The prompt's category; empty where the client named an expert or recipe.
-        confidence: How sure the classifier is, in [0, 1].
-        reason: Why these are the candidates.
-        scores: The classifier's scores, where it was used.
-        posterior: Probabilities of the categories, (labels,).
-        allowed: (experts,), the experts that the request's own bounds allow; None allows all.
-        time_price: The price of time, in quality per second of waiting.
-        cost_weight: The quality that is given up to save the whole reference cost.
-        reference: (experts,), weights of the experts' costs in the reference cost.
-        stage: The classifier's stage that decided, see `CategoryScores`; empty where none did.
-        session: The terms of the conversation's session; None without one, or where the client
-            names another category or an expert.
-        prefix_cache: The pool that has the conversation in its prefix cache, by its session.
-        estimates: What is expected of every recipe, where the client left the choice to the router.
-    """
-
-    rows: Ints
-    quality: Floats
-    reach: Floats
-    first: str
-    category: str
-    confidence: float
-    reason: str
-    scores: CategoryScores | None = None
-    posterior: Floats | None = None
-    allowed: NDArray[np.bool_] | None = None
-    time_price: float = 0.0
-    cost_weight: float = 0.0
-    reference: Floats | None = None
-    stage: str = ""
-    session: SessionTerms | None = None
-    prefix_cache: PrefixCacheHint | None = None
-    estimates: RecipeEstimates | None = None
-
-    def only(self, keep: NDArray[np.bool_], reason: str | None = None) -> RoutePlan:
-        """Keep some of the rows.
-
-        Args:
-            keep: (rows,), which ones.
-            reason: Why the others are no candidates, for the session that holds on to one of them.
-        """
-        if keep.all():
-            return self
-        session = self.session
-        if session is not None and reason is not None:
-            at = session.position(self.rows)
-            if at is not None and not keep[at]:
-                session = replace(session, absent=reason)
-        return replace(
-            self,
-            rows=self.rows[keep],
-            quality=self.quality[keep],
-            reach=self.reach[keep],
-            session=session,
-        )
 
 
 def _held_by_request(needs: frozenset[str]) -> str:
@@ -557,135 +479,3 @@ def selection_request(
         excluded=excluded,
         session=plan.session,
     )
-
-
-class RoutingSetup:
-    """The semantic router of one config, with its recipes, their quality and their prices.
-
-    Args:
-        config: The config.
-        lengths: What is known of the lengths of answers; None of a new gateway.
-        escalations: What is known of the escalations of cascades; None of a new gateway.
-        meter: Counts what each stage of the classifier decided.
-
-    Attributes:
-        stages: The stages of the classifier. They are started and stopped with the gateway.
-        has_map: Whether the artifact's map knows experts of the config.
-        shares: Category → its share of the prompts of the map's fit.
-        savings: What the choices are compared with.
-
-    Raises:
-        ArtifactError: The router's artifact can't be used.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        lengths: Lengths | None = None,
-        escalations: Escalations | None = None,
-        meter: MetricsRegistry | None = None,
-    ) -> None:
-        found: ExpertMap | None = None
-        artifact = artifact_of(config)
-        self.stages = PromptStages(config, artifact, meter)
-        if artifact is not None and "map" in artifact.manifest:
-            found = _known_part(ExpertMap.from_artifact(artifact), config)
-        self.has_map = found is not None
-        self.shares = (
-            dict(zip(found.categories, found.prior.tolist(), strict=True)) if found else {}
-        )
-        for recipe in found.recipes if found else ():
-            if (silent := silent_member(config, recipe)) is not None:
-                raise ArtifactError(
-                    f"{config.router.artifact}: {recipe.name} needs the log probabilities of "
-                    f"{silent!r}, which is remote; set experts.{silent}.remote.logprobs to true "
-                    "where it tells them"
-                )
-        recipes = [recipe.recipe() for recipe in config.recipes.values()]
-        self.catalog = RecipeCatalog(
-            tuple(config.experts), [*recipes, *(found.recipes if found else ())]
-        )
-        self.quality_model = QualityModel(config, self.catalog, self.stages.labels, escalations)
-        if found is not None:
-            self.quality_model.use_map(found, self.catalog)
-        self.cost_model = CostModel(
-            self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
-        )
-        self.savings = self._savings_model(config)
-        assess = self.stages.assess if self.stages.classifies else None
-        self.router = SemanticRouter(
-            config,
-            self.catalog,
-            self.quality_model,
-            assess,
-            self.cost_model.per_token,
-            self.stages.refine,
-        )
-
-    def _savings_model(self, config: Config) -> SavingsModel:
-        catalog = self.catalog
-        named = dict(catalog.index)
-        named |= {
-            name: catalog.recipe_index[recipe.recipe()] for name, recipe in config.recipes.items()
-        }
-        against = config.savings.against
-        if against is None:
-            silent = np.array(
-                ["chat" not in config.experts[name].capabilities for name in catalog.experts]
-            )
-            able = ~(catalog.uses & silent).any(axis=1)
-            best = best_baseline(self.quality_model.by_category(), able)
-            names = {row: name for name, row in reversed(named.items())}
-            if best is not None and best not in names:
-                names[best] = catalog.recipes[best].name.replace("→", "->")
-                named[names[best]] = best
-            against = () if best is None else (names[best],)
-        return SavingsModel(catalog, self.cost_model, against, named)
-
-
-def category_warnings(config: Config, labels: Collection[str]) -> list[str]:
-    """One line if the config names categories that the classifier lacks: `auto` misses these.
-
-    Args:
-        config: The config.
-        labels: The classifier's categories; none where there is no classifier.
-    """
-    strangers = {
-        category: place
-        for category, place in named_categories(config).items()
-        if category not in labels and category != GENERAL
-    }
-    if not labels or not strangers:
-        return []
-    named = ", ".join(f"{category!r} ({place})" for category, place in strangers.items())
-    return [
-        f"the router has no category {named}; `auto` sends no prompt there, a request may name it "
-        f"as auto/CATEGORY. It has {', '.join(sorted(set(labels) - {GENERAL}))}"
-    ]
-
-
-def artifact_of(config: Config) -> Artifact | None:
-    """The artifact that classifies a config's prompts; None where there is none.
-
-    Without `router.artifact` it is the built-in one, unless the config has categories by examples.
-
-    Raises:
-        ArtifactError: It can't be used.
-    """
-    path = config.router.artifact
-    if path == NO_ARTIFACT or (path is None and config.categories):
-        return None
-    return built_in_artifact() if path is None else load_artifact(Path(path))
-
-
-def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
-    """The artifact's map over the experts of this config; None where it knows none of them."""
-    known = [name for name in found.experts if name in config.experts]
-    strangers = sorted(set(found.experts) - set(known))
-    if strangers:
-        names = ", ".join(strangers)
-        log.warning("the router's map knows experts that are not in the config: %s", names)
-    try:
-        return found.only(known)
-    except ValueError:
-        return None

@@ -33,7 +33,7 @@ from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import NOTHING
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import RequestRecord
-from service.gateway.routing.semantic_router import RoutePlan
+from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.shadow.reply_text import ReplyText, whole_text
 from service.store.limit_windows import DAY, MONTH
 from service.store.outcome_folder import OutcomeFolder, default_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from service.engine.vllm.worker.choice_recorder import ChoiceBuffer
+from service.engine.vllm.worker.gate_choice_recorder import ChoiceBuffer
 from service.engine.vllm.worker.pinned_weights import PinnedExtension
 
 

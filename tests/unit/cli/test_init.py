@@ -15,7 +15,7 @@ from service.cli import cli, main
 from service.cli.init_proposals import config_text, propose
 from service.cli.machine_resources import Machine
 from service.config import load_config
-from service.gateway.routing.semantic_router import RoutingSetup, category_warnings
+from service.gateway.routing.routing_setup import RoutingSetup, category_warnings
 from service.gpu_devices import Gpu
 from service.pool.gpu_memory_plan import VLLM_SHARE, share_gpus
 from service.pool.memory_plan import check_plan, plan_pool

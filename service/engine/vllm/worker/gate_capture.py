@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.engine_interface import CANARY
-from service.engine.vllm.worker.choice_recorder import ChoiceBuffer
 from service.engine.vllm.worker.gate_access import RoutedLayer, routed_layers
+from service.engine.vllm.worker.gate_choice_recorder import ChoiceBuffer
 from service.engine.vllm.worker.model_access import batch_bounds, batch_request_ids, has_batch
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from service.engine.vllm.worker.choice_recorder import ChoiceRecorderMixin
+from service.engine.vllm.worker.gate_choice_recorder import ChoiceRecorderMixin
 from service.engine.vllm.worker.graph_steering import SteeringMixin
 
 

@@ -17,7 +17,7 @@ from service.cli.compose.candidate_units import Candidates, Size, candidates
 from service.cli.compose.composed_config import compose_config, rebased, size_text
 from service.config import Config, read_config
 from service.config.name_and_path_fields import TEXT_FIELDS, Meaning
-from service.config.server import NO_ARTIFACT
+from service.config.router import NO_ARTIFACT
 from service.errors import ConfigError
 from service.models import AdapterInfo, ModelInfo
 from service.pool.memory_plan import ENGINE_BYTES, PACKING, REPLICA_BYTES, check_plan, plan_pool

@@ -29,7 +29,8 @@ from service.gateway.request.media_tokens import (
     media_tokens,
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.routing.semantic_router import RoutingSetup, selection_request
+from service.gateway.routing.routing_setup import RoutingSetup
+from service.gateway.routing.semantic_router import selection_request
 from service.models.input_modalities import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
 from service.types import Residency

@@ -25,7 +25,7 @@ from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry

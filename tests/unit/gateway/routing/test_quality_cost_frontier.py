@@ -16,7 +16,7 @@ from service.gateway.routing.quality_cost_frontier import (
     frontier_of,
     routing_warnings,
 )
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.types import Recipe
 
 ROOT = Path(__file__).parents[4]

@@ -19,14 +19,9 @@ from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
 from service.gateway.routing.quality_model import QualityModel
-from service.gateway.routing.semantic_router import (
-    PRESETS,
-    RoutePlan,
-    SemanticRouter,
-    artifact_of,
-    category_warnings,
-    selection_request,
-)
+from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.routing_setup import artifact_of, category_warnings
+from service.gateway.routing.semantic_router import PRESETS, SemanticRouter, selection_request
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(

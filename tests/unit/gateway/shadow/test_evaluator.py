@@ -23,7 +23,7 @@ from service.gateway.dispatch.internal_expert_calls import SideAnswer
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import RequestRecord
-from service.gateway.routing.semantic_router import RoutePlan
+from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.store.memory_store import MemoryStore
 from service.telemetry import metric_declarations

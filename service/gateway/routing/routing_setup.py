@@ -1,0 +1,160 @@
+"""Makes the semantic router of a config: its artifact, recipes, quality, prices and savings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from service.broker.cost_model import CostModel, Lengths
+from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.savings import SavingsModel, best_baseline
+from service.broker.token_prices import prices_of
+from service.classifier.built_in_artifact import built_in_artifact
+from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import Artifact, load_artifact
+from service.config import Config
+from service.config.router import NO_ARTIFACT
+from service.config.schema import silent_member
+from service.errors import ArtifactError
+from service.gateway.request.parsing import GENERAL
+from service.gateway.routing.classifier_stages import PromptStages
+from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
+from service.gateway.routing.semantic_router import SemanticRouter
+from service.telemetry.metrics_registry import MetricsRegistry
+
+log = logging.getLogger("coe.routing")
+
+
+class RoutingSetup:
+    """The semantic router of one config, with its recipes, their quality and their prices.
+
+    Args:
+        config: The config.
+        lengths: What is known of the lengths of answers; None of a new gateway.
+        escalations: What is known of the escalations of cascades; None of a new gateway.
+        meter: Counts what each stage of the classifier decided.
+
+    Attributes:
+        stages: The stages of the classifier. They are started and stopped with the gateway.
+        has_map: Whether the artifact's map knows experts of the config.
+        shares: Category → its share of the prompts of the map's fit.
+        savings: What the choices are compared with.
+
+    Raises:
+        ArtifactError: The router's artifact can't be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lengths: Lengths | None = None,
+        escalations: Escalations | None = None,
+        meter: MetricsRegistry | None = None,
+    ) -> None:
+        found: ExpertMap | None = None
+        artifact = artifact_of(config)
+        self.stages = PromptStages(config, artifact, meter)
+        if artifact is not None and "map" in artifact.manifest:
+            found = _known_part(ExpertMap.from_artifact(artifact), config)
+        self.has_map = found is not None
+        self.shares = (
+            dict(zip(found.categories, found.prior.tolist(), strict=True)) if found else {}
+        )
+        for recipe in found.recipes if found else ():
+            if (silent := silent_member(config, recipe)) is not None:
+                raise ArtifactError(
+                    f"{config.router.artifact}: {recipe.name} needs the log probabilities of "
+                    f"{silent!r}, which is remote; set experts.{silent}.remote.logprobs to true "
+                    "where it tells them"
+                )
+        recipes = [recipe.recipe() for recipe in config.recipes.values()]
+        self.catalog = RecipeCatalog(
+            tuple(config.experts), [*recipes, *(found.recipes if found else ())]
+        )
+        self.quality_model = QualityModel(config, self.catalog, self.stages.labels, escalations)
+        if found is not None:
+            self.quality_model.use_map(found, self.catalog)
+        self.cost_model = CostModel(
+            self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
+        )
+        self.savings = self._savings_model(config)
+        assess = self.stages.assess if self.stages.classifies else None
+        self.router = SemanticRouter(
+            config,
+            self.catalog,
+            self.quality_model,
+            assess,
+            self.cost_model.per_token,
+            self.stages.refine,
+        )
+
+    def _savings_model(self, config: Config) -> SavingsModel:
+        catalog = self.catalog
+        named = dict(catalog.index)
+        named |= {
+            name: catalog.recipe_index[recipe.recipe()] for name, recipe in config.recipes.items()
+        }
+        against = config.savings.against
+        if against is None:
+            silent = np.array(
+                ["chat" not in config.experts[name].capabilities for name in catalog.experts]
+            )
+            able = ~(catalog.uses & silent).any(axis=1)
+            best = best_baseline(self.quality_model.by_category(), able)
+            names = {row: name for name, row in reversed(named.items())}
+            if best is not None and best not in names:
+                names[best] = catalog.recipes[best].name.replace("→", "->")
+                named[names[best]] = best
+            against = () if best is None else (names[best],)
+        return SavingsModel(catalog, self.cost_model, against, named)
+
+
+def category_warnings(config: Config, labels: Collection[str]) -> list[str]:
+    """One line if the config names categories that the classifier lacks: `auto` misses these.
+
+    Args:
+        config: The config.
+        labels: The classifier's categories; none where there is no classifier.
+    """
+    strangers = {
+        category: place
+        for category, place in named_categories(config).items()
+        if category not in labels and category != GENERAL
+    }
+    if not labels or not strangers:
+        return []
+    named = ", ".join(f"{category!r} ({place})" for category, place in strangers.items())
+    return [
+        f"the router has no category {named}; `auto` sends no prompt there, a request may name it "
+        f"as auto/CATEGORY. It has {', '.join(sorted(set(labels) - {GENERAL}))}"
+    ]
+
+
+def artifact_of(config: Config) -> Artifact | None:
+    """The artifact that classifies a config's prompts; None where there is none.
+
+    Without `router.artifact` it is the built-in one, unless the config has categories by examples.
+
+    Raises:
+        ArtifactError: It can't be used.
+    """
+    path = config.router.artifact
+    if path == NO_ARTIFACT or (path is None and config.categories):
+        return None
+    return built_in_artifact() if path is None else load_artifact(Path(path))
+
+
+def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
+    """The artifact's map over the experts of this config; None where it knows none of them."""
+    known = [name for name in found.experts if name in config.experts]
+    strangers = sorted(set(found.experts) - set(known))
+    if strangers:
+        names = ", ".join(strangers)
+        log.warning("the router's map knows experts that are not in the config: %s", names)
+    try:
+        return found.only(known)
+    except ValueError:
+        return None
