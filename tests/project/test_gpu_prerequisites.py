@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chart import ROOT
+from tests.support.helm_chart import ROOT
 
 SCRIPT = ROOT / "deploy" / "gpu_prerequisites.sh"
 REAL = ("bash", "env", "sort", "head", "tail", "tr", "cat")
