@@ -89,7 +89,7 @@ def with_default_prices(config: Config) -> Config:
         owner = config.owner_of(name)
         source = config.experts[owner].base or owner
         sources = (expert, config.experts[owner], config.experts[source])
-        given = next((one.price for one in sources if one.price is not None), None)
+        given = next((section.price for section in sources if section.price is not None), None)
         if given is not None:
             prices[name] = given
         elif expert.remote is not None:

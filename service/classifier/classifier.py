@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.classifier.hashed_ngrams import Features, FeatureSpec, Featurizer
 from service.classifier.linear_heads import Head, Vector, log_softmax, read_head
-from service.classifier.router_artifact import Artifact, load_artifact
+from service.classifier.router_artifact import Artifact
 from service.classifier.static_embedding_table import StaticTable
 from service.errors import ArtifactError
 from service.types import CategoryScores
@@ -141,15 +140,6 @@ class Classifier:
         self._weight *= scale[:, None]
         self._bias = np.concatenate(biases)
         self._known = np.unpackbits(known).view(np.bool_)
-
-    @classmethod
-    def load(cls, path: Path | str, table: StaticTable | None = None) -> Classifier:
-        """Load the classifier of the artifact folder at `path`, see `from_artifact`.
-
-        Raises:
-            ArtifactError: The artifact can't be used.
-        """
-        return cls.from_artifact(load_artifact(path), table)
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, table: StaticTable | None = None) -> Classifier:

@@ -23,13 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.classifier.classifier import Assessment
-from service.classifier.router_artifact import Artifact, load_artifact
+from service.classifier.router_artifact import Artifact
 from service.errors import ArtifactError
 from service.types import MAX_LATER, Recipe
 
@@ -155,15 +154,6 @@ class ExpertMap:
             *(direct.score, direct.cost, direct.reach, direct.score_slope, direct.cost_slope),
         )
         return sum(array.nbytes for array in arrays)
-
-    @classmethod
-    def load(cls, path: Path | str) -> ExpertMap:
-        """Load the map of the artifact folder at `path`.
-
-        Raises:
-            ArtifactError: The artifact can't be used.
-        """
-        return cls.from_artifact(load_artifact(path))
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> ExpertMap:

@@ -101,8 +101,8 @@ class _FairQueue:
     def __len__(self) -> int:
         return self._size
 
-    def put(self, tenant: str | None, one: _Waiting) -> None:
-        self._of.setdefault(tenant, deque()).append(one)
+    def put(self, tenant: str | None, waiting: _Waiting) -> None:
+        self._of.setdefault(tenant, deque()).append(waiting)
         self._size += 1
 
     def has_room(self, tenant: str) -> bool:
@@ -315,8 +315,8 @@ class EncoderClient:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _fail_waiting(self) -> None:
-        for one in self._queue.take(len(self._queue)):
-            one.fail()
+        for waiting in self._queue.take(len(self._queue)):
+            waiting.fail()
 
     async def _run(self) -> None:
         """Run one worker process until it fails.
@@ -361,7 +361,7 @@ class EncoderClient:
         self._running = began_s, len(taken)
         try:
             assert process.stdin is not None
-            process.stdin.write(batch([one.text for one in taken]))
+            process.stdin.write(batch([waiting.text for waiting in taken]))
             await process.stdin.drain()
             kind, body = await self._reply(process, _HUNG_S)
             if kind != VECTORS:
@@ -369,13 +369,13 @@ class EncoderClient:
             text_s = (self._clock() - began_s) / len(taken)
             self._text_s = text_s if self._text_s <= 0 else 0.8 * self._text_s + 0.2 * text_s
             vectors = np.frombuffer(body, dtype=np.float32).reshape(len(taken), self.dims)
-            for one, vector in zip(taken, vectors, strict=True):
-                if not one.vector.done():
-                    one.vector.set_result(vector.copy())
+            for waiting, vector in zip(taken, vectors, strict=True):
+                if not waiting.vector.done():
+                    waiting.vector.set_result(vector.copy())
         finally:
             self._running = None
-            for one in taken:
-                one.fail()
+            for waiting in taken:
+                waiting.fail()
 
     async def _reply(
         self, process: asyncio.subprocess.Process, timeout_s: float

@@ -176,7 +176,7 @@ class GatewayRuntime:
         await earlier.drain()
         self._earlier.discard(earlier)
         needed = {*self._remote(self.current.config)}
-        needed.update(*(self._remote(one.config) for one in self._earlier))
+        needed.update(*(self._remote(gateway.config) for gateway in self._earlier))
         for name in [name for name in self.remote_pools if name not in needed]:
             await self.remote_pools.pop(name).stop()
 

@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact
 from tests.project.test_dashboards import BOARDS, panels
 from tests.support.coe_serve_process import Service, wait_until
 from tests.support.prometheus_server import needs_prometheus, prometheus
@@ -69,7 +70,7 @@ def test_demo_four_prompts_reach_the_best_experts_of_their_categories(
     )
     completion = raw.parse()
     assert raw.headers["x-coe-category"] == category
-    found = ExpertMap.load(ROOT / "router_models" / "artifacts" / "demo@2")
+    found = ExpertMap.from_artifact(load_artifact(ROOT / "router_models" / "artifacts" / "demo@2"))
     quality = found.score[found.categories.index(category)]
     expert = found.recipes[int(quality.argmax())].name
     assert completion.model == raw.headers["x-coe-expert"] == expert

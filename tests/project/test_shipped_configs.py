@@ -13,6 +13,7 @@ import yaml
 
 from router_models.outcome_recording.task_reader import read_tasks
 from service.classifier.expert_map import ExpertMap
+from service.classifier.router_artifact import load_artifact
 from service.config import Config
 from service.config.loader import read_config
 from service.default_prices import with_default_prices
@@ -115,7 +116,7 @@ def test_auto_spreads_prompts_as_the_map_says(name: str) -> None:
     config = shipped(name)
     setup = RoutingSetup(config)
     assert config.router.artifact is not None
-    whole = ExpertMap.load(Path(config.router.artifact))
+    whole = ExpertMap.from_artifact(load_artifact(Path(config.router.artifact)))
     known = whole.only([expert for expert in whole.experts if expert in config.experts])
     found = frontier_of(config, setup)
     index = {recipe: r for r, recipe in enumerate(found.recipes)}

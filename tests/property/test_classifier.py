@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from service.classifier.classifier import Classifier
 from service.classifier.conversation_classifier import assess_body, classify_turns, user_turns
+from service.classifier.router_artifact import load_artifact
 from service.types import CategoryScores
 
 ARTIFACT = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
@@ -31,7 +32,7 @@ values = st.recursive(
 
 @cache
 def classifier() -> Classifier:
-    return Classifier.load(ARTIFACT)
+    return Classifier.from_artifact(load_artifact(ARTIFACT))
 
 
 def check(scores: CategoryScores) -> None:

@@ -302,13 +302,14 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     from router_models.outcome_reader import read_costs, read_outcomes
     from service.broker.token_prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
+    from service.classifier.router_artifact import load_artifact
     from service.cli.compose.traffic_shares import read_traffic
 
     source = options["traffic"] or options["live"]
     traffic = read_traffic(source) if source else None
     live = bool(source) and str(source).startswith(("http://", "https://"))
     if options["artifact"]:
-        known = ExpertMap.load(options["artifact"])
+        known = ExpertMap.from_artifact(load_artifact(options["artifact"]))
         return from_map(known, _smoothed(traffic, known.categories) if live else traffic)
     prompt, answer = options["tokens"]
     costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}

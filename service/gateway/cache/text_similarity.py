@@ -164,14 +164,14 @@ def _in_full(found: re.Match[str]) -> str:
     return full if found[0][0].islower() else full[0].upper() + full[1:]
 
 
-def same_words(one: str, other: str) -> bool:
+def same_words(first: str, second: str) -> bool:
     """Whether two questions in canonical form are the same."""
-    return bool(one) and one == other
+    return bool(first) and first == second
 
 
-def similarity(one: str, other: str) -> float:
+def similarity(first: str, second: str) -> float:
     """Cosine of the hashed n-grams of two texts, in [0, 1]."""
-    a, b = _FEATURES(one), _FEATURES(other)
+    a, b = _FEATURES(first), _FEATURES(second)
     _, at_a, at_b = np.intersect1d(a.buckets, b.buckets, assume_unique=True, return_indices=True)
     norms = _norm(a) * _norm(b)
     return float(a.counts[at_a] @ b.counts[at_b]) / norms if norms else 0.0

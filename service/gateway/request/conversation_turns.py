@@ -55,8 +55,8 @@ def turn_state(body: Item) -> TurnState:
     start = end
     while start and _is_models(items[start - 1]):
         start -= 1
-    called = [one for item in items[start:end] for one in _calls(item)]
-    returned = [one for item in items[end:] for one in _results(item)]
+    called = [call_id for item in items[start:end] for call_id in _calls(item)]
+    returned = [call_id for item in items[end:] for call_id in _results(item)]
     hashed = hashlib.blake2b(digest_size=8)
     hashed.update("".join(map(_mark, items[:start])).encode(errors="surrogatepass"))
     history = digest = hashed.hexdigest()
@@ -69,7 +69,7 @@ def turn_state(body: Item) -> TurnState:
         history=history if end else None,
         digest=digest,
         open=bool(called or returned),
-        calls=frozenset(digest_of(one) for one in (*called, *returned) if one),
+        calls=frozenset(digest_of(call_id) for call_id in (*called, *returned) if call_id),
     )
 
 
@@ -89,7 +89,7 @@ def reply_calls(reply: Item) -> list[str]:
     for made in _objects(output):
         found += _calls(made)
     found += _calls({"content": reply.get("content")})
-    return [digest_of(one) for one in dict.fromkeys(found) if one]
+    return [digest_of(call_id) for call_id in dict.fromkeys(found) if call_id]
 
 
 def digest_of(*texts: str) -> str:
@@ -155,21 +155,21 @@ def _mark(item: Item) -> str:
     """A short text that tells an item from others. Conversations are long, so it is quick."""
     content = item.get("content")
     if isinstance(content, str):
-        told = _edges(content)
+        content_mark = _edges(content)
     elif isinstance(content, list):
-        told = "".join(map(_part_mark, content[:_MAX_PARTS]))
+        content_mark = "".join(map(_part_mark, content[:_MAX_PARTS]))
     else:
-        told = _edges(item.get("output", item.get("arguments")))
+        content_mark = _edges(item.get("output", item.get("arguments")))
     calls = item.get("tool_calls")
     if isinstance(calls, list):
-        told += "".join(
+        content_mark += "".join(
             f"{_text(call.get('id'))}," for call in calls[:_MAX_PARTS] if isinstance(call, dict)
         )
     # Anything but a text may be nested deeper than Python can write it.
     named = (item.get("role"), item.get("type"), item.get("call_id", item.get("tool_call_id")))
     role, kind, call = map(_text, named)
     about = f"{role},{kind},{call}"
-    return f"{len(about)}:{about}{len(told)}:{told}"
+    return f"{len(about)}:{about}{len(content_mark)}:{content_mark}"
 
 
 def _part_mark(part: object) -> str:

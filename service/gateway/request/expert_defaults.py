@@ -138,7 +138,7 @@ class RequestDefaults:
             for name, expert in config.experts.items()
             if expert.defaults is not None
         }
-        self._adds_system = any(one.system is not None for one in self._defaults.values())
+        self._adds_system = any(defaults.system is not None for defaults in self._defaults.values())
 
     def apply(self, request: InferenceRequest, expert: str) -> InferenceRequest:
         """Return a request with an expert's defaults. A second call changes nothing.
@@ -200,7 +200,7 @@ def _has_system(data: Data, field: str) -> bool:
 
 def _has_system_message(messages: object) -> bool:
     return isinstance(messages, list) and any(
-        isinstance(one, dict) and one.get("role") in _SYSTEM_ROLES for one in messages
+        isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
     )
 
 
@@ -241,7 +241,9 @@ def _merged(data: Data, defaults: Data) -> Data | None:
     if not isinstance(given, dict):
         return None
     nested = (data.get("reasoning"), data.get("output_config"))
-    efforts = [one["effort"] for one in nested if isinstance(one, dict) and "effort" in one]
+    efforts = [
+        section["effort"] for section in nested if isinstance(section, dict) and "effort" in section
+    ]
     if "reasoning_effort" in data or "thinking" in data or efforts:
         defaults = {name: value for name, value in defaults.items() if name not in _THINKING}
     return {**defaults, **given} or None

@@ -156,7 +156,7 @@ class InferenceRequest:
         """Limit each answer to this many tokens, on endpoints that have such a limit."""
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
-        bounds = {name: min(tokens, one) for name, one in given.items()} or {names[-1]: tokens}
+        bounds = {name: min(tokens, limit) for name, limit in given.items()} or {names[-1]: tokens}
         if isinstance(least := self.data.get("min_tokens"), int) and least > tokens:
             bounds["min_tokens"] = tokens
         return replace(
@@ -316,7 +316,7 @@ def _check_messages(endpoint: str, data: dict[str, Any], most: int) -> None:
     given = None if TABLE[endpoint].several else data.get(name)
     if not isinstance(given, list):
         return
-    parts = (one.get("content") for one in given if isinstance(one, dict))
+    parts = (item.get("content") for item in given if isinstance(item, dict))
     count = len(given) + sum(len(part) for part in parts if isinstance(part, list))
     if count > most:
         raise InvalidRequestError(
@@ -493,7 +493,7 @@ def _names(
     if (
         not isinstance(given, list)
         or not 1 <= len(given) <= _MAX_NAMES
-        or not all(isinstance(one, str) and one for one in given)
+        or not all(isinstance(name, str) and name for name in given)
     ):
         raise InvalidRequestError(
             f"{where} must be a list of 1 to {_MAX_NAMES} names of experts", param=param

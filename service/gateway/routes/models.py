@@ -150,7 +150,9 @@ def _auto(config: Config, name: str, created_s: int, tenant: Tenant) -> dict[str
             "kind": "auto",
             "description": "the expert that fits the prompt",
             "categories": categories(config, tenant),
-            "capabilities": sorted({one for expert in able for one in expert.capabilities}),
+            "capabilities": sorted(
+                {capability for expert in able for capability in expert.capabilities}
+            ),
         },
     }
 

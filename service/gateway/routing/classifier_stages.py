@@ -51,7 +51,7 @@ class PromptStages:
     Args:
         config: The config.
         artifact: The router's artifact; None without one.
-        meter: Counts what each stage decided; None where nobody reads it.
+        metrics: Counts what each stage decided; None where nobody reads it.
 
     Attributes:
         labels: The categories.
@@ -61,10 +61,10 @@ class PromptStages:
     """
 
     def __init__(
-        self, config: Config, artifact: Artifact | None, meter: MetricsRegistry | None = None
+        self, config: Config, artifact: Artifact | None, metrics: MetricsRegistry | None = None
     ) -> None:
         self._config = config
-        self._meter = meter
+        self._metrics = metrics
         categories = config.categories
         fitted = artifact is not None and "static" in artifact.section("classifier")
         table = built_in_table() if config.router.static and (fitted or categories) else None
@@ -109,8 +109,8 @@ class PromptStages:
         encoder = self._config.router.encoder
         if encoder is not None and _is_unsure(first, encoder.when_below):
             found = await self._asked(body, tenant) or first
-        if self._meter is not None:
-            self._meter.add(metric_declarations.ROUTER_STAGES, 1, found.scores.stage)
+        if self._metrics is not None:
+            self._metrics.add(metric_declarations.ROUTER_STAGES, 1, found.scores.stage)
         return found
 
     async def _asked(self, body: Mapping[str, Any], tenant: str) -> Assessment | None:
@@ -131,13 +131,13 @@ class PromptStages:
             self._count(error.reason)
             return None
         self._count("ok")
-        if self._meter is not None:
-            self._meter.observe(metric_declarations.ROUTER_ENCODER, time.monotonic() - began_s)
+        if self._metrics is not None:
+            self._metrics.observe(metric_declarations.ROUTER_ENCODER, time.monotonic() - began_s)
         return assess_turns(self._second, turns, {text: vector})
 
     def _count(self, outcome: str) -> None:
-        if self._meter is not None:
-            self._meter.add(metric_declarations.ROUTER_ENCODER_REQUESTS, 1, outcome)
+        if self._metrics is not None:
+            self._metrics.add(metric_declarations.ROUTER_ENCODER_REQUESTS, 1, outcome)
 
     async def start(self, encoders: SharedEncoders) -> None:
         """Start the encoder in the background, if the config has one."""

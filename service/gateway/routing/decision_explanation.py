@@ -62,10 +62,10 @@ def _session(selection: Selection, best: int | None) -> dict[str, Any] | None:
     outcome = selection.session_outcome(best)
     assert outcome is not None
     # The tenant may not use what it must not see.
-    told = terms.row if outcome.reason != "not_allowed" else None
+    visible_row = terms.row if outcome.reason != "not_allowed" else None
     return {
         "decision": outcome.decision.value,
-        "recipe": None if told is None else selection.catalog.recipes[told].name,
+        "recipe": None if visible_row is None else selection.catalog.recipes[visible_row].name,
         "handover_cost": 0.0 if terms.locked else terms.handover_cost,
         "why": outcome.reason,
     }

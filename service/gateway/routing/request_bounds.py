@@ -114,7 +114,7 @@ def infeasible_error(
         asked["max_cost"] = bounds.max_cost
     if math.isfinite(bounds.deadline_s):
         asked["deadline_ms"] = round(1000 * bounds.deadline_s)
-    told = " and ".join(_listed(asked))
+    asked_bounds = " and ".join(_listed(asked))
     alone = _named(found.min_quality, found.max_cost, found.deadline_s)
     nearest: dict[str, Any] = {name: alone[name] for name in alone if name in asked}
     options = _listed(nearest)
@@ -131,7 +131,7 @@ def infeasible_error(
         )
     among = "" if bounds.allowed is None else " among the experts that allow and deny leave"
     return InfeasibleBoundsError(
-        f"no candidate{among} keeps {told}; nearest possible: {', or '.join(options)}",
+        f"no candidate{among} keeps {asked_bounds}; nearest possible: {', or '.join(options)}",
         param=f"coe.{next(iter(asked))}",
         nearest=nearest,
     )

@@ -35,7 +35,7 @@ class RoutingSetup:
         config: The config.
         lengths: What is known of the lengths of answers; None of a new gateway.
         escalations: What is known of the escalations of cascades; None of a new gateway.
-        meter: Counts what each stage of the classifier decided.
+        metrics: Counts what each stage of the classifier decided.
 
     Attributes:
         stages: The stages of the classifier. They are started and stopped with the gateway.
@@ -52,11 +52,11 @@ class RoutingSetup:
         config: Config,
         lengths: Lengths | None = None,
         escalations: Escalations | None = None,
-        meter: MetricsRegistry | None = None,
+        metrics: MetricsRegistry | None = None,
     ) -> None:
         found: ExpertMap | None = None
         artifact = artifact_of(config)
-        self.stages = PromptStages(config, artifact, meter)
+        self.stages = PromptStages(config, artifact, metrics)
         if artifact is not None and "map" in artifact.manifest:
             found = _known_part(ExpertMap.from_artifact(artifact), config)
         self.has_map = found is not None

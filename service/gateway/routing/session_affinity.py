@@ -329,7 +329,7 @@ class SessionSend:
                 self._add(reply_calls(_object(line[5:])))
 
     def _add(self, calls: list[str]) -> None:
-        new = [one for one in calls if one not in self._calls]
+        new = [call for call in calls if call not in self._calls]
         if new and len(self._calls) < MAX_CALLS:
             self._calls |= dict.fromkeys(new[: MAX_CALLS - len(self._calls)])
             self._note()

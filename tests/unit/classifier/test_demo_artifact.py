@@ -9,6 +9,7 @@ import pytest
 from router_models.demo.prompt_templates import templated
 from service.classifier.classifier import Classifier
 from service.classifier.conversation_classifier import classify_turns
+from service.classifier.router_artifact import load_artifact
 
 ARTIFACT = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
 
@@ -231,7 +232,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return Classifier.load(ARTIFACT)
+    return Classifier.from_artifact(load_artifact(ARTIFACT))
 
 
 @pytest.mark.parametrize(("label", "text"), [(k, t) for k, v in MUST.items() for t in v])

@@ -64,7 +64,7 @@ def assessed(p: float, factor: float, novelty: float = 0.0) -> Assessment:
 
 
 def test_expert_map_quality_follows_the_formula(folder: Path) -> None:
-    found = ExpertMap.load(folder)
+    found = ExpertMap.from_artifact(load_artifact(folder))
     estimate = found.estimate(assessed(0.5, 2.0))
     assert estimate.quality == pytest.approx([0.5 + 2 * 0.2, 0.5, 0.6])
     assert estimate.cost == pytest.approx([1, 9, 5])
@@ -73,13 +73,15 @@ def test_expert_map_quality_follows_the_formula(folder: Path) -> None:
 
 
 def test_expert_map_quality_stays_within_bounds(folder: Path) -> None:
-    estimate = ExpertMap.load(folder).estimate(assessed(0.0, 1000.0))
+    estimate = ExpertMap.from_artifact(load_artifact(folder)).estimate(assessed(0.0, 1000.0))
     assert estimate.quality.max() <= 1
     assert estimate.cost.min() >= 0
 
 
 def test_expert_map_without_direct_estimate_novel_prompt_gets_the_average(folder: Path) -> None:
-    estimate = ExpertMap.load(folder).estimate(assessed(0.0, 9.0, novelty=0.9))
+    estimate = ExpertMap.from_artifact(load_artifact(folder)).estimate(
+        assessed(0.0, 9.0, novelty=0.9)
+    )
     assert estimate.quality == pytest.approx([0.45, 0.65, 0.65])
 
 
@@ -96,7 +98,7 @@ def with_direct(path: Path, power: float) -> ExpertMap:
     changed = manifest()
     changed["map"]["trust_power"] = power
     save_artifact(path, changed, tensors() | DIRECT, "")
-    return ExpertMap.load(path)
+    return ExpertMap.from_artifact(load_artifact(path))
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.5])
@@ -125,7 +127,7 @@ def test_expert_map_negative_trust_power_raises(tmp_path: Path) -> None:
 
 
 def test_expert_map_subset_of_recipes_computes_the_same(folder: Path) -> None:
-    whole = ExpertMap.load(folder)
+    whole = ExpertMap.from_artifact(load_artifact(folder))
     part = whole.only(["a"])
     assert part.recipes == (RECIPES[0],)
     assert part.experts == ("a",)
@@ -160,4 +162,4 @@ def test_expert_map_invalid_section_raises(
     found = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(found | change))
     with pytest.raises(ArtifactError, match=fault):
-        ExpertMap.load(folder)
+        ExpertMap.from_artifact(load_artifact(folder))

@@ -54,7 +54,7 @@ def test_artifact_written_and_read_is_equal(folder: Path) -> None:
     artifact = load_artifact(folder)
     assert artifact.name == "tiny@1"
     assert (folder / "README.md").read_text() == "# tiny\n"
-    scores = Classifier.load(folder).classify("hello world")
+    scores = Classifier.from_artifact(load_artifact(folder)).classify("hello world")
     assert scores.labels == ("general", "math")
     assert scores.category == "general"
     assert sum(scores.probabilities) == pytest.approx(1)
@@ -129,13 +129,13 @@ def test_load_artifact_inconsistent_classifier_section_raises(
 ) -> None:
     edit(folder, {"classifier": {**manifest()["classifier"], **change}})
     with pytest.raises(ArtifactError, match=fault):
-        Classifier.load(folder)
+        Classifier.from_artifact(load_artifact(folder))
 
 
 def test_load_artifact_without_a_classifier_raises(tmp_path: Path) -> None:
     save_artifact(tmp_path / "map@1", {}, tensors(), "")
     with pytest.raises(ArtifactError, match="'classifier' is missing"):
-        Classifier.load(tmp_path / "map@1")
+        Classifier.from_artifact(load_artifact(tmp_path / "map@1"))
 
 
 def test_load_artifact_nan_weights_raises(tmp_path: Path) -> None:
@@ -143,4 +143,4 @@ def test_load_artifact_nan_weights_raises(tmp_path: Path) -> None:
     wrong["classifier.bias"][0] = np.nan
     save_artifact(tmp_path / "nan@1", manifest(), wrong, "")
     with pytest.raises(ArtifactError, match="NaN"):
-        Classifier.load(tmp_path / "nan@1")
+        Classifier.from_artifact(load_artifact(tmp_path / "nan@1"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import Config
@@ -120,6 +120,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(steps=st.lists(CONFIGS, min_size=2, max_size=5))
 def test_share_weights_over_reloads_keeps_the_names_of_weights_that_stay(
     steps: list[dict[str, Any]],

@@ -124,7 +124,7 @@ def test_fit_unusual_prompt_gets_the_direct_estimate(folder: Path) -> None:
 
 
 def test_fit_given_categories_are_trusted(folder: Path) -> None:
-    assert ExpertMap.load(folder / "toy@1").trust_power == 0.0
+    assert ExpertMap.from_artifact(load_artifact(folder / "toy@1")).trust_power == 0.0
 
 
 def test_fit_languages_without_spaces_are_ordinary_where_they_were_recorded(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_fit_languages_without_spaces_are_ordinary_where_they_were_recorded(tmp_
 
 
 def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
-    found = ExpertMap.load(folder / "toy@1").only(["small", "maths"])
+    found = ExpertMap.from_artifact(load_artifact(folder / "toy@1")).only(["small", "maths"])
     assert set(found.experts) == {"small", "maths"}
     with pytest.raises(ValueError, match="no recipe"):
         found.only(["nobody"])
@@ -225,7 +225,7 @@ def test_fit_works_with_a_handful_of_rows(folder: Path) -> None:
         settings=SETTINGS,
         say=lambda line: None,
     )
-    Classifier.load(folder / "few@1").assess("add cows")
+    Classifier.from_artifact(load_artifact(folder / "few@1")).assess("add cows")
 
 
 def test_evaluate_artifact_without_a_map_raises(folder: Path) -> None:

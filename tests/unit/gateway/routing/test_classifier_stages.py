@@ -70,7 +70,7 @@ class Running:
 
     def __init__(self, config: Config) -> None:
         self.meter = MetricsRegistry(Side.GATEWAY)
-        self.setup = RoutingSetup(config, meter=self.meter)
+        self.setup = RoutingSetup(config, metrics=self.meter)
 
     async def stage(self, text: str) -> str:
         return (await self.setup.router.plan_by_all_stages(ask(text))).stage
