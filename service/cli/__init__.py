@@ -15,6 +15,10 @@ _COMMANDS = {
     "init": ("service.cli.init:init", "Write a config that fits this machine."),
     "serve": ("service.cli.serve:serve", "Start the service on this machine."),
     "check": ("service.cli.check:check", "Validate a config and print its memory plan."),
+    "doctor": (
+        "service.cli.doctor.command:doctor",
+        "Prove the methods of swaps on this machine.",
+    ),
     "config": ("service.cli.config:config", "Describe the config file."),
     "compose": (
         "service.cli.compose.command:compose",

