@@ -134,6 +134,66 @@ async def test_cache_stream_is_stored_whole_and_replayed() -> None:
         assert bodies[0] == bodies[1]
 
 
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": chat("What is the sea?"),
+    "/v1/completions": {"model": "general", "prompt": "What is the sea?"},
+    "/v1/messages": {**chat("What is the sea?"), "max_tokens": 64},
+    "/v1/responses": {"model": "general", "input": "What is the sea?"},
+}
+EXACT = {"x-coe-cache": "exact"}
+
+
+async def kinds_of(
+    s: RunningGateway, path: str, *bodies: dict[str, Any]
+) -> list[tuple[str, bytes]]:
+    """Send each body; return what the cache said of it, and the reply."""
+    found = []
+    for body in bodies:
+        async with s.post(body, path, headers=EXACT) as reply:
+            assert reply.status == 200, await reply.read()
+            found.append((reply.headers["x-coe-cache"], await reply.read()))
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+async def test_cache_repeats_complete_answers_of_every_endpoint(path: str, stream: bool) -> None:
+    body = {**BODIES[path], "stream": stream}
+    async with run_gateway(config()) as s:
+        (first, made), (second, same) = await kinds_of(s, path, body, body)
+        assert (first, second) == ("miss", "exact")
+        # All but what the reply cost.
+        cost = re.compile(rb'"coe":\{.*?"calls":\[.*?\](?:,"cached":true)?[^}]*\}(?:,|(?=\}))')
+        assert cost.sub(b"", same) == cost.sub(b"", made)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+async def test_cache_repeats_a_cut_answer_only_for_the_same_bound(path: str, stream: bool) -> None:
+    bound = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    body = {**BODIES[path], "stream": stream, bound: 2}
+    async with run_gateway(config()) as s:
+        kinds = [kind for kind, _ in await kinds_of(s, path, body, body, {**body, bound: 3})]
+        assert kinds == ["miss", "exact", "miss"]
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_cache_keeps_no_broken_stream_of_any_endpoint(path: str) -> None:
+    given = config().model_dump(mode="json")
+    given["pools"]["cpu"]["simulated"]["fail"] = "mid_stream"
+    body = {**BODIES[path], "stream": True}
+    async with run_gateway(Config.model_validate(given)) as s:
+        assert [kind for kind, _ in await kinds_of(s, path, body, body)] == ["miss", "miss"]
+
+
+async def test_cache_repeats_no_metadata_of_another_response() -> None:
+    bodies = [{**BODIES["/v1/responses"], "metadata": {"of": name}} for name in ("a", "b", "b")]
+    async with run_gateway(config()) as s:
+        found = await kinds_of(s, "/v1/responses", *bodies)
+        assert [kind for kind, _ in found] == ["miss", "miss", "exact"]
+        assert [json.loads(body)["metadata"]["of"] for _, body in found] == ["a", "b", "b"]
+
+
 async def test_cache_stream_with_usage_is_no_hit_without_include_usage() -> None:
     async with run_gateway(config()) as s:
         for options, kind in (({"include_usage": True}, "miss"), ({}, "miss"), ({}, "exact")):

@@ -17,8 +17,9 @@ import base64
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import orjson
@@ -34,6 +35,7 @@ from service.gateway.cache.text_similarity import (
 )
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi_helpers import STREAM_HEADERS, send_response
+from service.http.openai_errors import Dialect, dialect_of
 from service.http.token_usage import reply_usage, usage_of
 from service.moe.virtual_expert_profiles import profile_digests
 from service.store.record_names import join_name
@@ -43,16 +45,22 @@ from service.telemetry.metrics_registry import MetricsRegistry
 
 log = logging.getLogger("coe.cache")
 
-_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+_ENDPOINTS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"}
+)
 # Fields about the sender, which do not change the answer. `stream_options` isn't among them: a
 # stream is cached with its chunks, and a client may fail on a chunk of usage that it did not want.
 _ASIDE = frozenset({"user", "metadata", "safety_identifier"})
+# Endpoints whose replies repeat those fields.
+_ECHOING = frozenset({"/v1/responses"})
 _RANK = {"off": 0, "exact": 1, "similar": 2}
 _SHELF = 16
 _DONE = b"data: [DONE]"
 # The finish reasons in a body. JSON escapes quotes inside of strings, so this matches only keys.
 _ENDS = re.compile(rb'"finish_reason"\s*:\s*"([^"\\]*)"')
 _WHOLE = frozenset({b"stop", b"tool_calls", b"function_call"})
+# Anthropic's stop reasons of a complete answer.
+_WHOLE_MESSAGE = frozenset({"end_turn", "stop_sequence", "tool_use"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +132,10 @@ class ResponseCache:
         if hit is not None:
             return CacheSession(self, search, hit, send)
         return CacheSession(
-            self, search, None, RecordingSend(send, search.settings.max_entry_bytes)
+            self,
+            search,
+            None,
+            RecordingSend(send, search.settings.max_entry_bytes, dialect_of(request.endpoint)),
         )
 
     def search(self, request: InferenceRequest) -> CacheSearch | None:
@@ -133,7 +144,8 @@ class ResponseCache:
         if settings is None or request.cache == "off" or request.endpoint not in _ENDPOINTS:
             return None
         kind = min(request.cache, settings.mode, key=_RANK.__getitem__)
-        data = {name: value for name, value in request.data.items() if name not in _ASIDE}
+        aside = frozenset() if request.endpoint in _ECHOING else _ASIDE
+        data = {name: value for name, value in request.data.items() if name not in aside}
         tenant = request.tenant.name
         # The request's bounds are part of the key, because they influence the choice of expert.
         bounds = [
@@ -247,9 +259,10 @@ class ResponseCache:
 class RecordingSend:
     """An ASGI send that forwards an answer, and records it while it can be cached."""
 
-    def __init__(self, send: Send, most_bytes: int) -> None:
+    def __init__(self, send: Send, most_bytes: int, dialect: Dialect = Dialect.CHAT) -> None:
         self._send = send
         self._most_bytes = most_bytes
+        self._dialect = dialect
         self._parts: list[bytes] = []
         self._size = 0
         self._whole = False
@@ -284,13 +297,87 @@ class RecordingSend:
         if not (self._good and self._whole):
             return None
         body = b"".join(self._parts)
-        ends = set(_ENDS.findall(body))
-        if not ends <= (_WHOLE | {b"length"} if by_own_bound else _WHOLE):
-            return None
-        if self.content_type.startswith("text/event-stream"):
-            sound = body.rstrip().endswith(_DONE) and b'data: {"error"' not in body
-            return body if sound else None
-        return body
+        end = _END_OF[self._dialect](body, self.content_type.startswith("text/event-stream"))
+        sound = end is AnswerEnd.WHOLE or (by_own_bound and end is AnswerEnd.CUT)
+        return body if sound else None
+
+
+class AnswerEnd(Enum):
+    """How a reply ended.
+
+    Attributes:
+        WHOLE: The answer is complete.
+        CUT: A bound on its length cut the answer.
+        BROKEN: Anything else, such as an error or a stream without its last event.
+    """
+
+    WHOLE = "whole"
+    CUT = "cut"
+    BROKEN = "broken"
+
+
+def _end_of_chat(body: bytes, streams: bool) -> AnswerEnd:
+    """How a reply of chat, completions or embeddings ended."""
+    if streams and (not body.rstrip().endswith(_DONE) or b'data: {"error"' in body):
+        return AnswerEnd.BROKEN
+    ends = set(_ENDS.findall(body))
+    if ends <= _WHOLE:
+        return AnswerEnd.WHOLE
+    return AnswerEnd.CUT if ends <= _WHOLE | {b"length"} else AnswerEnd.BROKEN
+
+
+def _end_of_message(body: bytes, streams: bool) -> AnswerEnd:
+    """How a reply of Anthropic's Messages ended."""
+    if streams:
+        events = list(_events(body))
+        if not events or events[-1].get("type") != "message_stop":
+            return AnswerEnd.BROKEN
+        deltas = [event.get("delta") for event in events if event.get("type") == "message_delta"]
+        holder = deltas[-1] if deltas else None
+    else:
+        holder = _object(body)
+    reason = holder.get("stop_reason") if isinstance(holder, dict) else None
+    if reason in _WHOLE_MESSAGE:
+        return AnswerEnd.WHOLE
+    return AnswerEnd.CUT if reason == "max_tokens" else AnswerEnd.BROKEN
+
+
+def _end_of_response(body: bytes, streams: bool) -> AnswerEnd:
+    """How a reply of OpenAI's Responses ended."""
+    reply: Any = _object(body)
+    if streams:
+        events = list(_events(body))
+        reply = events[-1].get("response") if events else None
+    if not isinstance(reply, dict):
+        return AnswerEnd.BROKEN
+    if reply.get("status") == "completed":
+        return AnswerEnd.WHOLE
+    cut = {"reason": "max_output_tokens"}
+    if reply.get("status") == "incomplete" and reply.get("incomplete_details") == cut:
+        return AnswerEnd.CUT
+    return AnswerEnd.BROKEN
+
+
+_END_OF: dict[Dialect, Callable[[bytes, bool], AnswerEnd]] = {
+    Dialect.CHAT: _end_of_chat,
+    Dialect.MESSAGES: _end_of_message,
+    Dialect.RESPONSES: _end_of_response,
+}
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _events(body: bytes) -> Iterator[dict[str, Any]]:
+    """The events of a stream; an event that can't be parsed is empty."""
+    for line in body.splitlines():
+        if line.startswith(b"data:"):
+            yield _object(line[5:])
 
 
 @dataclass(frozen=True, slots=True)
