@@ -53,6 +53,7 @@ class ResponseSend:
         started: Whether anything was sent to the client.
         events: Events of the stream so far.
         answers_only: Whether an error reply is raised as NoAnswerError instead of sent.
+        stream_error: The error that the expert's stream ended with; None without one.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ResponseSend:
         self._held: Message | None = None
         self._dialect = dialect
         self._markers = _CHAT_MARKERS if dialect is Dialect.CHAT else _OTHER_MARKERS
-        self._failed = False
+        self.stream_error: Mapping[str, Any] | None = None
         self._lines = LineBuffer()
         # The response object that a stream of Responses began with.
         self._response: Any = None
@@ -135,7 +136,7 @@ class ResponseSend:
         chat = self._dialect is Dialect.CHAT
         if line[5:].strip() == b"[DONE]":
             # Only streams of the chat API end with this event, and only where they did not fail.
-            return b"" if self._failed or not chat else line
+            return b"" if self.stream_error is not None or not chat else line
         try:
             event = orjson.loads(line[5:])
         except orjson.JSONDecodeError:
@@ -159,7 +160,7 @@ class ResponseSend:
 
     def _record_failure(self, error: Mapping[str, Any]) -> None:
         """Record that the stream failed by an error event."""
-        self._failed = True
+        self.stream_error = error
         code = error.get("code")
         if not self.record.local:
             code = UpstreamError.code

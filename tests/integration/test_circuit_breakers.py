@@ -13,7 +13,13 @@ import orjson
 import pytest
 
 from service.config import Config
-from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving
+from tests.support.in_process_service import (
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 from tests.support.polling import until
 
 
@@ -41,6 +47,11 @@ class Upstream:
         elif self.manner == "garbage":
             body = b"<html>"
         headers = [(b"content-type", b"application/json")]
+        if self.manner.startswith("{"):
+            # A stream that breaks by an event.
+            headers = [(b"content-type", b"text/event-stream")]
+            chunk = orjson.dumps({"model": "m", "choices": [{"index": 0, "delta": {}}]})
+            body = b"data: " + chunk + b"\n\ndata: " + self.manner.encode() + b"\n\n"
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -130,6 +141,47 @@ async def test_breaker_opens_after_silent_streams() -> None:
                 chat(model="far", stream=True), headers={"x-coe-deadline-ms": "200"}
             ) as reply:
                 assert (await reply.json())["error"]["code"] == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "opens"),
+    [
+        ({"message": "no", "type": "server_error", "code": "engine_dead"}, True),
+        ({"message": "no", "type": "api_error"}, True),
+        ({"message": "no", "type": "InternalServerError", "code": 500}, True),
+        ({"message": "no"}, True),
+        ({"message": "no", "type": "BadRequestError", "code": 400}, False),
+        ({"message": "no", "type": "rate_limit_error"}, False),
+        ({"message": "no", "code": 429}, False),
+        ({"message": "no", "type": "overloaded_error"}, False),
+        ({"message": "no", "code": "context_length_exceeded"}, False),
+    ],
+)
+async def test_breaker_counts_errors_inside_streams_by_whose_fault_they_are(
+    error: dict[str, Any], opens: bool
+) -> None:
+    async with running() as (s, upstream):
+        upstream.manner = orjson.dumps({"error": error}).decode()
+        async with s.post(chat(model="far", stream=True)) as reply:
+            assert reply.status == 200
+            assert b'"error"' in await reply.read()
+        assert await open_breakers(s) == float(opens)
+        # The endpoint was reached: another model there is another matter.
+        upstream.manner = "well"
+        assert (await s.ask(chat(model="beside")))[0] == 200
+
+
+async def test_breaker_of_a_pool_opens_after_engines_that_die_in_a_stream() -> None:
+    config = simulated(
+        {"cpu": {"fail": "mid_stream", "tokens": 4}},
+        server={"breaker": {"failures": 1, "open_duration_s": 60}},
+    )
+    async with run_gateway(config) as s:
+        async with s.post(chat(stream=True)) as reply:
+            assert b'"engine_dead"' in await reply.read()
+        async with s.get("/metrics") as reply:
+            text = await reply.text()
+        assert re.search(r'^coe_breaker_open\{.*expert="general".*\} 1', text, re.M), text
 
 
 async def test_breaker_closes_after_one_probe() -> None:

@@ -1,9 +1,10 @@
 """The gateway's circuit breakers and its retry budget.
 
 A breaker counts failures of the expert itself: its engine or endpoint could not be reached, died,
-sent an invalid answer, or sent nothing although it had enough time. It does not count errors of the
-client, a full or draining pool, a rate limit of the endpoint, a client that left, or a deadline
-that was too short for a verdict.
+sent an invalid answer, or sent nothing although it had enough time. An error that comes as an event
+of a stream counts like one that comes as a status. It does not count errors of the client, a full
+or draining pool, a rate limit of the endpoint, a client that left, or a deadline that was too short
+for a verdict.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import random
+from typing import Any
 
 from service.broker.circuit_breaker import Breakers, RetryBudget, State, backoff_s
 from service.broker.pool_state import REMOTE, BootId, Place
@@ -39,6 +41,52 @@ class RemoteUrl:
 
 
 BreakerKey = Place | RemoteUrl
+# Codes of faults of a pool or its engine that a stream may end with.
+_OWN_CODES = frozenset(kind.code for own in _OWN for kind in (own, *own.__subclasses__()))
+# Codes and types, in OpenAI's and Anthropic's words, of errors that are not the expert's fault.
+_NOT_ITS_FAULT = frozenset(
+    {"rate_limit_exceeded", "rate_limit_error", "overloaded_error", "insufficient_quota"}
+    | {"invalid_request_error", "BadRequestError", "invalid_prompt", "content_filter"}
+    | {"context_length_exceeded", "request_too_large", "authentication_error", "permission_error"}
+    | {"not_found_error", "billing_error"}
+)
+_OVERLOADED = 529
+
+
+def stream_verdict(error: Mapping[str, Any], *, local: bool) -> bool | None:
+    """The verdict on an expert whose stream ended with an error event, as of `attempt`.
+
+    Args:
+        error: The error in the event: `code`, `type` and `message` in the words of any API.
+        local: Whether a pool sent it, rather than a remote endpoint.
+
+    Returns:
+        False for the expert's own failure; None where the event says nothing of the expert.
+    """
+    code = error.get("code")
+    if isinstance(code, int) and not isinstance(code, bool):
+        return False if code >= 500 and code != _OVERLOADED else None
+    if local:
+        return False if code in _OWN_CODES else None
+    words = {word for word in (code, error.get("type")) if isinstance(word, str)}
+    return None if words & _NOT_ITS_FAULT else False
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt at a place.
+
+    Attributes:
+        local: Whether the place is a pool.
+        verdict: The verdict of an attempt that ends without an exception.
+    """
+
+    local: bool
+    verdict: bool | None = True
+
+    def record_stream_error(self, error: Mapping[str, Any]) -> None:
+        """Record that the answer ended with this error event."""
+        self.verdict = stream_verdict(error, local=self.local)
 
 
 class CircuitBreakers:
@@ -102,7 +150,7 @@ class CircuitBreakers:
         await asyncio.sleep(backoff_s(times_tried, random))
 
     @contextmanager
-    def attempt(self, expert: str, boot: BootId, given_s: float) -> Iterator[None]:
+    def attempt(self, expert: str, boot: BootId, given_s: float) -> Iterator[Attempt]:
         """Record the outcome of the attempt that runs inside of this context.
 
         Args:
@@ -117,9 +165,10 @@ class CircuitBreakers:
         permits = [self._breakers.begin(key, began_s) for key in keys]
         ok: bool | None = None
         reached: bool | None = None
+        attempt = Attempt(local=boot is not REMOTE)
         try:
-            yield
-            ok = reached = True
+            yield attempt
+            ok, reached = attempt.verdict, True
         except CoeError as error:
             ok = self._classify_outcome(error, given_s)
             if isinstance(error, UpstreamError):

@@ -244,9 +244,11 @@ class Dispatcher:
             try:
                 with (
                     _traced(record.trace, option, request) as trace,
-                    self.breakers.attempt(option.expert, option.boot, left_s),
+                    self.breakers.attempt(option.expert, option.boot, left_s) as attempt,
                 ):
                     await self._attempt(option, bounded, deadline_s, reply, trace)
+                    if reply.stream_error is not None:
+                        attempt.record_stream_error(reply.stream_error)
                 return
             except (UnavailableError, UpstreamError) as error:
                 if reply.started:
