@@ -13,29 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import ModelStoreError
-from service.models.model_inspection import is_second_copy
+from service.models.model_files import MODULES, wanted_files
 from service.models.model_store import one_line_errors, require_free, sha256_of
 from service.models.pull_progress import Progress, watch_folder
 
-WANTED = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model*",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "LICENSE*",
-    "README.md",
-)
 # The token is read when the process starts, because it is hidden from the environment while an
 # engine's core starts. Without a token here the client looks for a token in its own files.
 _TOKEN = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
 _ACCESS: dict[str, Any] = {"token": _TOKEN} if _TOKEN else {}
-UNWANTED = ("*/*",)
-"""Copies of the same weights in other formats live in sub-folders."""
+_MOST_MODULES_BYTES = 1_000_000
 
 
 def fetch_snapshot(
@@ -76,45 +62,49 @@ def fetch_snapshot(
         raise _explain(repository, revision, error) from error
     if revision is not None and is_commit(revision) and info.sha != revision:
         raise ModelStoreError(f"{repository}: the hub gave commit {info.sha} for {revision}")
-    wanted = {
-        file.rfilename: file
-        for file in filter_repo_objects(
-            info.siblings or [],
-            allow_patterns=list(files or WANTED),
-            ignore_patterns=[] if files else list(UNWANTED),
-            key=lambda file: file.rfilename,
-        )
-    }
-    wanted = {name: file for name, file in wanted.items() if not is_second_copy(name, wanted)}
+
+    def fetch(names: list[str]) -> None:
+        disable_progress_bars()
+        try:
+            with one_line_errors(repository, folder):
+                huggingface_hub.snapshot_download(
+                    repository,
+                    revision=info.sha,
+                    local_dir=folder,
+                    allow_patterns=names,
+                    **_ACCESS,
+                )
+        except ModelStoreError:
+            raise
+        except Exception as error:
+            raise _explain(repository, revision, error) from error
+        finally:
+            enable_progress_bars()
+
+    there = {file.rfilename: file for file in info.siblings or []}
+    if files:
+        names = list(filter_repo_objects(there, allow_patterns=list(files)))
+    else:
+        modules = None
+        if MODULES in there and (there[MODULES].size or 0) <= _MOST_MODULES_BYTES:
+            fetch([MODULES])
+            modules = (folder / MODULES).read_bytes()
+        names = wanted_files(there, modules)
+    wanted = {name: there[name] for name in names}
     if files and not any(name.endswith(".onnx") for name in wanted):
         raise ModelStoreError(f"{repository}: no ONNX model in it, which an encoder needs")
-    if not files and not any(name.endswith(".safetensors") for name in wanted):
+    if not files and not any(n.endswith(".safetensors") and "/" not in n for n in wanted):
         raise ModelStoreError(
             f"{repository}: no safetensors in it; other weight formats can run code and are not "
             "loaded"
         )
     total_bytes = sum(file.size or 0 for file in wanted.values())
     require_free(folder, total_bytes, repository)
-    disable_progress_bars()
-    try:
-        with (
-            progress.stage(f"{repository}: downloading", total_bytes) as advance,
-            watch_folder(folder, advance, limit_bytes=total_bytes),
-            one_line_errors(repository, folder),
-        ):
-            huggingface_hub.snapshot_download(
-                repository,
-                revision=info.sha,
-                local_dir=folder,
-                allow_patterns=list(wanted),
-                **_ACCESS,
-            )
-    except ModelStoreError:
-        raise
-    except Exception as error:
-        raise _explain(repository, revision, error) from error
-    finally:
-        enable_progress_bars()
+    with (
+        progress.stage(f"{repository}: downloading", total_bytes) as advance,
+        watch_folder(folder, advance, limit_bytes=total_bytes),
+    ):
+        fetch(names)
     for name, file in wanted.items():
         if not _is_what_the_commit_has(folder / name, file):
             (folder / name).unlink()

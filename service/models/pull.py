@@ -7,7 +7,6 @@ fetched files stay for the next try.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from service.config.section_base import is_path
 from service.errors import ModelStoreError
 from service.models import gguf_conversion, hub_download, model_store, pip_wheel
 from service.models.builtin_models import CATALOGUE, ENCODERS, CatalogueEntry
-from service.models.model_inspection import hub_snapshot, inspect_model, is_second_copy
+from service.models.model_files import MODULES, wanted_files
+from service.models.model_inspection import hub_snapshot, inspect_model
 from service.models.pull_progress import Progress, progress_for
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -198,24 +198,19 @@ def _fill_from_catalogue(
 def _copy(source: Path, partial: Path, progress: Progress) -> None:
     """Copy a local model. Files that an earlier try copied completely are not copied again."""
     inspect_model(source)  # so that a bad model fails before gigabytes are copied
-    there = {path.name for path in source.iterdir()}
-    files = [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file()
-        and path.name != model_store.MANIFEST
-        and not is_second_copy(path.name, there)
-        and any(fnmatch.fnmatch(path.name, pattern) for pattern in hub_download.WANTED)
-    ]
-    names = {path.name for path in files}
-    for path in partial.iterdir():
-        if path.name not in names:
-            path.unlink()
-    total_bytes = sum(path.stat().st_size for path in files)
+    modules = source / MODULES
+    listed = [name for name in _relative_files(source) if name != model_store.MANIFEST]
+    names = wanted_files(listed, modules.read_bytes() if modules.is_file() else None)
+    files = {name: source / name for name in names}
+    for name in [*_relative_files(partial)]:
+        if name not in files:
+            (partial / name).unlink()
+    total_bytes = sum(path.stat().st_size for path in files.values())
     model_store.require_free(partial, total_bytes, source.name)
     with progress.stage(f"{source.name}: copying", total_bytes) as advance:
-        for path in files:
-            target = partial / path.name
+        for name, path in files.items():
+            target = partial / name
+            target.parent.mkdir(exist_ok=True)
             if target.is_file() and model_store.sha256_of(target) == model_store.sha256_of(path):
                 advance(path.stat().st_size)
                 continue
@@ -225,6 +220,17 @@ def _copy(source: Path, partial: Path, progress: Progress) -> None:
                     advance(len(block))
             if target.stat().st_size != path.stat().st_size:
                 raise ModelStoreError(f"{path}: changed while it was copied; pull again")
+
+
+def _relative_files(folder: Path) -> Iterator[str]:
+    """Yield the names of the files in a folder and in its own folders, no deeper."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            yield path.name
+        elif path.is_dir() and not path.is_symlink():
+            yield from (
+                f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if file.is_file()
+            )
 
 
 def _clear(folder: Path) -> None:

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from service.models.model_files import is_module
+
 # The suffix of folders with chat templates.
-TEMPLATES = "chat_templates"
+_TEMPLATES = "chat_templates"
 
 
 def version_of(folder: str, adapter: str | None, strength: float) -> str:
@@ -42,7 +44,7 @@ def files_in(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir() and path.name.endswith(TEMPLATES):
+        if path.is_dir() and (path.name.endswith(_TEMPLATES) or is_module(path.name)):
             yield from sorted(item for item in path.rglob("*") if item.is_file())
         elif not path.is_dir():
             yield path

@@ -363,6 +363,7 @@ def hub_pretence(files: dict[str, bytes], wrong: str | None = None) -> types.Sim
         assert revision == COMMIT
         (local_dir / ".cache").mkdir(exist_ok=True)
         for name in allow_patterns:
+            (local_dir / name).parent.mkdir(exist_ok=True)
             (local_dir / name).write_bytes(files[name])
 
     return types.SimpleNamespace(HfApi=Api, snapshot_download=snapshot)
@@ -401,6 +402,74 @@ def test_pull_hub_repository_with_duplicate_weights_fetches_one_copy(
     files["consolidated.safetensors"] = files["model.safetensors"]
     patch_hub(monkeypatch, hub_pretence(files))
     assert not (get("someone/model", root) / "consolidated.safetensors").exists()
+
+
+OF_FOLDERS = {
+    "modules.json": json.dumps(
+        [
+            {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+            {"idx": 3, "path": "../3_Evil"},
+            {"idx": 4, "path": "onnx"},
+        ]
+    ).encode(),
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/config.json": b"{}",
+    "2_Dense/model.safetensors": b"",
+    "2_Dense/pytorch_model.bin": b"",
+    "2_Dense/modeling.py": b"",
+    "3_Evil/config.json": b"{}",
+    "additional_chat_templates/tools.jinja": b"{}",
+    "additional_chat_templates/config.json": b"{}",
+    "onnx/config.json": b"{}",
+}
+FETCHED = {
+    *("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+    "additional_chat_templates/tools.jinja",
+}
+
+
+def files_beside(folder: Path) -> set[str]:
+    """The files of a stored model but those that every model has."""
+    own = {"coe-model.json", "config.json", "model.safetensors"}
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - own
+
+
+@pytest.mark.parametrize("of_the_hub", [True, False])
+def test_pull_takes_folders_of_modules_and_templates_and_no_others(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, of_the_hub: bool
+) -> None:
+    files = {**hub_files(tmp_path), **OF_FOLDERS}
+    if of_the_hub:
+        patch_hub(monkeypatch, hub_pretence(files))
+        assert files_beside(get("someone/model", root)) == FETCHED
+        return
+    source = tmp_path / "mine"
+    for name, data in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    assert files_beside(get(str(source), root)) == FETCHED
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{}", b"[3]", b'[{"path": 3}]', b"\xff"])
+def test_pull_damaged_module_list_names_no_folders(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, damaged: bytes
+) -> None:
+    files = {**hub_files(tmp_path), **OF_FOLDERS, "modules.json": damaged}
+    patch_hub(monkeypatch, hub_pretence(files))
+    assert files_beside(get("someone/model", root)) == {
+        "modules.json",
+        "additional_chat_templates/tools.jinja",
+    }
+
+
+def test_pull_hub_weights_in_a_folder_alone_are_no_model(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_hub(monkeypatch, hub_pretence({"config.json": b"{}", **OF_FOLDERS}))
+    with pytest.raises(ModelStoreError, match="no safetensors"):
+        get("someone/model", root)
 
 
 @pytest.mark.parametrize("revision", ["v1", "feature/x", "f" * 40])
