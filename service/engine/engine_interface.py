@@ -37,6 +37,7 @@ class EngineRequest:
             the numbers of prompt tokens and of answer tokens so far.
         asked_as: The name that the client asked for, where that is another one. Statistics of the
             request have it.
+        tenant: The tenant that sent it. Tenants take turns where requests wait in an engine.
     """
 
     endpoint: str
@@ -47,6 +48,7 @@ class EngineRequest:
     cache_salt: str = ""
     on_abandoned: Callable[[int, int], None] = lambda prompt_tokens, answer_tokens: None
     asked_as: str | None = None
+    tenant: str = ""
 
     @property
     def counted_as(self) -> str:

@@ -1,7 +1,8 @@
 """Checks whether grammars are safe and cheap, in a separate process that may crash.
 
 One worker process serves all engines of this process. Verdicts are cached, so that a schema in
-every request is tried only once.
+every request is tried only once. Tenants take turns, so that one with many costly grammars delays
+another by no more than the trials that run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import os
 import struct
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,11 +56,46 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class _Asking:
-    """A pending trial: the number of waiting calls, and whether the trial has begun."""
+    """A pending trial: the number of waiting calls, its turn, and whether the trial has begun."""
 
+    turn: asyncio.Future[None]
     task: asyncio.Task[str] | None = None
     waiting: int = 0
     begun: bool = False
+
+
+class _Turns:
+    """Gives turns to trials, to one tenant after another and to each in the order of its trials.
+
+    A trial that several tenants wait for stands in the line of each, and gets the first turn.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._lines: OrderedDict[str, deque[_Asking]] = OrderedDict()
+
+    def enter(self, tenant: str, asking: _Asking) -> None:
+        """Put a trial at the end of a tenant's line, unless it had its turn."""
+        if not asking.turn.done():
+            self._lines.setdefault(tenant, deque()).append(asking)
+            self._grant()
+
+    def leave(self) -> None:
+        """End a turn."""
+        self._free += 1
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._free and self._lines:
+            tenant, line = self._lines.popitem(last=False)
+            while line and line[0].turn.done():
+                line.popleft()  # another tenant's line had it, or everybody left
+            if not line:
+                continue
+            self._free -= 1
+            line.popleft().turn.set_result(None)
+            if line:
+                self._lines[tenant] = line
 
 
 class WorkerLostError(Exception):
@@ -77,7 +113,7 @@ class GrammarChecker:
         self._cpu_s = cpu_s
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
         self._asking: dict[bytes, _Asking] = {}
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._turns = _Turns(_AT_ONCE)
         self._worker: _Worker | None = None
         self._starting = asyncio.Lock()
 
@@ -86,13 +122,16 @@ class GrammarChecker:
         with suppress(WorkerLostError):
             await self._running_worker()
 
-    async def check(self, grammar: Grammar, vocabulary: Vocabulary | None) -> None:
+    async def check(
+        self, grammar: Grammar, vocabulary: Vocabulary | None, tenant: str = ""
+    ) -> None:
         """Try a grammar out.
 
         Args:
             grammar: The grammar.
             vocabulary: The vocabulary to compile the grammar for. None means that the grammar is
                 parsed but not compiled.
+            tenant: The tenant that asks.
 
         Raises:
             InvalidRequestError: The grammar is invalid, costs too much, or crashes its parser.
@@ -106,19 +145,20 @@ class GrammarChecker:
         if why is None:
             asking = self._asking.get(key)
             if asking is None:
-                asking = self._asking[key] = _Asking()
+                asking = self._asking[key] = _Asking(asyncio.get_running_loop().create_future())
                 asking.task = asyncio.create_task(self._ask(grammar, vocabulary, asking))
                 asking.task.add_done_callback(lambda done: self._keep(key, done))
-            why = await self._verdict(key, asking)
+            why = await self._verdict(key, asking, tenant)
         else:
             self._verdicts.move_to_end(key)
         if why:
             raise InvalidRequestError(f"the request's {_WORDS[grammar.kind]} is refused: {why}")
 
-    async def _verdict(self, key: bytes, asking: _Asking) -> str:
+    async def _verdict(self, key: bytes, asking: _Asking, tenant: str) -> str:
         """Await a trial. A trial that has not begun is cancelled when its last client leaves."""
         assert asking.task is not None
         asking.waiting += 1
+        self._turns.enter(tenant, asking)
         try:
             return await asyncio.shield(asking.task)
         finally:
@@ -138,13 +178,23 @@ class GrammarChecker:
                 self._verdicts.popitem(last=False)
 
     async def _ask(self, grammar: Grammar, vocabulary: Vocabulary | None, asking: _Asking) -> str:
-        for _ in range(_ATTEMPTS):
-            with suppress(WorkerLostError, TimeoutError):
-                async with asyncio.timeout(_WAIT_S), self._turns:
-                    asking.begun = True
-                    worker = await self._running_worker()
-                    return await worker.ask(grammar, vocabulary, self._cpu_s)
-        raise OverCapacityError("the request's grammar could not be tried out", retry_after_s=5)
+        late = OverCapacityError("the request's grammar could not be tried out", retry_after_s=5)
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                await asking.turn
+            asking.begun = True
+            for _ in range(_ATTEMPTS):
+                with suppress(WorkerLostError, TimeoutError):
+                    async with asyncio.timeout(_WAIT_S):
+                        worker = await self._running_worker()
+                        return await worker.ask(grammar, vocabulary, self._cpu_s)
+        except TimeoutError:
+            raise late from None
+        finally:
+            asking.turn.cancel()
+            if not asking.turn.cancelled():  # its turn has come, perhaps just now
+                self._turns.leave()
+        raise late
 
     async def _running_worker(self) -> _Worker:
         async with self._starting:

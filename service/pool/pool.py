@@ -462,6 +462,7 @@ class Pool:
                     cache_salt=call.tenant.cache_salt,
                     on_abandoned=partial(self._record_abandoned, call, record_tokens),
                     asked_as=name,
+                    tenant=call.tenant.name,
                 )
                 with (
                     self._load.run(held, min(call.places, slot.capacity)),

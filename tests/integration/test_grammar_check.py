@@ -184,6 +184,55 @@ async def test_grammar_check_abandoned_checks_do_not_delay_others(
         await checker.check(costly[-1], vocabulary)
 
 
+@pytest.mark.parametrize("own", [True, False])
+async def test_grammar_check_tenants_take_turns(
+    checker: GrammarChecker, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    tried: list[Grammar] = []
+
+    async def ask(grammar: Grammar, *given: Any) -> str:
+        tried.append(grammar)
+        await asyncio.sleep(0.001)
+        return ""
+
+    monkeypatch.setattr(checker._worker, "ask", ask)
+    many = [schema(pattern=f"^many {own} {i}$") for i in range(50)]
+    loud = [asyncio.create_task(checker.check(item, vocabulary, "loud")) for item in many]
+    await asyncio.sleep(0)
+    # Another tenant's grammar, or the last of the first tenant's, which it asks for as well.
+    wanted = schema(pattern="^one$") if own else many[-1]
+    await checker.check(wanted, vocabulary, "quiet")
+    assert tried.index(wanted) <= 4
+    await asyncio.gather(*loud)
+    assert len(tried) == len({item.spec for item in tried}) == 50 + own
+    assert not checker._asking
+    assert (checker._turns._free, len(checker._turns._lines)) == (2, 0)
+
+
+async def test_grammar_check_turns_are_given_back_whoever_leaves(
+    checker: GrammarChecker, vocabulary: Vocabulary
+) -> None:
+    await checker.check(FIT["a regex"], vocabulary)
+    for rounds in range(4):
+        asked = [
+            asyncio.create_task(
+                checker.check(schema(pattern=f"^{rounds} {i}$"), vocabulary, str(i % 3))
+            )
+            for i in range(12)
+        ]
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        for task in asked[rounds::2]:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+    for _ in range(200):
+        if not checker._asking:
+            break
+        await asyncio.sleep(0.05)
+    assert (checker._turns._free, len(checker._turns._lines)) == (2, 0)
+
+
 async def test_grammar_check_killed_worker_is_replaced(
     checker: GrammarChecker, vocabulary: Vocabulary
 ) -> None:

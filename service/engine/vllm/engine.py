@@ -265,7 +265,7 @@ class VllmEngine:
                 f"{request.endpoint} takes at most {_MAX_TOKENIZE_BYTES} bytes; "
                 f"the body has {len(request.body)}"
             )
-        await self._trials.check_body(request.body)
+        await self._trials.check_body(request.body, request.tenant)
         # vLLM sends 200 before it has an answer; this send holds it until the first bytes.
         reply = DeferredStartSend(send)
         call = _Call(request)

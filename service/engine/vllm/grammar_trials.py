@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -16,6 +17,9 @@ _CPU_S = 2.0
 _MARKS = (b"structural_tag", b"structured_outputs", b"json_schema", b"strict", b"\\u")
 
 checkers = SharedChecker(lambda: GrammarChecker(_CPU_S))
+
+# The tenant of the running request. vLLM's handlers run in its task and in tasks that they start.
+_TENANT: ContextVar[str] = ContextVar("grammar_trials_tenant", default="")
 
 
 class GrammarTrials:
@@ -53,15 +57,22 @@ class GrammarTrials:
             OverCapacityError: The grammar could not be tried out now.
         """
         if self._checker is not None:
-            await self._checker.check(grammar, self._vocabulary)
+            await self._checker.check(grammar, self._vocabulary, _TENANT.get())
 
-    async def check_body(self, body: bytes) -> None:
+    async def check_body(self, body: bytes, tenant: str = "") -> None:
         """Try out the grammars that vLLM parses together with a body, or after its reply began.
+
+        Grammars that `check` gets later in the same task count for the same tenant.
+
+        Args:
+            body: The request's body.
+            tenant: The tenant that sent it.
 
         Raises:
             InvalidRequestError: A grammar is invalid, costs too much, or crashes its parser.
             OverCapacityError: A grammar could not be tried out now.
         """
+        _TENANT.set(tenant)
         if self._checker is None or not any(mark in body for mark in _MARKS):
             return
         try:
@@ -71,7 +82,7 @@ class GrammarTrials:
         if not isinstance(data, dict):
             return
         for grammar in _grammars_in(data):
-            await self._checker.check(grammar, self._vocabulary)
+            await self._checker.check(grammar, self._vocabulary, tenant)
 
 
 def _grammars_in(data: dict[str, Any]) -> list[Grammar]:
