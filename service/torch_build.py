@@ -41,7 +41,7 @@ def read_build(source: str) -> TorchBuild:
     Raises:
         SyntaxError: It is no Python, or has no version.
     """
-    constants = {}
+    constants: dict[str, object] = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.AnnAssign):
