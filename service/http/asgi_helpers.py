@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from service.errors import BodyTooLargeError, RequestTimeoutError
@@ -133,21 +134,31 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
 
 async def until_gone(work: Awaitable[None], receive: Receive) -> None:
     """Run `work`. Cancel it and raise ClientDisconnectedError if the client disconnects first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(receive))
+    running = asyncio.current_task()
+    assert running is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        # A connection that can't be read has no client any more.
+        with suppress(Exception):
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        gone = True
+        running.cancel()
+
+    # Only the watch has a task of its own: one for the work would cost every request another turn
+    # of the loop.
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return
-        raise ClientDisconnectedError
+        await work
+    except asyncio.CancelledError:
+        # More cancellations than ours mean that the request itself is to end.
+        if gone and not running.uncancel():
+            raise ClientDisconnectedError from None
+        raise
     finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
+    if gone:
+        running.uncancel()
+        raise ClientDisconnectedError

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import orjson
@@ -19,6 +19,7 @@ import orjson
 from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
+from service.rpc.http_connections import ConnectError, HttpConnection, HttpConnections, HttpReply
 from service.rpc.snapshot import GONE_S, Snapshot, decode
 
 log = logging.getLogger("coe.link")
@@ -50,23 +51,8 @@ class PoolAddress:
         return f"{self.kind}-{self.boot}"
 
 
-@dataclass(frozen=True, slots=True)
-class PoolReply:
-    """A pool's response.
-
-    Attributes:
-        status: The HTTP status.
-        headers: The headers, by name in lower case.
-        chunks: The body as a stream.
-    """
-
-    status: int
-    headers: dict[str, str]
-    chunks: aiohttp.StreamReader
-
-
 def new_session() -> aiohttp.ClientSession:
-    """Create the HTTP session that all links of a gateway share."""
+    """Create the HTTP session that all links of a gateway share for everything but calls."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
@@ -110,7 +96,8 @@ class PoolLink:
         self._seq = 0
         # Open calls that no snapshot has acknowledged, by number, in the order of sending.
         self._unseen: dict[int, str] = {}
-        self._open: set[aiohttp.ClientResponse] = set()
+        url = urlsplit(address.url)
+        self._connections = HttpConnections(url.hostname or "", url.port or 80, _CONNECT_TIMEOUT_S)
         self._calls = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -136,7 +123,7 @@ class PoolLink:
         return self._seq
 
     @asynccontextmanager
-    async def call(self, call: Call, body: bytes) -> AsyncIterator[PoolReply]:
+    async def call(self, call: Call, body: bytes) -> AsyncIterator[HttpReply]:
         """Send a call. Leaving the context early cancels the call in the pool.
 
         Raises:
@@ -144,37 +131,33 @@ class PoolLink:
             PoolUnavailableError: The connection was lost before the response's headers.
         """
         headers = {**self._headers, **call.headers(), "content-type": "application/json"}
+        head = self._connections.head(call.endpoint, headers)
         self._calls += 1
         self._unused.clear()
-        reply: aiohttp.ClientResponse | None = None
+        connection: HttpConnection | None = None
         try:
             try:
-                reply = await self._session.post(
-                    self.address.url + call.endpoint, data=body, headers=headers
-                )
-            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                connection = await self._connections.take()
+                reply = await connection.request(head, body)
+            except ConnectError as error:
                 kind = self.address.kind
                 raise PoolUnreachableError(
-                    f"a pool of kind {kind!r} can't be reached ({type(error).__name__})"
+                    f"a pool of kind {kind!r} can't be reached ({error})"
                 ) from None
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            except ConnectionError as error:
                 kind = self.address.kind
                 raise PoolUnavailableError(
                     f"the connection to a pool of kind {kind!r} was lost ({type(error).__name__})"
                 ) from None
-            lowered = {key.lower(): value for key, value in reply.headers.items()}
-            self._open.add(reply)
-            yield PoolReply(reply.status, lowered, reply.content)
+            yield reply
         finally:
             # A call that has ended is in no queue, even if it never reached the pool.
             self._unseen.pop(call.seq, None)
             self._calls -= 1
             if not self._calls:
                 self._unused.set()
-            if reply is not None:
-                self._open.discard(reply)
-                # The connection can be used again only if the body was read to its end.
-                reply.release() if reply.content.at_eof() else reply.close()
+            if connection is not None:
+                self._connections.give_back(connection)
 
     async def metrics(self) -> str:
         """Fetch the pool's Prometheus text.
@@ -271,9 +254,10 @@ class PoolLink:
         await self._unused.wait()
 
     async def close(self) -> None:
-        """Stop following the pool."""
+        """Stop following the pool, and end its connections."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._connections.close()
 
     async def _follow(self) -> None:
         while True:
@@ -288,8 +272,7 @@ class PoolLink:
             self._changed()
             if time.monotonic() - self._silent_since_s > _SILENT_S:
                 # A pool that hangs does not close its connections, so calls would wait for ever.
-                for reply in list(self._open):
-                    reply.close()
+                self._connections.abort_calls()
             await asyncio.sleep(_RECONNECT_S)
 
     async def _read_snapshots(self) -> None:

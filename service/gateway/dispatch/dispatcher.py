@@ -16,8 +16,6 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
-import aiohttp
-
 from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats, Place, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
@@ -71,7 +69,7 @@ from service.http.asgi_helpers import body_message, send_response, start_respons
 from service.http.openai_errors import FAULT_HEADER
 from service.http.prompt_endpoints import TABLE
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
-from service.rpc.client import PoolReply
+from service.rpc.http_connections import HttpReply
 from service.rpc.pool_directory import PoolDirectory
 
 if TYPE_CHECKING:
@@ -84,6 +82,8 @@ log = logging.getLogger("coe.dispatch")
 # The pool enforces the deadline. The gateway waits a little longer, and then gives up, so that a
 # hanging pool can't keep a client waiting for ever.
 _GRACE_S = 1.0
+# Most bytes of an answer that are passed on at once.
+_CHUNK_BYTES = 2**18
 
 
 class Dispatcher:
@@ -552,7 +552,7 @@ class Dispatcher:
 
     async def _forward(
         self,
-        answer: PoolReply,
+        answer: HttpReply,
         request: InferenceRequest,
         limit: asyncio.Timeout,
         reply: ResponseSend,
@@ -578,18 +578,18 @@ class Dispatcher:
             await send_response(reply, answer.status, head, body)
             return
         try:
-            first = True
-            async for chunk in answer.chunks.iter_any():
-                if first:
-                    limit.reschedule(None)
-                    await reply(start_response(answer.status, head))
-                    first = False
+            chunk = await answer.body.read(_CHUNK_BYTES)
+            if not chunk:
+                raise PoolUnavailableError("the pool ended its answer before it began")
+            limit.reschedule(None)
+            await reply(start_response(answer.status, head))
+            while not answer.body.at_eof():
                 await reply(body_message(chunk, more=True))
-        except (aiohttp.ClientError, OSError):
+                chunk = await answer.body.read(_CHUNK_BYTES)
+        except ConnectionError:
             raise PoolUnavailableError("the pool went away while it answered") from None
-        if first:
-            raise PoolUnavailableError("the pool ended its answer before it began")
-        await reply(body_message())
+        # The last piece usually came together with the end.
+        await reply(body_message(chunk))
 
 
 def _traced(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import aiohttp
 import orjson
 
 from service.errors import (
@@ -17,7 +16,7 @@ from service.errors import (
 )
 from service.gateway.folder_redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
-from service.rpc.client import PoolReply
+from service.rpc.http_connections import HttpReply
 
 # Codes of errors after which another pool may answer.
 RETRIED = frozenset(
@@ -44,15 +43,15 @@ def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceed
     return kind(message, code=DeadlineExceededError.code)
 
 
-async def read_whole_answer(answer: PoolReply) -> bytes:
+async def read_whole_answer(answer: HttpReply) -> bytes:
     """Read the whole body of a reply.
 
     Raises:
         PoolUnavailableError: The connection to the pool was lost.
     """
     try:
-        return await answer.chunks.read()
-    except (aiohttp.ClientError, OSError):
+        return await answer.body.read()
+    except ConnectionError:
         raise PoolUnavailableError("the pool went away while it answered") from None
 
 

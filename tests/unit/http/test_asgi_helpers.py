@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from hypothesis import given
@@ -68,14 +69,52 @@ async def test_until_gone_raises_the_work_s_error() -> None:
     async def work() -> None:
         raise InvalidRequestError("no")
 
-    async def never() -> Message:
-        await asyncio.Event().wait()
-        raise AssertionError
-
     with pytest.raises(InvalidRequestError):
         await until_gone(work(), never)
     await asyncio.sleep(0)  # the watch ends in its own turn
     assert len(asyncio.all_tasks()) == 1
+
+
+async def never() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_until_gone_cancelled_from_outside_is_a_cancellation() -> None:
+    asking = asyncio.create_task(until_gone(asyncio.sleep(60), never))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+async def test_until_gone_work_that_ends_in_spite_of_it_is_still_a_disconnect() -> None:
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    with pytest.raises(ClientDisconnectedError):
+        await until_gone(stubborn(), receiving({"type": "http.disconnect"}))
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0, "nothing of it is left for what the task does next"
+
+
+async def test_until_gone_within_a_timeout_tells_the_two_apart() -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await until_gone(asyncio.sleep(60), never)
+    with pytest.raises(ClientDisconnectedError):
+        async with asyncio.timeout(60):
+            await until_gone(asyncio.sleep(60), receiving({"type": "http.disconnect"}))
+
+
+async def test_until_gone_connection_that_can_t_be_read_is_a_disconnect() -> None:
+    async def broken() -> Message:
+        raise ConnectionResetError
+
+    with pytest.raises(ClientDisconnectedError):
+        await until_gone(asyncio.sleep(60), broken)
 
 
 @given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=12))

@@ -1,0 +1,212 @@
+"""Keep-alive HTTP/1.1 connections to one address, for calls that relay bytes.
+
+Every token crosses them, so they do no more than that: no redirects, cookies, encodings, TLS or
+proxies. `httptools` (llhttp) parses replies, and `asyncio.StreamReader` buffers bodies and stops
+reading where the reader is slow. A call costs a quarter of the processor time of aiohttp's, see
+`docs/benchmarks/hot-path.md`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+
+# Bytes of a body that may wait to be read. The stream reader stops reading at twice as many.
+_BUFFER_BYTES = 2**18
+# Less than the server keeps idle connections, so that a request rarely meets one that ends.
+_IDLE_S = 60.0
+
+
+class ConnectError(OSError):
+    """No connection could be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpReply:
+    """A reply, once its headers have arrived.
+
+    Attributes:
+        status: The HTTP status.
+        headers: The headers, by name in lower case.
+        body: The body as a stream. Reading it raises a ConnectionError if the connection is lost.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: asyncio.StreamReader
+
+
+class HttpConnection(asyncio.Protocol):
+    """A connection with at most one request at a time."""
+
+    def __init__(self) -> None:
+        self.idle_since_s = 0.0
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._head: asyncio.Future[HttpReply] | None = None
+        self._headers: dict[str, str] = {}
+        self._body: asyncio.StreamReader | None = None
+        self._ended = True
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may be sent: the last reply ended, and the server stays."""
+        transport = self._transport
+        return self._ended and transport is not None and not transport.is_closing()
+
+    async def request(self, head: bytes, body: bytes) -> HttpReply:
+        """Send a request, and wait for the headers of its reply.
+
+        Args:
+            head: The request line and all headers but `content-length`.
+            body: The body.
+
+        Raises:
+            ConnectionError: The connection was lost, or the reply is not HTTP.
+        """
+        assert self._transport is not None
+        self._ended = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._head = asyncio.get_running_loop().create_future()
+        self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        return await self._head
+
+    def abort(self) -> None:
+        """End the connection at once. The server then cancels the request."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            self.abort()  # nobody asked for it
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(ConnectionError(f"the reply is not HTTP: {error}"))
+            self.abort()
+
+    def on_message_begin(self) -> None:
+        self._headers = {}
+        if self._ended:
+            self.abort()  # a second reply to one request
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._body = body = asyncio.StreamReader(_BUFFER_BYTES)
+        body.set_transport(self._transport)
+        if self._head is not None and not self._head.done():
+            self._head.set_result(HttpReply(self._parser.get_status_code(), self._headers, body))
+
+    def on_body(self, data: bytes) -> None:
+        if self._body is not None:
+            self._body.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        self._ended = True
+        if self._body is not None:
+            self._body.feed_eof()
+            self._body = None
+        if not self._parser.should_keep_alive():
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(ConnectionResetError("the connection was lost"))
+        self._transport = None
+
+    def _fail(self, error: ConnectionError) -> None:
+        """End a request that has no whole reply."""
+        if self._head is not None and not self._head.done():
+            self._head.set_exception(error)
+        if self._body is not None:
+            self._body.set_exception(error)
+            self._body = None
+
+
+class HttpConnections:
+    """The connections to one address. A call takes an idle one, or makes another.
+
+    Args:
+        host: The host.
+        port: The port.
+        connect_timeout_s: The time that a new connection may take.
+    """
+
+    def __init__(self, host: str, port: int, connect_timeout_s: float) -> None:
+        self._host, self._port = host, port
+        self._connect_timeout_s = connect_timeout_s
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._host_line = f"host: {authority}"
+        # The most recently used one comes last.
+        self._idle: list[HttpConnection] = []
+        self._busy: set[HttpConnection] = set()
+
+    async def take(self) -> HttpConnection:
+        """Take a connection; `give_back` has to follow.
+
+        Raises:
+            ConnectError: No connection can be made.
+        """
+        now_s = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable and now_s - connection.idle_since_s < _IDLE_S:
+                self._busy.add(connection)
+                return connection
+            connection.abort()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(HttpConnection, self._host, self._port)
+        except OSError as error:  # TimeoutError is one
+            raise ConnectError(type(error).__name__) from error
+        self._busy.add(connection)
+        return connection
+
+    def give_back(self, connection: HttpConnection) -> None:
+        """Give a connection back. One whose reply has not ended is closed."""
+        if connection not in self._busy:
+            connection.abort()
+            return
+        self._busy.discard(connection)
+        if connection.reusable:
+            connection.idle_since_s = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def head(self, path: str, headers: Mapping[str, str]) -> bytes:
+        """The request line and headers of a POST.
+
+        Raises:
+            ValueError: A header would break out of its line.
+        """
+        lines = [f"POST {path} HTTP/1.1", self._host_line]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        text = "\r\n".join(lines)
+        if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:
+            raise ValueError("a header holds a line break")
+        return f"{text}\r\n".encode()
+
+    def abort_calls(self) -> None:
+        """End the connections of all calls; their readers get a ConnectionError."""
+        for connection in list(self._busy):
+            connection.abort()
+
+    def close(self) -> None:
+        """End every connection."""
+        self.abort_calls()
+        self._busy.clear()
+        for connection in self._idle:
+            connection.abort()
+        self._idle.clear()

@@ -1,0 +1,220 @@
+"""Connections for calls: what comes back, what is used again, and what every end looks like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.rpc.http_connections import ConnectError, HttpConnections, HttpReply
+from tests.support.waiting import until
+
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
+WHOLE = HEAD + b"content-length: 5\r\n\r\nhello"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+
+Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+class Server:
+    """Reads requests with a body of two bytes, and writes what it is told."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.requests: list[bytes] = []
+        self.opened = self.closed = 0
+        self._answer = answer
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.requests.append(head + await reader.readexactly(2))
+                await self._answer(writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.closed += 1
+            writer.close()
+
+
+def saying(*pieces: bytes) -> Answer:
+    """Write these pieces, each in its own packet."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.005)
+
+    return answer
+
+
+def ending(*pieces: bytes) -> Answer:
+    """Write these pieces, and end the connection."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        await saying(*pieces)(writer)
+        raise ConnectionError
+
+    return answer
+
+
+@asynccontextmanager
+async def connected(answer: Answer) -> AsyncIterator[tuple[HttpConnections, Server]]:
+    server = Server(answer)
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    connections = HttpConnections("127.0.0.1", port, 2.0)
+    try:
+        yield connections, server
+    finally:
+        connections.close()
+        listening.close()
+        await until(lambda: server.closed == server.opened, "no connection is left")
+
+
+@asynccontextmanager
+async def asked(connections: HttpConnections, **headers: str) -> AsyncIterator[HttpReply]:
+    connection = await connections.take()
+    try:
+        yield await connection.request(connections.head("/path", headers), b"{}")
+    finally:
+        connections.give_back(connection)
+
+
+@pytest.mark.parametrize("reply", [WHOLE, CHUNKED], ids=["whole", "chunked"])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_reply_in_pieces_of_any_size_is_read_whole(reply: bytes, size: int) -> None:
+    pieces = [reply[at : at + size] for at in range(0, len(reply), size)]
+    async with connected(saying(*pieces)) as (connections, server):
+        for _ in range(2):
+            async with asked(connections, name="value") as got:
+                assert (got.status, got.headers["content-type"]) == (200, "text/plain")
+                assert await got.body.read() == b"hello"
+        assert server.opened == 1, "a connection is used again"
+        (first, second) = server.requests
+        assert first == second
+        lines = first.split(b"\r\n")
+        assert lines[0] == b"POST /path HTTP/1.1"
+        assert {b"name: value", b"content-length: 2"} < set(lines)
+        assert lines[-1] == b"{}"
+
+
+async def test_calls_at_once_have_connections_of_their_own() -> None:
+    async with connected(saying(WHOLE)) as (connections, server):
+        async with asked(connections) as one, asked(connections) as two:
+            assert await one.body.read() == await two.body.read() == b"hello"
+        assert server.opened == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ending(),
+        ending(HEAD),
+        ending(b"SSH-2.0-OpenSSH_9.6\r\n"),
+        ending(HEAD + b"content-length: 5\r\n\r\nhe"),
+        ending(HEAD + b"transfer-encoding: chunked\r\n\r\n3\r\nhel\r\n"),
+        saying(HEAD + b"transfer-encoding: chunked\r\n\r\nxyz\r\n"),
+    ],
+    ids=["nothing", "half a head", "not HTTP", "half a body", "no last chunk", "bad chunk"],
+)
+async def test_reply_that_is_not_whole_raises_and_is_not_used_again(answer: Answer) -> None:
+    async with connected(answer) as (connections, server):
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                async with asyncio.timeout(5), asked(connections) as reply:
+                    await reply.body.read()
+        assert server.opened == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [saying(HEAD + b"connection: close\r\ncontent-length: 5\r\n\r\nhello"), saying(WHOLE + WHOLE)],
+    ids=["the server leaves", "more than was asked for"],
+)
+async def test_connection_that_can_t_be_used_again_is_closed(answer: Answer) -> None:
+    async with connected(answer) as (connections, server):
+        for _ in range(2):
+            async with asked(connections) as reply:
+                assert await reply.body.read() == b"hello"
+            await until(lambda: server.opened == server.closed, "it is closed")
+        assert server.opened == 2
+
+
+async def test_connection_left_before_the_end_is_closed() -> None:
+    async with connected(saying(HEAD + b"content-length: 5\r\n\r\nhe")) as (connections, server):
+        async with asked(connections) as reply:
+            assert await reply.body.read(2) == b"he"
+        await until(lambda: server.closed == 1, "the server notices")
+
+
+async def test_cancelled_call_is_closed() -> None:
+    async with connected(saying()) as (connections, server):
+
+        async def ask() -> None:
+            async with asked(connections):
+                raise AssertionError("the server says nothing")
+
+        asking = asyncio.create_task(ask())
+        await until(lambda: len(server.requests) == 1, "it was sent")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await until(lambda: server.closed == 1, "the server notices")
+
+
+@pytest.mark.parametrize("end", ["abort_calls", "close"])
+async def test_calls_in_flight_end_with_the_connections(end: str) -> None:
+    half = saying(HEAD + b"content-length: 5\r\n\r\nhe")
+    async with connected(half) as (connections, _), asked(connections) as reply:
+        assert await reply.body.read(2) == b"he"
+        getattr(connections, end)()
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(5):
+                await reply.body.read()
+
+
+async def test_slow_reader_stops_the_server() -> None:
+    sent = 0
+
+    async def flood(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(HEAD + b"content-length: %d\r\n\r\n" % 2**27)
+        while sent < 2**27:
+            writer.write(bytes(2**16))
+            sent += 2**16
+            await writer.drain()
+
+    async with connected(flood) as (connections, _), asked(connections) as reply:
+        await until(lambda: sent > 2**19, "it comes")
+        before = -1
+        while before < sent:  # until nothing more is taken
+            before = sent
+            await asyncio.sleep(0.3)
+        assert sent < 2**26
+        size = 0
+        while size < 2**27:
+            size += len(await reply.body.read(2**18))
+        assert await reply.body.read() == b""
+
+
+async def test_take_without_a_server_raises() -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(ConnectError, match="ConnectionRefusedError"):
+        await HttpConnections("127.0.0.1", port, 2.0).take()
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-coe-tenant: other", "a\nb", "a\rb"])
+def test_header_with_a_line_break_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match="line break"):
+        HttpConnections("127.0.0.1", 1, 2.0).head("/path", {"name": value})
+
+
+def test_head_names_an_ipv6_host_in_brackets() -> None:
+    assert b"\r\nhost: [::1]:80\r\n" in HttpConnections("::1", 80, 2.0).head("/path", {})
