@@ -203,7 +203,7 @@ class Admission:
         self,
         entry: Entry,
         request: InferenceRequest,
-        expert_sets: Sequence[Sequence[str]],
+        expert_sets: Callable[[], Sequence[Sequence[str]]],
         likely_tokens: Callable[[], float],
     ) -> InferenceRequest:
         """Reserve the most that a request may use.
@@ -211,7 +211,7 @@ class Admission:
         Args:
             entry: The request as it arrived.
             request: What it asks.
-            expert_sets: The experts that each candidate may call.
+            expert_sets: Returns the experts that each candidate may call.
             likely_tokens: Returns the expected tokens of all calls of one candidate together.
 
         Returns:
@@ -228,7 +228,7 @@ class Admission:
             return request
         bound = UsageBound(0, places=request.sequences)
         if self.ledger.bounds(request.tenant):
-            bound = self._bound(request, expert_sets, likely_tokens())
+            bound = self._bound(request, expert_sets(), likely_tokens())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
         entry.held.append(held)
         if held.max_tokens < bound.max_tokens or bound.needs_clip:

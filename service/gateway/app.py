@@ -37,6 +37,8 @@ from service.telemetry.metric_declarations import REQUESTS_REJECTED
 
 log = logging.getLogger("coe.api")
 
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
 # These endpoints handle their own exceptions, and every token passes through them.
 _INFERENCE = frozenset(ENDPOINTS)
 
@@ -47,8 +49,8 @@ def build_app(
     events: EventStream,
     *,
     behind_serve: bool,
-) -> FastAPI:
-    """Build the application for one config.
+) -> App:
+    """Build the ASGI application for one config.
 
     Args:
         services: The services that the endpoints use.
@@ -91,35 +93,36 @@ def build_app(
         # An endpoint for GET also answers HEAD. The HTTP server then omits the body.
         if "GET" in (entry.methods or ()):
             entry.methods = {*(entry.methods or ()), "HEAD"}
-    _add_middleware(app, services)
-    _add_error_handlers(app, [entry.path for entry in routes])
-    return app
-
-
-def _add_middleware(app: FastAPI, services: GatewayServices) -> None:
-    server = services.config.server
     app.add_middleware(InternalErrorMiddleware)
+    _add_error_handlers(app, [entry.path for entry in routes])
+    return _guarded(InferenceShortcut(app, inference), services)
+
+
+def _guarded(app: App, services: GatewayServices) -> App:
+    """Put the rules for requests of other sites around an application."""
+    server = services.config.server
 
     async def refuse(path: str, error: CoeError, send: Send) -> None:
         services.state.metrics.registry.add(REQUESTS_REJECTED, 1, error.code)
         response = error_response(error, dialect_of(path))
         await send_response(send, response.status, response.headers, response.body)
 
-    app.add_middleware(
-        CrossOriginMiddleware,
+    guarded = CrossOriginMiddleware(
+        app,
         rules=CrossOriginRules(server.host, server.allowed_hosts, server.cors_origins),
         keyless=services.keyless,
         refuse=refuse,
     )
-    if server.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=server.cors_origins,
-            allow_methods=("GET", "HEAD", "POST"),
-            allow_headers=("*",),
-            expose_headers=("*",),
-            allow_private_network=True,
-        )
+    if not server.cors_origins:
+        return guarded
+    return CORSMiddleware(
+        guarded,
+        allow_origins=server.cors_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=("*",),
+        allow_private_network=True,
+    )
 
 
 def _add_error_handlers(app: FastAPI, paths: list[str]) -> None:
@@ -147,6 +150,24 @@ def _response(
     response.headers.update({name.decode(): value.decode() for name, value in error.headers})
     response.headers.update(headers or {})
     return response
+
+
+class InferenceShortcut:
+    """Passes requests that carry a prompt to their endpoint, and all others to FastAPI.
+
+    FastAPI has a route for them as well, for other methods and for an application below a prefix.
+    But its middleware would take every token through three sends that add nothing.
+    """
+
+    def __init__(self, app: App, inference: InferenceEndpoint) -> None:
+        self._app = app
+        self._inference = inference
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in _INFERENCE:
+            await self._inference(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class InternalErrorMiddleware:

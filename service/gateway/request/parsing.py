@@ -136,6 +136,16 @@ class InferenceRequest:
         return self.answers if self._reads.generates else self.prompts
 
     @property
+    def bounds_choice(self) -> bool:
+        """Whether it bounds which experts may answer, how well, or at what cost."""
+        return (
+            self.max_cost is not None
+            or self.min_quality > 0
+            or self.allow is not None
+            or bool(self.deny)
+        )
+
+    @property
     def given_tokens(self) -> int | None:
         """The limit of each answer's length that the client set, in tokens."""
         for name in self._reads.lengths:

@@ -23,6 +23,9 @@ from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.openai_errors import dialect_of
 
+# With this header Ray Serve does not cancel the request when its client leaves. HAProxy sets it.
+_SERVE_IGNORES_DISCONNECTS = b"x-request-disconnect-disabled"
+
 
 class InferenceHandler:
     """Answers requests that carry a prompt.
@@ -36,8 +39,8 @@ class InferenceHandler:
         sessions: Finds and records the sessions of conversations.
         shadow: Lets other experts answer a share of the requests, too.
         observers: Metrics, traces, console and access log.
-        behind_serve: Whether Ray Serve cancels a request whose client has left. Otherwise the
-            handler watches for that itself.
+        behind_serve: Whether Ray Serve cancels a request whose client has left, unless a header
+            tells it not to. Otherwise the handler watches for that itself.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class InferenceHandler:
                     dialect_of(record.path),
                 )
                 answering = self._executor.execute(request, plan, reply)
-                if self._behind_serve and not _ignores_disconnects(scope["headers"]):
+                if self._behind_serve and _SERVE_IGNORES_DISCONNECTS not in headers:
                     await answering
                 else:
                     await until_gone(answering, receive)
@@ -130,7 +133,7 @@ class InferenceHandler:
         return await self._admission.admit(
             entry,
             request,
-            self._executor.expert_sets(plan),
+            partial(self._executor.expert_sets, plan),
             partial(self._executor.likely_tokens, request, plan),
         )
 
@@ -162,11 +165,3 @@ class InferenceEndpoint:
     async def wait_idle(self) -> None:
         """Wait until no request is in flight."""
         await self._idle.wait()
-
-
-def _ignores_disconnects(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a header tells Ray Serve not to cancel the request when its client leaves.
-
-    HAProxy removes that header, but a gateway's own port can be reached without HAProxy.
-    """
-    return any(name == b"x-request-disconnect-disabled" for name, _ in headers)

@@ -78,7 +78,10 @@ class Door:
     ) -> AsyncIterator[tuple[InferenceRequest, RequestRecord]]:
         passage = passage or RequestRecord(expert="big")
         async with self.admission.enter(HEADERS, passage) as entry:
-            yield await self.admission.admit(entry, asked, [("big",)], lambda: 64.0), passage
+            yield (
+                await self.admission.admit(entry, asked, lambda: [("big",)], lambda: 64.0),
+                passage,
+            )
 
     async def spent(self, kind: str) -> tuple[float, float]:
         found = await self.ledger.limits(self.tenant)
