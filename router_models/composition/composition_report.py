@@ -227,8 +227,8 @@ def _loss(problem: Problem, found: Composition, expert: str, best: Solve) -> flo
     return math.inf if result is None else max(0.0, found.value - result.value)
 
 
-def readable(problem: Problem, report: Report) -> list[str]:
-    """Return the report as lines of text."""
+def readable(problem: Problem, report: Report, unit: str) -> list[str]:
+    """Return the report as lines of text; `unit` is that of costs."""
     found = report.composition
     proof = (
         "exact: no composition is better"
@@ -236,7 +236,7 @@ def readable(problem: Problem, report: Report) -> list[str]:
         else f"not proven: another one may be better by up to {found.gap:.4g}"
     )
     lines = [
-        f"quality {100 * found.quality:.2f} %, cost {found.cost:.6g} a request, "
+        f"quality {100 * found.quality:.2f} %, cost {found.cost:.6g} {unit} a request, "
         f"{found.mean_wait_s:.3g} s a request for swaps at most",
         f"{proof} ({found.seconds:.1f} s)",
         f"memory {found.used_bytes / _GIB:.2f} of {total_gib(problem):.2f} GiB"
@@ -257,10 +257,10 @@ def readable(problem: Problem, report: Report) -> list[str]:
         lines.append(
             f"  {category}: {100 * problem.share[c]:.1f} %, {recipe.name}, {100 * quality:.1f} %"
         )
-    lines += _price_lines(problem, report)
+    lines += _price_lines(problem, report, unit)
     for title, points in (
-        ("memory in GiB, quality, cost", report.memory),
-        ("budget, quality, cost", report.budget),
+        (f"memory in GiB, quality, cost in {unit}", report.memory),
+        (f"budget in {unit}, quality, cost in {unit}", report.budget),
     ):
         lines += ["", title]
         lines += [
@@ -271,12 +271,12 @@ def readable(problem: Problem, report: Report) -> list[str]:
     return lines
 
 
-def _price_lines(problem: Problem, report: Report) -> list[str]:
+def _price_lines(problem: Problem, report: Report, unit: str) -> list[str]:
     lines = ["", "the next step would buy (finite differences of the whole program)"]
     for price in report.prices:
         note = f", {100 * price.open:.2f} of it open" if price.open > _SHOWN else ""
         lines.append(
-            f"  {price.of}: {price.step:.4g} {price.unit} more: "
+            f"  {price.of}: {price.step:.4g} {unit if price.unit == 'cost' else price.unit} more: "
             f"+{100 * price.gain:.3f} points{note}"
         )
     lines += ["", "lost without an expert, in points"]
@@ -297,13 +297,14 @@ def _price_lines(problem: Problem, report: Report) -> list[str]:
     return lines
 
 
-def to_json(problem: Problem, report: Report) -> dict[str, Any]:
-    """Return the report as one JSON object, without infinite numbers."""
+def to_json(problem: Problem, report: Report, unit: str) -> dict[str, Any]:
+    """Return the report as one JSON object, without infinite numbers; `unit` is that of costs."""
     found = report.composition
     held = by_expert(found.holdings)
     return {
         "quality": found.quality,
         "cost": found.cost,
+        "cost_unit": unit,
         "mean_wait_s": found.mean_wait_s,
         "value": found.value,
         "exact": found.exact,

@@ -64,7 +64,12 @@ def rows_of(hello: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, ...
 
 _TIERS = ("device", "host", "loading", "draining", "disk", "failed")
 _EXPERTS = ("expert", "kind", "tier", "bytes", "running", "waiting", "tokens/s", "last swap")
-_ROUTES = ("time", "model", "category", "answered by", "queue", "swap", "first byte", "total", "")
+
+
+def route_columns(hello: dict[str, Any]) -> tuple[str, ...]:
+    """Return the heads of the columns of recent requests; that of costs names their unit."""
+    times = ("queue", "swap", "first byte", "total")
+    return ("time", "model", "category", "answered by", *times, f"cost, {hello['cost_unit']}", "")
 
 
 def route_row(route: dict[str, Any]) -> tuple[str, ...]:
@@ -81,7 +86,8 @@ def route_row(route: dict[str, Any]) -> tuple[str, ...]:
     )
     clock = time.strftime("%H:%M:%S", time.localtime(route["at_s"]))
     shown = tuple(f"{max(0.0, value):.0f} ms" if value else "–" for value in times)
-    return (clock, route["asked"], category, answered_by, *shown, route["outcome"])
+    cost = f"{route['cost']:.3g}" if route["cost"] else "–"
+    return (clock, route["asked"], category, answered_by, *shown, cost, route["outcome"])
 
 
 def make_app(url: str) -> Any:
@@ -123,7 +129,6 @@ def make_app(url: str) -> Any:
         def on_mount(self) -> None:
             """Start to read events."""
             self.query_one("#experts", DataTable).add_columns(*_EXPERTS)
-            self.query_one("#routes", DataTable).add_columns(*_ROUTES)
             self.run_worker(self._follow, thread=True, exit_on_error=False)
 
         def _follow(self) -> None:
@@ -153,7 +158,9 @@ def make_app(url: str) -> Any:
                 )
             elif name == "hello":
                 self.hello = event
-                self.query_one("#routes", DataTable).clear()
+                table = self.query_one("#routes", DataTable)
+                table.clear(columns=True)
+                table.add_columns(*route_columns(event))
                 self._add_routes(event["routes"])
                 self._draw(event["state"])
             elif name == "routes":

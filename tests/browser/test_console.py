@@ -93,13 +93,20 @@ async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None
     priced = {**given["experts"]["math"], "price": {"prompt": 1000, "completion": 1000}}
     experts = {**given["experts"], "math": priced}
     budgets = {"everybody": {"amount": 1, "period": "day"}}
-    config = Config.model_validate({**given, "experts": experts, "budgets": budgets})
+    config = Config.model_validate(
+        {**given, "experts": experts, "budgets": budgets, "prices": {"unit": "EUR"}}
+    )
     async with run_gateway(config) as s, watched(chromium, s.url) as seen:
         page = await opened(seen, s.url)
         await expect(page.locator(".budget")).to_contain_text("everybody100 % left")
         for _ in range(3):
             await s.ask(chat("word " * 60, model="math"))
         await expect(page.locator(".budget")).not_to_contain_text("100 % left")
+        # Every column of costs says of what.
+        heads = page.locator("[data-cost]")
+        assert await heads.count() == 3
+        for text in await heads.all_text_contents():
+            assert text.endswith(" EUR")
         seen.clean()
 
 

@@ -115,6 +115,9 @@ async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
             await s.ask(chat(model="math"))
             await until(lambda: routes.row_count == 1, "the request is shown")
             assert "math" in routes.get_row_at(0)
+            heads = [str(column.label) for column in routes.columns.values()]
+            assert "cost, compute" in heads
+            assert len(heads) == len(routes.get_row_at(0))
             await until(lambda: experts.get_row_at(1)[2] == "device", "the swap is shown")
             await pilot.press("p")
             message = app.query_one("#message", Static)

@@ -43,7 +43,9 @@ def config(keys: bool = True, **sections: Any) -> Config:
 
 async def savings(s: RunningGateway, tenant: str) -> Any:
     async with s.get("/v1/usage", headers=bearer(KEYS[tenant])) as reply:
-        return (await reply.json())["savings"]
+        told = await reply.json()
+        assert told["cost_unit"] == "compute"
+        return told["savings"]
 
 
 async def asks(s: RunningGateway, tenant: str, model: str, *, stream: bool = False) -> None:

@@ -242,9 +242,11 @@ def run(options: Mapping[str, Any]) -> Composition:
         if options["analysis_s"]
         else Report(bought, (), (), (), {}, (), (), ())
     )
-    _write_reports(options, to_json(problem, report), report)
+    # Costs of a file may be in any unit.
+    unit = "units of --costs" if options.get("costs") else config.prices.unit
+    _write_reports(options, to_json(problem, report, unit), report)
     if not options["as_json"] and not quiet:
-        click.echo("\n".join(readable(problem, report)))
+        click.echo("\n".join(readable(problem, report, unit)))
     _put(out, data, options)
     return bought
 

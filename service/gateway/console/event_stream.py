@@ -147,6 +147,7 @@ class EventStream:
             "gateway": self._directory.gateway,
             "experts": describe_experts(self._config),
             "routing": self._routing,
+            "cost_unit": self._config.prices.unit,
             "categories": sorted(self._config.category_map()),
             "routes": self._recent.since(0),
             "history": list(self._history),

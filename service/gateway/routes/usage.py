@@ -34,6 +34,7 @@ async def usage(request: Request, services: Services, tenant: CountedTenant) -> 
             "object": "usage",
             "tenant": tenant.name,
             "key": tenant.key or None,
+            "cost_unit": services.config.prices.unit,
             "limits": [
                 _limit(
                     account,

@@ -8,7 +8,7 @@ import { drawFlow } from "./flow.js";
 import { drawFrontier, startFrontier } from "./frontier.js";
 import { bearer, key, setKey } from "./keys.js";
 import { explain, listen, startPlayground, stop } from "./playground.js";
-import { addRoutes, clearRoutes, drawBudgets, drawSavings, drawTotals } from "./routes.js";
+import { addRoutes, clearRoutes, drawBudgets, drawSavings, drawTotals, nameUnit } from "./routes.js";
 
 let experts = [];
 let state = null;
@@ -52,6 +52,7 @@ follow({
     setOrder(experts.map((one) => one.name));
     startPlayground(experts);
     startChart(experts, told.history);
+    nameUnit(told.cost_unit);
     startFrontier(told.routing);
     clearRoutes();
     addRoutes(told.routes);

@@ -4,6 +4,16 @@ import { byId, el, ms, swatch } from "./dom.js";
 import { elsewhere, units } from "./frontier.js";
 
 const MOST = 40;
+let unit = "";
+
+// The heads of columns with costs name their unit.
+export function nameUnit(told) {
+  unit = told;
+  for (const head of document.querySelectorAll("[data-cost]")) {
+    const words = head.dataset.cost;
+    head.textContent = words.endsWith("/") ? `${words} ${unit}` : `${words}, ${unit}`;
+  }
+}
 
 export function addRoutes(routes) {
   if (!routes.length) return;
@@ -53,7 +63,7 @@ export function drawBudgets(budgets) {
     el("div", { class: "budget" }, el("span", {}, one.name),
       el("span", { class: "meter" }, el("b", { style: { width: `${Math.max(0, Math.min(1, one.left)) * 100}%` } })),
       el("span", {}, `${Math.max(0, one.left * 100).toFixed(0)} % left`),
-      el("span", { class: "note" }, one.price ? `a unit is worth ${one.price.toPrecision(2)}` : "not short"))));
+      el("span", { class: "note" }, one.price ? `1 ${unit} is worth ${one.price.toPrecision(2)} of quality` : "not short"))));
 }
 
 export function drawSavings(savings) {

@@ -52,19 +52,23 @@ def test_analyse_worth_is_what_is_lost_without_an_expert() -> None:
 
 
 def test_report_texts_name_every_part_and_no_number_is_infinite() -> None:
-    text = "\n".join(readable(PROBLEM, REPORT))
+    text = "\n".join(readable(PROBLEM, REPORT, "EUR"))
     for name in (*PROBLEM.categories, *REPORT.unbought, "exact: no composition is better"):
         assert name in text
-    found = to_json(PROBLEM, replace(REPORT, worth={"x": math.inf}))
+    for line in ("EUR a request", "cost in EUR"):
+        assert line in text
+    assert " cost more: " not in text
+    found = to_json(PROBLEM, replace(REPORT, worth={"x": math.inf}), "EUR")
     told = json.loads(json.dumps(found, allow_nan=False))
     assert told["worth"] == {"x": None}
+    assert told["cost_unit"] == "EUR"
     assert set(told["categories"]) == set(PROBLEM.categories)
     assert told["shadow_prices"]["method"].startswith("finite differences")
 
 
 def test_report_unproven_composition_says_so() -> None:
     open_ = replace(REPORT, composition=replace(FOUND, exact=False, gap=0.03))
-    text = "\n".join(readable(PROBLEM, open_))
+    text = "\n".join(readable(PROBLEM, open_, "EUR"))
     assert "not proven: another one may be better by up to 0.03" in text
     assert "exact" not in text
 
@@ -74,7 +78,7 @@ def test_analyse_time_that_is_up_leaves_parts_out() -> None:
     report = analyse(PROBLEM, FOUND, time_limit_s=0.0)
     assert time.monotonic() - began < 5
     assert report.worth == {}
-    assert "not weighed in the time given: " in "\n".join(readable(PROBLEM, report))
+    assert "not weighed in the time given: " in "\n".join(readable(PROBLEM, report, "EUR"))
     assert [p.bound for p in report.memory] == [pytest.approx(44.0)]
 
 
