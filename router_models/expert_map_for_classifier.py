@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 
 from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
-from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes
+from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes, read_tokens
 from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.router_fit import prompt_hashes
 from service.broker.reference_cost import best_shares
 from service.classifier.classifier import GENERAL, Classifier
+from service.classifier.expert_map import RecordedTokens
 from service.classifier.router_artifact import CARD, Artifact, load_artifact, save_artifact
 from service.classifier.static_embedding_table import built_in_table
 from service.config.router_presets import PresetsConfig
+from service.http.token_usage import estimate_tokens
 from service.types import MAX_LATER, Recipe
 
 Floats = NDArray[np.float64]
@@ -125,6 +127,43 @@ def posterior_cells(values: Floats, posterior: Floats, shrink_rows: float) -> Fl
         part = posterior[pattern]
         cells[:, at] = np.linalg.solve(part.T @ part + ridge, part.T @ rest[np.ix_(pattern, at)])
     return np.asarray(mean + cells)
+
+
+def recorded_tokens(
+    table: Table, tokens: tuple[Floats, Floats], posterior: Floats, shrink_rows: float = 5.0
+) -> RecordedTokens | None:
+    """The mean tokens of each expert's calls by category; None where none are recorded.
+
+    Args:
+        table: The rows and the experts.
+        tokens: Of each call's prompt and answer, both (N, E); NaN where they are not recorded.
+        posterior: (N, C).
+        shrink_rows: Pseudo-rows of an expert's mean in each category.
+    """
+    prompt, answer = tokens
+    known = ~np.isnan(prompt) & ~np.isnan(answer)
+    at = np.flatnonzero(known.any(axis=0))
+    if not len(at):
+        return None
+    prompt, answer = (np.where(known, each, np.nan)[:, at] for each in (prompt, answer))
+    estimated = np.array([1 + estimate_tokens(len(text.encode())) for text in table.prompts])
+    return RecordedTokens(
+        tuple(table.experts[e] for e in at),
+        np.maximum(posterior_cells(prompt, posterior, shrink_rows), 0.0),
+        np.maximum(posterior_cells(answer, posterior, shrink_rows), 0.0),
+        np.nanmean(prompt - estimated[:, None], axis=0),
+    )
+
+
+def token_tensors(found: RecordedTokens | None) -> dict[str, NDArray[Any]]:
+    """The tensors of an artifact that hold recorded tokens."""
+    if found is None:
+        return {}
+    return {
+        "map.prompt_tokens": found.prompt.astype(np.float32),
+        "map.answer_tokens": found.answer.astype(np.float32),
+        "map.added_tokens": found.added.astype(np.float32),
+    }
 
 
 def choose_shrinkage(score: Floats, posterior: Floats, seed: int = 0) -> float:
@@ -289,7 +328,8 @@ def run(
     say(f"{len(table)} prompts, {len(table.experts)} experts, {len(found.recipes)} recipes kept")
     for line in gain_lines(best, best_score, gains):
         say(line)
-    return _write(known, table, found, (best, best_score, gains), outcomes, source, out)
+    tokens = recorded_tokens(table, read_tokens(outcomes, table), posterior)
+    return _write(known, table, found, tokens, (best, best_score, gains), outcomes, source, out)
 
 
 def gain_lines(best: str, best_score: float, gains: Sequence[Gain]) -> list[str]:
@@ -311,6 +351,7 @@ def _write(
     known: Artifact,
     table: Table,
     found: PosteriorMap,
+    tokens: RecordedTokens | None,
     judged: tuple[str, float, list[Gain]],
     outcomes: Sequence[Path],
     source: str,
@@ -330,6 +371,7 @@ def _write(
         "map.score_slope": slopes,
         "map.cost_slope": slopes,
         "fit.rows": prompt_hashes(table.prompts),
+        **token_tensors(tokens),
     }
     kept = {k: v for k, v in known.tensors.items() if not k.startswith(("map.", "fit."))}
     own = ("kind", "schema_version", "name", "weights")
@@ -345,6 +387,7 @@ def _write(
         "map": {
             "recipes": [recipe.to_json() for recipe in found.recipes],
             "factors": factors,
+            **({} if tokens is None else {"token_experts": list(tokens.experts)}),
             "classifier": known.name,
             "shrink_rows": found.shrink_rows,
             "data": data,

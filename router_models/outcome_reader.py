@@ -188,6 +188,25 @@ def read_outcomes(
     return _table(usable, chosen, costs, beside[:_MAX_BYSTANDERS]), skipped
 
 
+def read_tokens(files: Sequence[Path], table: Table) -> tuple[Floats, Floats]:
+    """The tokens of each call's prompt and answer, each (N, E); NaN where none was recorded.
+
+    Args:
+        files: The files that the table was read from.
+        table: Names the rows and the experts.
+
+    Raises:
+        OutcomeError: A file can't be read.
+    """
+    rows = {row["id"]: row["outcomes"] for row in _rows(files, Skipped())}
+    nothing = (math.nan,) * 6
+    found = np.array(
+        [[rows[i].get(name, nothing)[4:] for name in table.experts] for i in table.ids],
+        dtype=np.float64,
+    ).reshape(len(table), len(table.experts), 2)
+    return found[:, :, 0], found[:, :, 1]
+
+
 def _rows(files: Sequence[Path], skipped: Skipped) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for file in files:
@@ -244,8 +263,14 @@ def _lines(file: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
         skipped.add(f"rest of a damaged file ({error})", file.name)
 
 
-def _outcome(data: Any) -> tuple[float, str | None, bool, float | None] | None:
-    """(score, answer, answer recorded?, cost), or None where there is no score."""
+_Outcome = tuple[float, str | None, bool, float | None, float, float]
+
+
+def _outcome(data: Any) -> _Outcome | None:
+    """(score, answer, answer recorded?, cost, prompt tokens, answer tokens), or None.
+
+    It is None where there is no score. Tokens that were not recorded are NaN.
+    """
     if not isinstance(data, dict):
         data = {"score": data}
     given = data.get("score")
@@ -255,8 +280,18 @@ def _outcome(data: Any) -> tuple[float, str | None, bool, float | None] | None:
     answer = data.get("answer")
     if answer is not None:
         answer = " ".join(str(answer).split()).casefold() or None
-    cost = _number(data.get("cost"))
-    return score, answer, "answer" in data, cost if cost is not None and cost >= 0 else None
+    cost, prompt_tokens, answer_tokens = (
+        found if (found := _number(data.get(key))) is not None and found >= 0 else None
+        for key in ("cost", "prompt_tokens", "completion_tokens")
+    )
+    return (
+        score,
+        answer,
+        "answer" in data,
+        cost,
+        math.nan if prompt_tokens is None else prompt_tokens,
+        math.nan if answer_tokens is None else answer_tokens,
+    )
 
 
 def _table(
@@ -276,7 +311,7 @@ def _table(
             found = row["outcomes"].get(name)
             if found is None:
                 continue
-            score[i, e], text, has, own = found
+            score[i, e], text, has, own = found[:4]
             recorded[e] |= has and text is not None
             if text is not None:
                 answer[i, e] = codes.setdefault(text, len(codes))

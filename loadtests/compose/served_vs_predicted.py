@@ -72,17 +72,20 @@ def predict(config: Config, tasks: Sequence[Task], preset: str = "") -> Predicti
     known = known.only([name for name in known.experts if name in config.experts])
     found = frontier_of(config, setup)
     index = {recipe: r for r, recipe in enumerate(found.recipes)}
-    usual = np.array([found.cost[index[recipe]] for recipe in known.recipes])
+    columns = [index[recipe] for recipe in known.recipes]
     weight = config.router.presets.of(preset).cost_weight
-    level = weight / found.reference if found.reference > 0 else 0.0
     rows, total = np.zeros(known.score.shape), len(tasks)
     quality, cost, recipes = np.zeros(total), np.zeros(total), []
     for i, task in enumerate(tasks):
         assessment = setup.stages.assess({"messages": task.conversation()})
         told = known.estimate(assessment)
-        best = int((told.quality - level * usual).argmax())
+        scores = assessment.scores
+        posterior = setup.quality_model.posterior(
+            dict(zip(scores.labels, scores.probabilities, strict=True))
+        )
+        best = int((told.quality - found.prices(posterior, weight)[columns]).argmax())
         quality[i], cost[i] = told.quality[best], told.cost[best]
-        rows[:, best] += np.asarray(assessment.scores.probabilities)
+        rows[:, best] += np.asarray(scores.probabilities)
         recipes.append(known.recipes[best])
     # Each cell of the map is a mean over its rows, and counts as often as it is used.
     variance = known.score * (1 - known.score) / np.maximum(known.count, 1.0)

@@ -119,6 +119,29 @@ class Lengths:
         self.usual = (sums + _SHRINK * everybody) / (weights + _SHRINK)
 
 
+@dataclass(frozen=True, slots=True)
+class PriorTokens:
+    """What is known of each expert's tokens before this gateway has seen an answer.
+
+    Attributes:
+        answer: (1 + categories, experts), recorded lengths of answers; NaN where none were. Row 0
+            is for prompts without category.
+        added: (experts,), tokens that the chat template adds to a prompt.
+        most: (experts,), the bound of an answer where the request has none; infinite without one.
+    """
+
+    answer: Floats
+    added: Floats
+    most: Floats
+
+    @classmethod
+    def nothing(cls, categories: int, experts: int) -> PriorTokens:
+        """Nothing is known."""
+        return cls(
+            np.full((1 + categories, experts), np.nan), np.zeros(experts), np.full(experts, np.inf)
+        )
+
+
 class CostModel:
     """Prices and lengths of one config's experts, by index.
 
@@ -127,6 +150,7 @@ class CostModel:
         categories: Categories of prompts.
         prices: Price of every expert.
         lengths: Observed lengths; a new gateway has none.
+        prior: What is known before any observation; None knows nothing.
     """
 
     def __init__(
@@ -135,6 +159,7 @@ class CostModel:
         categories: Sequence[str],
         prices: Mapping[str, Price],
         lengths: Lengths | None = None,
+        prior: PriorTokens | None = None,
     ) -> None:
         self._expert = {name: i for i, name in enumerate(experts)}
         self._lengths = Lengths() if lengths is None else lengths
@@ -143,6 +168,12 @@ class CostModel:
         self.prices = tuple(prices[name] for name in experts)
         self._per_prompt = np.array([price.prompt for price in self.prices]) / 1e6
         self._per_answer = np.array([price.completion for price in self.prices]) / 1e6
+        known = prior or PriorTokens.nothing(len(categories), len(experts))
+        self._prior_row = {category: 1 + row for row, category in enumerate(categories)}
+        self._recorded = known.answer
+        self._unrecorded = np.isnan(known.answer)
+        self._most = known.most
+        self._template_cost = self._per_prompt * known.added
 
     @property
     def per_token(self) -> Floats:
@@ -179,17 +210,18 @@ class CostModel:
             answers: How many answers of that length are asked for at once.
         """
         known, row, columns = self._lengths, self._row.get(category, 0), self._columns
-        tokens = (known.sums[row, columns] + _SHRINK * known.usual[columns]) / (
+        prior_row = self._prior_row.get(category, 0)
+        unrecorded = self._unrecorded[prior_row]
+        usual = np.where(unrecorded, known.usual[columns], self._recorded[prior_row])
+        if most_tokens is not None and known.unseen:
+            # Before any answer was seen, the bound itself is the best guess, within reason.
+            usual[unrecorded] = LONG_TOKENS
+        tokens = (known.sums[row, columns] + _SHRINK * usual) / (
             known.weights[row, columns] + _SHRINK
         )
-        if most_tokens is not None:
-            # Before any answer was seen, the bound itself is the best guess, within reason.
-            tokens = (
-                np.full_like(tokens, min(most_tokens, LONG_TOKENS))
-                if known.unseen
-                else np.minimum(tokens, most_tokens)
-            )
+        np.minimum(tokens, self._most if most_tokens is None else most_tokens, out=tokens)
         cost = self._per_prompt * prompt_tokens + self._per_answer * (answers * tokens)
+        cost += self._template_cost
         return ExpectedUsage(tokens, cost)
 
     def observe(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:

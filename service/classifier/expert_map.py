@@ -83,6 +83,33 @@ class DirectEstimate:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedTokens:
+    """Mean tokens of the calls that a map was fitted on, for C categories and E experts.
+
+    Attributes:
+        experts: The experts.
+        prompt: (C, E), tokens of the prompt as the expert counted it, its chat template included.
+        answer: (C, E), tokens of the answer.
+        added: (E,), tokens of the prompt beyond the gateway's estimate of its text.
+    """
+
+    experts: tuple[str, ...]
+    prompt: Floats
+    answer: Floats
+    added: Floats
+
+    def only(self, experts: Sequence[str]) -> RecordedTokens:
+        """Return the tokens of these experts as far as they are known, in the known order."""
+        at = [e for e, name in enumerate(self.experts) if name in experts]
+        return RecordedTokens(
+            tuple(self.experts[e] for e in at),
+            self.prompt[:, at],
+            self.answer[:, at],
+            self.added[at],
+        )
+
+
 class ExpertMap:
     """The matrix W with its recipes, costs and factor loadings."""
 
@@ -101,6 +128,7 @@ class ExpertMap:
         max_novelty: float,
         direct: DirectEstimate | None = None,
         trust_power: float = 0.0,
+        tokens: RecordedTokens | None = None,
     ) -> None:
         """Create a map for C categories, R recipes and F factors.
 
@@ -117,7 +145,9 @@ class ExpertMap:
             max_novelty: For prompts with more novelty the direct estimate alone counts.
             direct: The estimate without categories. Without one it is the mean over all categories.
             trust_power: How fast a doubtful category loses to the direct estimate; 0 is never.
+            tokens: Recorded lengths of prompts and answers, where the outcomes have them.
         """
+        self.tokens = tokens
         self.categories = categories
         self.recipes = recipes
         self.prior = prior
@@ -206,6 +236,7 @@ class ExpertMap:
             if "trust_power" in section
             else None,
             trust_power=trust_power,
+            tokens=_tokens(artifact, len(categories)),
         )
 
     def estimate(self, assessment: Assessment) -> Estimate:
@@ -257,4 +288,30 @@ class ExpertMap:
             max_novelty=self.max_novelty,
             direct=self.direct.only(keep),
             trust_power=self.trust_power,
+            tokens=self.tokens and self.tokens.only(experts),
         )
+
+
+def _tokens(artifact: Artifact, categories: int) -> RecordedTokens | None:
+    """The recorded tokens of an artifact; None where it has none.
+
+    Raises:
+        ArtifactError: They have other shapes than the manifest says, or are no lengths.
+    """
+    section = artifact.section("map")
+    if "token_experts" not in section:
+        return None
+    try:
+        experts = tuple(str(name) for name in section["token_experts"])
+    except TypeError as error:
+        raise ArtifactError(f"{artifact.path}: manifest, map: {error!r}") from error
+    cells = (categories, len(experts))
+    found = RecordedTokens(
+        experts,
+        artifact.tensor("map.prompt_tokens", cells).astype(np.float64),
+        artifact.tensor("map.answer_tokens", cells).astype(np.float64),
+        artifact.tensor("map.added_tokens", (len(experts),)).astype(np.float64),
+    )
+    if min(found.prompt.min(initial=0), found.answer.min(initial=0)) < 0:
+        raise ArtifactError(f"{artifact.path}: map: recorded tokens must be 0 or more")
+    return found

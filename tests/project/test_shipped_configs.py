@@ -139,12 +139,11 @@ def test_auto_spreads_prompts_as_the_map_says(name: str) -> None:
             at = setup.catalog.recipe_index[recipe]
             assert quality[at] == pytest.approx(value, abs=1e-6), (prompt, recipe.name)
         for weight in WEIGHTS:
-            price = weight / found.reference if found.reference > 0 else 0.0
-            best = max(
-                known.recipes,
-                key=lambda r: quality[setup.catalog.recipe_index[r]] - price * found.cost[index[r]],
-            )
-            chosen.add(best)
+            price = found.prices(posterior, float(weight))
+            utility = [
+                quality[setup.catalog.recipe_index[r]] - price[index[r]] for r in known.recipes
+            ]
+            chosen.add(known.recipes[int(np.argmax(utility))])
     dominant = [line for line in routing_warnings(config, setup) if "every category" in line]
     # One dominant recipe is no fault of a config, but it is told and not hidden.
     assert (len(chosen) > 1) == (not dominant), (name, [r.name for r in chosen])
@@ -159,7 +158,7 @@ def test_presets_are_points_of_the_frontier_in_their_order(name: str) -> None:
     for preset in (presets.fast, presets.auto, presets.best):
         at = found.chosen(preset.cost_weight)
         rows = np.arange(len(found.categories))
-        points.append((found.share @ found.quality[rows, at], found.share @ found.cost[at]))
+        points.append((found.share @ found.quality[rows, at], found.share @ found.cost[rows, at]))
     for (worse, cheaper), (better, dearer) in ((points[0], points[1]), (points[1], points[2])):
         assert better >= worse - 1e-9
         assert dearer >= cheaper - 1e-12

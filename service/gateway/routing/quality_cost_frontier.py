@@ -1,13 +1,14 @@
 """What `auto` chooses by category and price of cost while every expert is idle. Pure.
 
 The console draws it as quality against cost, `coe check` warns of experts that nothing reaches, and
-a test holds the shipped configs to it. Costs are those of one usual prompt and answer: relative to
-each other they do not depend on its length, as long as answers are equally long.
+a test holds the shipped configs to it. Costs are those of the prompts and answers that the expert
+map was fitted on, by category. Where their lengths are unknown, one usual prompt and answer stand
+for all of them: relative to each other costs then do not depend on the length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import Ints
 from service.broker.reference_cost import best_shares
-from service.broker.token_prices import cost, prices_of
+from service.broker.token_prices import prices_of
 from service.config import Config
 from service.gateway.routing.routing_setup import RoutingSetup
 from service.types import Recipe
@@ -36,10 +37,11 @@ class Frontier:
         share: (C,), each category's share of the prompts as far as the router's fit knows.
         recipes: The recipes that `auto` may choose.
         quality: (C, R), expected quality.
-        cost: (R,), expected cost of a usual prompt and answer.
-        reference: What the best answers cost on average over the categories.
+        cost: (C, R), expected cost of an answer.
+        reference: (C,), what the answer of the recipes that are the best costs on average.
         measured: Whether quality comes from recorded outcomes or figures of the config, rather
             than from lists of categories.
+        recorded: Whether costs are those of recorded lengths, rather than of a usual prompt.
     """
 
     categories: tuple[str, ...]
@@ -47,16 +49,30 @@ class Frontier:
     recipes: tuple[Recipe, ...]
     quality: Floats
     cost: Floats
-    reference: float
+    reference: Floats
     measured: bool
+    recorded: bool = False
 
     def chosen(self, weight: float) -> Ints:
         """The recipe of each category, (C,), at a weight of cost (`PresetConfig.cost_weight`)."""
-        price = weight / self.reference if self.reference > 0 else 0.0
-        utility = self.quality - price * self.cost
+        level = np.where(self.reference > 0, self.reference, np.inf)[:, None]
+        utility = self.quality - weight / level * self.cost
         # Of equally good recipes the cheapest, then the first, as the gateway takes.
         best = utility.max(axis=1, keepdims=True)
         return np.asarray(np.where(utility >= best - 1e-12, self.cost, np.inf).argmin(axis=1))
+
+    def prices(self, posterior: Floats, weight: float) -> Floats:
+        """What the cost of each recipe for one prompt counts at a weight of cost, in quality.
+
+        Args:
+            posterior: (C,), the categories of the prompt.
+            weight: See `PresetConfig.cost_weight`.
+
+        Returns:
+            (R,).
+        """
+        reference = float(posterior @ self.reference)
+        return np.asarray((weight / reference if reference > 0 else 0.0) * (posterior @ self.cost))
 
     def winners(self) -> set[Recipe]:
         """The recipes that are chosen for some category at some price."""
@@ -73,9 +89,10 @@ class Frontier:
                 {"name": recipe.name, "experts": list(recipe.experts)} for recipe in self.recipes
             ],
             "quality": [[round(float(q), 4) for q in row] for row in self.quality],
-            "cost": [float(f"{c:.4g}") for c in self.cost],
-            "reference": float(f"{self.reference:.6g}"),
+            "cost": [[float(f"{c:.4g}") for c in row] for row in self.cost],
+            "reference": [float(f"{c:.6g}") for c in self.reference],
             "measured": self.measured,
+            "recorded": self.recorded,
             "unit": config.prices.unit,
             "presets": {
                 name: {"cost_weight": one.cost_weight, "time_price": one.time_price}
@@ -90,8 +107,6 @@ class Frontier:
 def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
     """Compute the frontier of a config, whose experts have their prices."""
     catalog, model = setup.catalog, setup.quality_model
-    prices = prices_of(config)
-    each = np.array([cost(prices[name], PROMPT_TOKENS, ANSWER_TOKENS) for name in catalog.experts])
     able = [
         r
         for r, recipe in enumerate(catalog.recipes)
@@ -100,20 +115,46 @@ def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
     recipes = tuple(catalog.recipes[r] for r in able)
     labels = model.labels or ("general",)
     quality = np.array([[model.expected(label, r) for r in able] for label in labels])
-    costs = (model.expected_calls(catalog) @ each)[able]
+    each = _call_costs(config, setup, labels)
+    calls = model.expected_calls(catalog)[able]
+    costs = each @ calls.T
     known = setup.shares
     share = np.array([known.get(label, 0.0) for label in labels])
     if not share.sum() > 0:
         share = np.ones(len(labels))
+    share /= share.sum()
     return Frontier(
         categories=labels,
-        share=share / share.sum(),
+        share=share,
         recipes=recipes,
         quality=quality,
         cost=costs,
-        reference=float(costs @ best_shares(quality, costs)),
+        reference=costs @ best_shares(quality, share @ costs),
         measured=setup.has_map or _has_figures(config),
+        recorded=setup.tokens is not None,
     )
+
+
+def _call_costs(config: Config, setup: RoutingSetup, labels: Sequence[str]) -> Floats:
+    """The cost of one call of each expert in each category, (C, E).
+
+    An expert or category without recorded lengths gets the mean of those that have them.
+    """
+    experts = setup.catalog.experts
+    prompt = np.full((len(labels), len(experts)), float(PROMPT_TOKENS))
+    answer = np.full((len(labels), len(experts)), float(ANSWER_TOKENS))
+    if (recorded := setup.tokens) is not None:
+        prompt[:], answer[:] = recorded.prompt.mean(), recorded.answer.mean()
+        known = [row for row, label in enumerate(setup.map_categories) if label in labels]
+        rows = [labels.index(setup.map_categories[row]) for row in known]
+        prompt[rows] = recorded.prompt[known].mean(axis=1, keepdims=True)
+        answer[rows] = recorded.answer[known].mean(axis=1, keepdims=True)
+        at = np.ix_(rows, [experts.index(name) for name in recorded.experts])
+        prompt[at], answer[at] = recorded.prompt[known], recorded.answer[known]
+    prices = [prices_of(config)[name] for name in experts]
+    per_prompt = np.array([price.prompt for price in prices]) / 1e6
+    per_answer = np.array([price.completion for price in prices]) / 1e6
+    return prompt * per_prompt + answer * per_answer
 
 
 def _has_figures(config: Config) -> bool:

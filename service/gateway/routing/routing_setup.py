@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from service.broker.cost_model import CostModel, Lengths
+from service.broker.cost_model import CostModel, Lengths, PriorTokens
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import SavingsModel, best_baseline
 from service.broker.token_prices import prices_of
@@ -23,6 +23,7 @@ from service.gateway.request.parsing import GENERAL
 from service.gateway.routing.classifier_stages import PromptStages
 from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
 from service.gateway.routing.semantic_router import SemanticRouter
+from service.http.token_usage import estimate_tokens
 from service.telemetry.metrics_registry import MetricsRegistry
 
 log = logging.getLogger("coe.routing")
@@ -41,6 +42,8 @@ class RoutingSetup:
         stages: The stages of the classifier. They are started and stopped with the gateway.
         has_map: Whether the artifact's map knows experts of the config.
         shares: Category → its share of the prompts of the map's fit.
+        map_categories: The categories of the map.
+        tokens: Recorded lengths of prompts and answers, where the map has them.
         savings: What the choices are compared with.
 
     Raises:
@@ -63,6 +66,8 @@ class RoutingSetup:
         self.shares = (
             dict(zip(found.categories, found.prior.tolist(), strict=True)) if found else {}
         )
+        self.map_categories = found.categories if found else ()
+        self.tokens = found.tokens if found else None
         for recipe in found.recipes if found else ():
             if (silent := silent_member(config, recipe)) is not None:
                 raise ArtifactError(
@@ -78,7 +83,11 @@ class RoutingSetup:
         if found is not None:
             self.quality_model.use_map(found, self.catalog)
         self.cost_model = CostModel(
-            self.catalog.experts, self.quality_model.labels, prices_of(config), lengths
+            self.catalog.experts,
+            self.quality_model.labels,
+            prices_of(config),
+            lengths,
+            prior_tokens(config, self.catalog, self.quality_model.labels, found),
         )
         self.savings = self._savings_model(config)
         assess = self.stages.assess if self.stages.classifies else None
@@ -110,6 +119,37 @@ class RoutingSetup:
                 named[names[best]] = best
             against = () if best is None else (names[best],)
         return SavingsModel(catalog, self.cost_model, against, named)
+
+
+def prior_tokens(
+    config: Config, catalog: RecipeCatalog, labels: Sequence[str], found: ExpertMap | None
+) -> PriorTokens:
+    """Return what a config and its expert map know of lengths before any answer was seen.
+
+    Args:
+        config: The config, whose experts may bound their answers.
+        catalog: Its experts.
+        labels: The categories.
+        found: The expert map, if there is one.
+    """
+    known = PriorTokens.nothing(len(labels), len(catalog.experts))
+    for name, expert in config.experts.items():
+        if expert.defaults is not None and expert.defaults.max_tokens is not None:
+            known.most[catalog.index[name]] = expert.defaults.max_tokens
+    recorded = found.tokens if found else None
+    if found is None or recorded is None:
+        return known
+    columns = [catalog.index[name] for name in recorded.experts]
+    known.answer[0, columns] = found.prior @ recorded.answer
+    for row, label in enumerate(found.categories):
+        if label in labels:
+            known.answer[1 + labels.index(label), columns] = recorded.answer[row]
+    for name, column, added in zip(recorded.experts, columns, recorded.added, strict=True):
+        # The gateway counts an expert's own system prompt by itself.
+        defaults = config.experts[name].defaults
+        system = (defaults and defaults.system) or ""
+        known.added[column] = max(0.0, float(added) - estimate_tokens(len(system.encode())))
+    return known
 
 
 def category_warnings(config: Config, labels: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.broker.cost_model import CostModel
+from service.broker.cost_model import CostModel, PriorTokens
 from service.broker.token_prices import Price
 from service.gateway.request_record import ExpertCall
 
@@ -87,3 +87,25 @@ def test_expert_call_length_and_cut_tell_how_it_ended(
     spent: ExpertCall, length: int, cut: bool
 ) -> None:
     assert (spent.length, spent.cut) == (length, cut)
+
+
+def test_prior_tokens_count_until_answers_were_seen_and_lose_to_these() -> None:
+    prior = PriorTokens(
+        answer=np.array([[30.0, np.nan], [100.0, np.nan]]),
+        added=np.array([20.0, 0.0]),
+        most=np.array([np.inf, 12.0]),
+    )
+    prices = {"long": Price(1e6, 1e6), "short": Price(1e6, 1e6)}
+    learning = CostModel(("long", "short"), ("math",), prices, prior=prior)
+    # An unknown category takes the mean; an expert without records the guess, within its bound.
+    assert learning.expect("", 10, None).tokens.tolist() == [30, 12]
+    found = learning.expect("math", 10, None)
+    assert found.tokens.tolist() == [100, 12]
+    assert found.cost.tolist() == [10 + 20 + 100, 10 + 12]
+    # The request's own bound replaces the expert's, and is a guess only where nothing is known.
+    assert learning.expect("math", 10, 400).tokens.tolist() == [100, 400]
+    assert learning.expect("math", 10, 40).tokens.tolist() == [40, 40]
+    for _ in range(300):
+        learning.observe("long", "math", 200)
+    assert learning.expect("math", 10, None).tokens[0] == pytest.approx(200, rel=0.3)
+    assert learning.expect("", 10, None).tokens[0] == 30

@@ -163,3 +163,43 @@ def test_expert_map_invalid_section_raises(
     (folder / MANIFEST).write_text(json.dumps(found | change))
     with pytest.raises(ArtifactError, match=fault):
         ExpertMap.from_artifact(load_artifact(folder))
+
+
+def with_tokens(experts: object, answer: list[list[float]]) -> tuple[dict[str, Any], Any]:
+    told, weights = manifest(), tensors()
+    told["map"]["token_experts"] = experts
+    weights |= {
+        "map.prompt_tokens": np.array([[40, 50], [60, 70]], np.float32),
+        "map.answer_tokens": np.array(answer, np.float32),
+        "map.added_tokens": np.array([20, 5], np.float32),
+    }
+    return told, weights
+
+
+def test_expert_map_has_the_recorded_tokens_of_the_experts_that_stay(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "t@1", *with_tokens(["b", "a"], [[1, 2], [3, 4]]), "")
+    found = ExpertMap.from_artifact(load_artifact(tmp_path / "t@1"))
+    assert found.tokens is not None
+    assert found.tokens.experts == ("b", "a")
+    part = found.only(["a"]).tokens
+    assert part is not None
+    assert part.experts == ("a",)
+    assert part.prompt.tolist() == [[50], [70]]
+    assert part.answer.tolist() == [[2], [4]]
+    assert part.added.tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("experts", "answer"), [(["a", "b"], [[1, -2], [3, 4]]), (["a"], [[1, 2], [3, 4]]), (3, [[1]])]
+)
+def test_expert_map_invalid_tokens_raise(
+    tmp_path: Path, experts: object, answer: list[list[float]]
+) -> None:
+    save_artifact(tmp_path / "t@1", *with_tokens(experts, answer), "")
+    with pytest.raises(ArtifactError, match="map"):
+        ExpertMap.from_artifact(load_artifact(tmp_path / "t@1"))
+
+
+def test_expert_map_without_recorded_tokens_has_none(folder: Path) -> None:
+    assert ExpertMap.from_artifact(load_artifact(folder)).tokens is None
+    assert ExpertMap.from_artifact(load_artifact(folder)).only(["a"]).tokens is None

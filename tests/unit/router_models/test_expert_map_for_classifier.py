@@ -15,6 +15,9 @@ from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact
 from service.cli import cli
+from service.config import Config
+from service.gateway.routing.frontier import frontier_of
+from service.gateway.routing.semantic_router import RoutingSetup
 
 DEMO = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
 PROMPTS = {
@@ -111,6 +114,44 @@ def test_add_map_keeps_the_classifier_and_judges_held_out(rows: Path, tmp_path: 
     card = (tmp_path / "mine@1" / "README.md").read_text()
     for part in ("Expected gains", "made here", "| general | none of its own |", "best"):
         assert part in card
+
+
+def test_add_map_records_lengths_and_the_service_prices_calls_by_them(
+    rows: Path, tmp_path: Path
+) -> None:
+    """Experts of one price differ in cost by the lengths of their answers."""
+    lengths = {"base": 10, "math": 80, "code": 40}
+    path = tmp_path / "rows.jsonl"
+    lines = []
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        estimated = 1 + len(row["prompt"]) // 4
+        for name, outcome in row["outcomes"].items():
+            outcome |= {"prompt_tokens": estimated + 20, "completion_tokens": lengths[name]}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines))
+    out = tmp_path / "mine@1"
+    expert_map_for_classifier.run(classifier=DEMO, outcomes=[path], out=out, say=lambda _: None)
+    one = {"price": {"prompt": 1, "completion": 1}}
+    config = Config.model_validate(
+        {
+            "experts": {name: {"model": name, **one} for name in lengths},
+            "router": {"artifact": str(out)},
+            "pools": {"cpu": {"engine": "simulated"}},
+        }
+    )
+    setup = RoutingSetup(config)
+    expected = setup.cost_model.expect("math", 10, None)
+    assert expected.tokens.round(3).tolist() == list(lengths.values())
+    assert (expected.cost * 1e6).round(3).tolist() == [10 + 20 + n for n in lengths.values()]
+    found = frontier_of(config, setup)
+    assert found.recorded
+    names = [recipe.name for recipe in found.recipes]
+    base, math = names.index("base"), names.index("math")
+    row = found.categories.index("math")
+    assert (found.cost[row, math] - found.cost[row, base]) * 1e6 == pytest.approx(70, rel=1e-3)
+    # Somewhere between the best and the cheapest the choice for the category changes.
+    assert {found.chosen(weight)[row] for weight in (0.0, 1e3)} == {base, math}
 
 
 def test_add_map_of_prompts_that_are_all_new_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from router_models.outcome_reader import (
     costs_of,
     read_costs,
     read_outcomes,
+    read_tokens,
 )
 
 COSTS = {"a": 1.0, "b": 5.0}
@@ -174,3 +175,20 @@ def test_costs_of_without_a_file_are_the_recorded_means(tmp_path: Path) -> None:
     assert costs_of(given, [file]) == COSTS
     with pytest.raises(OutcomeError, match="no outcome has a cost"):
         costs_of(None, [write(tmp_path / "y.jsonl", [row("1")])])
+
+
+def test_read_tokens_are_those_that_were_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"a": {"score": 1, "prompt_tokens": 30, "completion_tokens": 7}, "b": {"score": 0}},
+        {"a": {"score": 1, "prompt_tokens": -1, "completion_tokens": True}},
+    ]
+    path.write_text(
+        "\n".join(
+            json.dumps({"id": i, "prompt": f"p{i}", "outcomes": one}) for i, one in enumerate(lines)
+        )
+    )
+    table, _ = read_outcomes([path], {"a": 1, "b": 1})
+    prompt, answer = read_tokens([path], table)
+    assert np.array_equal(prompt, [[30, np.nan], [np.nan, np.nan]], equal_nan=True)
+    assert np.array_equal(answer, [[7, np.nan], [np.nan, np.nan]], equal_nan=True)

@@ -32,23 +32,27 @@ function shares(flows) {
   return { measured: total, share: total ? counts.map((count) => count / total) : routing.share };
 }
 
-// The mean over the categories of what is chosen at a price, in quality per unit of cost.
-function point(share, price) {
-  const found = { quality: 0, cost: 0, used: new Map() };
+const mean = (share, values) => values.reduce((sum, value, c) => sum + share[c] * value, 0);
+
+// The mean over the categories of what is chosen at a weight of cost, and at the price that budgets
+// add to it, in quality per unit of cost.
+function point(share, weight, shadow) {
+  const found = { quality: 0, cost: 0, price: 0, used: new Map() };
   routing.quality.forEach((row, c) => {
+    const cost = routing.cost[c];
+    const price = (routing.reference[c] > 0 ? weight / routing.reference[c] : 0) + shadow;
     let best = 0;
     row.forEach((quality, r) => {
-      const gain = quality - price * routing.cost[r] - (row[best] - price * routing.cost[best]);
-      if (gain > 1e-12 || (gain > -1e-12 && routing.cost[r] < routing.cost[best])) best = r;
+      const gain = quality - price * cost[r] - (row[best] - price * cost[best]);
+      if (gain > 1e-12 || (gain > -1e-12 && cost[r] < cost[best])) best = r;
     });
+    found.price += share[c] * price;
     found.quality += share[c] * row[best];
-    found.cost += share[c] * routing.cost[best];
+    found.cost += share[c] * cost[best];
     found.used.set(best, (found.used.get(best) || 0) + share[c]);
   });
   return found;
 }
-
-const level = (weight) => (routing.reference > 0 ? weight / routing.reference : 0);
 
 export function drawFrontier(flows, budgets) {
   if (!routing) return;
@@ -59,11 +63,10 @@ export function drawFrontier(flows, budgets) {
   if (shape === drawn) return;
   drawn = shape;
   const { measured, share } = shares(flows);
-  const curve = WEIGHTS.map((weight) => point(share, level(weight)));
-  const presets = Object.entries(routing.presets).map(([name, one]) => ({ name, ...one, price: level(one.cost_weight) + shadow }))
-    .map((one) => ({ ...one, ...point(share, one.price) }));
+  const curve = WEIGHTS.map((weight) => point(share, weight, 0));
+  const presets = Object.entries(routing.presets).map(([name, one]) => ({ name, ...one, ...point(share, one.cost_weight, shadow) }));
   const singles = routing.recipes.map((recipe, r) => ({ recipe, r })).filter(({ recipe }) => recipe.experts.length === 1)
-    .map(({ recipe, r }) => ({ name: recipe.name, quality: routing.quality.reduce((sum, row, c) => sum + share[c] * row[r], 0), cost: routing.cost[r] }));
+    .map(({ recipe, r }) => ({ name: recipe.name, quality: mean(share, routing.quality.map((row) => row[r])), cost: mean(share, routing.cost.map((row) => row[r])) }));
   const best = singles.reduce((a, b) => (b.quality > a.quality || (b.quality === a.quality && b.cost < a.cost) ? b : a));
   picture(box, width, curve, presets, singles);
   byId("frontier-mix").textContent = measured ? `for the mix of the last five minutes, ${measured} ${measured === 1 ? "prompt" : "prompts"}` : "for the mix that the router was fitted on";
@@ -111,7 +114,7 @@ function picture(box, width, curve, presets, singles) {
       parts.push(svg("text", { class: "count", x: x(cost), y: height - BOTTOM + 18, "text-anchor": i === 3 ? "end" : "middle" }, units(cost)));
     }
   }
-  parts.push(svg("text", { class: "count", x: width - 12, y: height - 2, "text-anchor": "end" }, `${routing.unit} for a usual prompt and answer`));
+  parts.push(svg("text", { class: "count", x: width - 12, y: height - 2, "text-anchor": "end" }, `${routing.unit} for ${routing.recorded ? "an answer" : "a usual prompt and answer"}`));
   parts.push(svg("polyline", { class: "frontier", points: curve.map((at) => `${x(at.cost)},${y(at.quality)}`).join(" ") }));
   for (const one of singles) {
     const dot = svg("circle", { cx: x(one.cost), cy: y(one.quality), r: 5, fill: colour(one.name) });

@@ -41,16 +41,17 @@ def figures(*values: float) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(20))
 def test_chosen_recipes_have_the_greatest_utility_and_trade_quality_for_cost(seed: int) -> None:
     draw = np.random.default_rng(seed)
-    quality, cost = draw.random((5, 7)), draw.random(7)
+    quality, cost = draw.random((5, 7)), draw.random((5, 7))
     recipes = tuple(Recipe("single", (f"e{r}",)) for r in range(7))
     share = draw.dirichlet(np.ones(5))
-    found = Frontier(tuple("abcde"), share, recipes, quality, cost, float(cost.mean()), True)
+    reference = draw.random(5)
+    found = Frontier(tuple("abcde"), share, recipes, quality, cost, reference, True)
     seen = []
     for weight in WEIGHTS:
         at = found.chosen(float(weight))
-        utility = quality - weight / found.reference * cost
+        utility = quality - weight / reference[:, None] * cost
         assert np.allclose(utility[np.arange(5), at], utility.max(axis=1))
-        seen.append((share @ quality[np.arange(5), at], share @ cost[at]))
+        seen.append((share @ quality[np.arange(5), at], share @ cost[np.arange(5), at]))
     for (better, dearer), (worse, cheaper) in itertools.pairwise(seen):
         assert better >= worse - 1e-9
         assert dearer >= cheaper - 1e-9
@@ -77,13 +78,15 @@ def test_frontier_of_a_config_has_its_figures_prices_and_presets() -> None:
     found = frontier_of(given, RoutingSetup(given))
     assert found.measured
     assert set(found.categories) == set(LABELS)
-    costs = dict(zip((recipe.name for recipe in found.recipes), found.cost, strict=True))
+    (each,) = np.unique(found.cost, axis=0)
+    costs = dict(zip((recipe.name for recipe in found.recipes), each, strict=True))
     assert costs["big"] == pytest.approx(10 * costs["general"])
     assert costs["cascade([general] → big)"] == pytest.approx(3.5 * costs["general"])
     told = found.to_json(given)
     assert told["presets"]["auto"]["cost_weight"] == given.router.presets.auto.cost_weight
     assert told["prices"]["big"] == [10, 10]
-    assert np.shape(told["quality"]) == (4, 3)
+    assert np.shape(told["quality"]) == np.shape(told["cost"]) == (4, 3)
+    assert not told["recorded"]
     assert sum(told["share"]) == pytest.approx(1, abs=1e-3)
 
 
