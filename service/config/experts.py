@@ -126,6 +126,11 @@ class ExpertConfig(Section):
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
     )
+    auto: bool = Field(
+        True,
+        description="Whether `auto` may choose it, alone or in a recipe. false leaves it to "
+        "requests that name it, or a recipe with it.",
+    )
     quality: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict,
         description="Expected quality by category, in [0, 1]. Default: 1 on categories that no "

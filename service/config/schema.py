@@ -103,7 +103,8 @@ class Config(Section):
         for name, expert in self.experts.items():
             if "general" in expert.categories:
                 return name
-        return next(iter(self.experts))
+        chosen = (name for name, expert in self.experts.items() if expert.auto)
+        return next(chosen, next(iter(self.experts)))
 
     def local_experts(self, kind: str) -> tuple[str, ...]:
         """Return the experts of pools of this kind, bases before experts that build on them.
@@ -334,6 +335,23 @@ def _check_names(config: Config) -> None:
             raise ValueError(f"savings.against: {_unknown(name, names | {*config.recipes})}")
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
+    for name, expert in config.experts.items():
+        if not expert.auto and (expert.categories or expert.quality):
+            raise ValueError(
+                f"experts.{name}.auto: false leaves it to requests that name it, so that it has "
+                "neither categories nor quality"
+            )
+    for name, category in config.categories.items():
+        if category.expert in names and not config.experts[category.expert].auto:
+            raise ValueError(
+                f"categories.{name}.expert: {category.expert!r} has `auto: false`, so that `auto` "
+                "sends it no prompt"
+            )
+    if not config.experts[config.fallback].auto:
+        raise ValueError(
+            f"experts.{config.fallback}.auto: must not be false, because the expert is the "
+            "fallback of `auto`"
+        )
     placed: set[str] = set()
     for kind, pool in config.pools.items():
         for name in pool.experts or ():

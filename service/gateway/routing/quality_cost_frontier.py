@@ -20,6 +20,7 @@ from service.broker.reference_cost import best_shares
 from service.broker.token_prices import prices_of
 from service.config import Config
 from service.gateway.routing.routing_setup import RoutingSetup
+from service.gateway.routing.semantic_router import chosen_by_auto
 from service.types import Recipe
 
 # Tokens of the usual prompt and answer.
@@ -107,10 +108,12 @@ class Frontier:
 def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
     """Compute the frontier of a config, whose experts have their prices."""
     catalog, model = setup.catalog, setup.quality_model
+    allowed = chosen_by_auto(config, catalog)
     able = [
         r
         for r, recipe in enumerate(catalog.recipes)
-        if not any("embeddings" in config.experts[name].capabilities for name in recipe.experts)
+        if allowed[r]
+        and not any("embeddings" in config.experts[name].capabilities for name in recipe.experts)
     ]
     recipes = tuple(catalog.recipes[r] for r in able)
     labels = model.labels or ("general",)
@@ -169,10 +172,11 @@ def routing_warnings(config: Config, setup: RoutingSetup) -> tuple[str, ...]:
         config: The config, whose experts have their prices.
         setup: Its router.
     """
-    embedders = {
-        name for name in config.experts if "embeddings" in config.experts[name].capabilities
-    }
-    experts = [name for name in config.experts if name not in embedders]
+    experts = [
+        name
+        for name, expert in config.experts.items()
+        if expert.auto and "embeddings" not in expert.capabilities
+    ]
     if len(experts) < 2:
         return ()
     if not setup.stages.classifies:
@@ -190,6 +194,11 @@ def routing_warnings(config: Config, setup: RoutingSetup) -> tuple[str, ...]:
         )
     winners = found.winners()
     reached = {name for recipe in winners for name in recipe.experts} | {config.fallback}
+    if not any(config.fallback in recipe.experts for recipe in winners):
+        lines.append(
+            f"router: no category reaches the fallback {config.fallback!r} at any price of cost; "
+            "`auto` asks it only where the experts that are expected to be better are busy"
+        )
     common = {c for name in reached for c in config.experts[name].capabilities}
     idle = [
         name

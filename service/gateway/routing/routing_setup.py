@@ -22,7 +22,7 @@ from service.errors import ArtifactError
 from service.gateway.request.parsing import GENERAL
 from service.gateway.routing.classifier_stages import PromptStages
 from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
-from service.gateway.routing.semantic_router import SemanticRouter
+from service.gateway.routing.semantic_router import SemanticRouter, chosen_by_auto
 from service.http.token_usage import estimate_tokens
 from service.telemetry.metrics_registry import MetricsRegistry
 
@@ -111,7 +111,7 @@ class RoutingSetup:
             silent = np.array(
                 ["chat" not in config.experts[name].capabilities for name in catalog.experts]
             )
-            able = ~(catalog.uses & silent).any(axis=1)
+            able = ~(catalog.uses & silent).any(axis=1) & chosen_by_auto(config, catalog)
             best = best_baseline(self.quality_model.by_category(), able)
             names = {row: name for name, row in reversed(named.items())}
             if best is not None and best not in names:
@@ -191,7 +191,9 @@ def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
     """The artifact's map over the experts of this config; None where it knows none of them."""
     known = [name for name in found.experts if name in config.experts]
     strangers = sorted(set(found.experts) - set(known))
-    if strangers:
+    unknown = [name for name, expert in config.experts.items() if expert.auto and name not in known]
+    # A map may know more experts than a config has. With one that it lacks, a name may be wrong.
+    if strangers and unknown and len(config.experts) > 1:
         names = ", ".join(strangers)
         log.warning("the router's map knows experts that are not in the config: %s", names)
     try:

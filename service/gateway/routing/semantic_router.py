@@ -97,6 +97,7 @@ class SemanticRouter:
             if "embeddings" in expert.capabilities
         }
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
+        self._chosen_by_auto = chosen_by_auto(config, catalog)
         self._lacking = {
             kind: (catalog.uses & ~able).any(axis=1) for kind, able in self._able.items()
         }
@@ -374,7 +375,7 @@ class SemanticRouter:
 
     def _possible(self, request: InferenceRequest) -> NDArray[np.bool_]:
         catalog = self._catalog
-        able = np.ones(len(catalog.recipes), dtype=bool)
+        able = self._chosen_by_auto.copy()
         for need in request.needs:
             if need not in self._lacking:
                 able[:] = False
@@ -479,3 +480,9 @@ def selection_request(
         excluded=excluded,
         session=plan.session,
     )
+
+
+def chosen_by_auto(config: Config, catalog: RecipeCatalog) -> NDArray[np.bool_]:
+    """The recipes that `auto` may choose, as a mask (recipes,): all of their experts allow it."""
+    named_only = np.array([not config.experts[name].auto for name in catalog.experts])
+    return np.asarray(~(catalog.uses & named_only).any(axis=1))

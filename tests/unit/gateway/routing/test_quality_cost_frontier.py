@@ -119,6 +119,24 @@ CASES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any], list[str]]] = 
         {"router": {"artifact": DEMO}},
         ["no category reaches math", "general is chosen for every category"],
     ),
+    "fallback that nothing reaches": (
+        {
+            "general": {"categories": ["general"], **figures(0.3, 0.3, 0.3, 0.3), **price(1)},
+            "math": {**figures(0.4, 0.9, 0.4, 0.4), **price(1)},
+            "code": {**figures(0.4, 0.4, 0.4, 0.9), **price(1)},
+        },
+        {"router": {"artifact": DEMO}},
+        ["no category reaches the fallback 'general' at any price"],
+    ),
+    "by name only": (
+        {
+            "general": {"categories": ["general"], **figures(0.5, 0.5, 0.5, 0.5), **price(1)},
+            "math": {**figures(0.4, 0.9, 0.4, 0.4), **price(1)},
+            "worse": {"auto": False, **price(0)},
+        },
+        {"router": {"artifact": DEMO}},
+        [],
+    ),
     "cheap enough at some price": (
         {
             "general": {"categories": ["general"], **figures(0.5, 0.5, 0.5, 0.5), **price(5)},

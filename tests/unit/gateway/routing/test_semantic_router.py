@@ -253,3 +253,53 @@ def test_category_warnings_name_what_the_classifier_lacks_and_what_it_has(
     for line, part in zip(lines, missing, strict=True):
         assert part in line
         assert line.endswith("It has law")
+
+
+def test_plan_leaves_experts_to_clients_that_name_them() -> None:
+    """Neither alone nor in a recipe does `auto` ask an expert with `auto: false`."""
+    given = CONFIG.model_dump(exclude_defaults=True)
+    given["experts"]["math"] = {"model": "m", "auto": False}
+    config = Config.model_validate(given)
+    labels = ("general", "math")
+    worth = QualityModel(config, BOOK, labels)
+
+    def assess(_: Mapping[str, Any]) -> Assessment:
+        return Assessment(scores("math"), np.zeros(0))
+
+    made = SemanticRouter(config, BOOK, worth, assess, np.ones(3))
+    for model, expected in (
+        ("auto", {"general"}),
+        ("auto:best", {"general"}),
+        ("auto/general", {"general"}),
+        ("math", {"math"}),
+        ("both", {BOTH.name}),
+    ):
+        data = {"model": model, "messages": [{"role": "user", "content": "x"}]}
+        found = made.plan(parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000))
+        assert set(names(found)) == expected, model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": {"math": {"auto": False}}}, "neither categories nor quality"),
+        ({"experts": {"vectors": {"auto": False}}, "router": {"fallback": "vectors"}}, "fallback"),
+        (
+            {
+                "experts": {"vectors": {"auto": False}},
+                "categories": {"x": {"description": "d", "examples": ["a"], "expert": "vectors"}},
+            },
+            "sends it no prompt",
+        ),
+    ],
+)
+def test_config_refuses_categories_of_an_expert_that_auto_never_asks(
+    change: dict[str, dict[str, Any]], message: str
+) -> None:
+    given = CONFIG.model_dump(exclude_defaults=True)
+    for section, entries in change.items():
+        for name, value in entries.items():
+            place = given.setdefault(section, {})
+            place[name] = {**place.get(name, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(given)
