@@ -18,7 +18,7 @@ from tests.support.third_party_clients import ROOT, SCRIPTS, last_json, python, 
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(400)]
 
-EXPERTS = ["general", "math", "intents", "code"]
+EXPERTS = ["general", "math", "intents", "code", "brief"]
 RECIPES = ["second-try"]
 
 

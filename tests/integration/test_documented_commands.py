@@ -60,9 +60,11 @@ ELSEWHERE = {"git", "make", "deploy/image.sh", "helm"}
 _DEMO = yaml.safe_load((ROOT / "deploy" / "config" / "demo.yaml").read_text())
 DEMO = Config.model_validate(
     {
-        "router": {"artifact": str(ROOT / "router_models" / "artifacts" / "demo@1")},
+        "router": {"artifact": str(ROOT / "router_models" / "artifacts" / "demo@2")},
         "experts": {
-            name: {"model": name, "categories": expert["categories"]}
+            name: expert
+            if "defaults" in expert
+            else {"model": name, "categories": expert["categories"]}
             for name, expert in _DEMO["experts"].items()
         },
         "pools": {"cpu": {"engine": "simulated", "simulated": {"tokens": 4}}},

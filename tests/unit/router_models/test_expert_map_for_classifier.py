@@ -16,8 +16,8 @@ from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact
 from service.cli import cli
 from service.config import Config
-from service.gateway.routing.frontier import frontier_of
-from service.gateway.routing.semantic_router import RoutingSetup
+from service.gateway.routing.quality_cost_frontier import frontier_of
+from service.gateway.routing.routing_setup import RoutingSetup
 
 DEMO = Path(__file__).parents[3] / "router_models" / "artifacts" / "demo@1"
 PROMPTS = {
