@@ -90,7 +90,12 @@ def test_compose_writes_a_config_a_report_and_a_picture(folder: Path) -> None:
     assert report["categories"]["math"]["recipe"]["members"] == ["math"]
     assert report["unbought"] == ["code"]
     ElementTree.parse(folder / "p.svg")
-    for part in ("quality", "the next step would buy", "lost without an expert", "budget in compute, quality"):
+    for part in (
+        "quality",
+        "the next step would buy",
+        "lost without an expert",
+        "budget in compute, quality",
+    ):
         assert part in done.stdout
 
 
