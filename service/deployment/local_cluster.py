@@ -85,13 +85,15 @@ class LocalCluster:
         if self._end_of_service is not None:
             with contextlib.suppress(OSError):
                 self._end_of_service.announce()
-        with contextlib.suppress(Exception):
-            # First the application alone: `shutdown` stops HAProxy at the same time, and every
-            # running stream with it.
-            serve.delete(APP)
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()
+        # Where Ray was never started, Serve would start it in order to shut it down.
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                # First the application alone: `shutdown` stops HAProxy at the same time, and every
+                # running stream with it.
+                serve.delete(APP)
+            with contextlib.suppress(Exception):
+                serve.shutdown()
+            ray.shutdown()
         processes |= processes_of_run(self._run_dir)
         _, alive = psutil.wait_procs(processes, timeout=_EXIT_TIMEOUT_S)
         for process in alive:
