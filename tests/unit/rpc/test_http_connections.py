@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from service.rpc.http_connections import ConnectError, HttpConnections, HttpReply
-from tests.support.waiting import until
+from tests.support.polling import until
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
 WHOLE = HEAD + b"content-length: 5\r\n\r\nhello"
