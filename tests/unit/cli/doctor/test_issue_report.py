@@ -1,0 +1,87 @@
+"""The report for an issue: it has facts, and no text, address, path or key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli.doctor.issue_report import report_of
+from service.config import Config
+from service.engine.swap_proof_store import SwapProofStore
+from tests.support.tiny_dense_family import base
+from tests.unit.engine.test_swap_proof import PROVEN, proof
+
+SECRET = "hunter2"
+
+
+def whole_config(root: Path) -> Config:
+    """A config with a secret wherever a text of the user can stand."""
+    experts: dict[str, Any] = {
+        "a": {
+            "model": str(root / SECRET / "a"),
+            "description": f"about {SECRET}",
+            "defaults": {"system": f"You are {SECRET}."},
+        },
+        "b": {"base": "a", "defaults": {"system": SECRET}},
+        "r": {
+            "remote": {
+                "url": f"https://{SECRET}.example/v1",
+                "model": SECRET,
+                "api_key_env": SECRET.upper(),
+            }
+        },
+    }
+    vllm = {
+        "args": {
+            "hf_overrides": {"rope_theta": SECRET},
+            "kv_cache_dtype": "fp8",
+            "speculative_config": {"model": f"/models/{SECRET}", "method": "ngram"},
+            "max_num_batched_tokens": 2048,
+        },
+        "media_domains": [f"{SECRET}.example"],
+        "kv_cache_bytes": "1GiB",
+    }
+    category = {"expert": "a", "examples": [f"{SECRET} {i}" for i in range(9)]}
+    return Config.model_validate(
+        {
+            "models_dir": str(root / SECRET),
+            "experts": experts,
+            "categories": {"x": category},
+            "pools": {"p": {"gpus": 1, "slots": 1, "experts": ["a"], "vllm": vllm}},
+        }
+    )
+
+
+def test_report_has_facts_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET.upper(), "another secret")
+    base(tmp_path / SECRET / "a")
+    SwapProofStore(tmp_path / SECRET).write(proof(inplace=PROVEN))
+    report = report_of(whole_config(tmp_path))
+    text = json.dumps(report)
+    assert SECRET not in text.lower()
+    assert "another secret" not in text
+    assert str(tmp_path) not in text
+    assert {"coe", "vllm", "python", "torch"} <= report["versions"].keys()
+    assert report["machine"]["memory_bytes"] > 0
+    pool = report["config"]["pools"]["p"]
+    assert pool["vllm"]["args"] == {
+        "hf_overrides": "(dict)",
+        "kv_cache_dtype": "fp8",
+        "speculative_config": "(dict)",
+        "max_num_batched_tokens": 2048,
+    }
+    experts = report["config"]["experts"]
+    assert experts["a"]["architecture"] == "LlamaForCausalLM"
+    assert experts["b"]["form"] == "variant"
+    assert experts["r"] == {"form": "remote"}
+    (record,) = report["records"]
+    assert record["findings"]["inplace"]["verdict"] == "proven"
+
+
+def test_report_needs_no_config_and_no_weights(tmp_path: Path) -> None:
+    assert report_of(None)["config"] is None
+    report = report_of(whole_config(tmp_path))
+    assert report["config"]["experts"]["a"]["weights"] == "not here, or not readable"
