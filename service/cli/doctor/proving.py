@@ -77,7 +77,11 @@ def prove(
         moe_config = small_config(subject.moe_config, SMALL, gpus)
     except ValueError as error:
         return {**_none(wanted, one_line(error)), **untried}
-    with tempfile.TemporaryDirectory(prefix="coe-doctor-", dir=folder) as root:
+    with (
+        tempfile.TemporaryDirectory(prefix="coe-doctor-", dir=folder) as root,
+        # A path of a socket has at most 107 bytes, and `folder` may be long.
+        tempfile.TemporaryDirectory(prefix="coe-") as sockets,
+    ):
         spec = TrialSpec(
             folder=root,
             config=config,
@@ -87,7 +91,7 @@ def prove(
             on_cpu=on_cpu,
             quick=quick,
         )
-        run = _Runner(spec, launcher, deadline_s, tell, clock)
+        run = _Runner(spec, sockets, launcher, deadline_s, tell, clock)
         prepared = run.trial("prepare")
         if (fault := prepare_fault(prepared)) is not None:
             return {**_none(wanted, fault), **untried}
@@ -111,12 +115,14 @@ class _Runner:
     def __init__(
         self,
         spec: TrialSpec,
+        sockets: str,
         launcher: Sequence[str],
         deadline_s: float,
         tell: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
         self._spec = spec
+        self._sockets = sockets
         self._path = spec.write()
         self._launcher = launcher
         self._deadline_s = deadline_s
@@ -177,7 +183,7 @@ class _Runner:
             "DO_NOT_TRACK": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-            "VLLM_RPC_BASE_PATH": self._spec.folder,
+            "VLLM_RPC_BASE_PATH": self._sockets,
             "TQDM_DISABLE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
