@@ -23,6 +23,14 @@ from numpy.typing import NDArray
 from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
 from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes, read_tokens
+from router_models.preset_choice import (
+    Played,
+    judge_own,
+    own_to_json,
+    play_choices,
+    preset_text,
+    presets_section,
+)
 from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.router_fit import prompt_hashes
 from service.broker.reference_cost import best_shares
@@ -242,6 +250,44 @@ def _surely_better(
     return found
 
 
+def held_out_choices(
+    table: Table, played: RecipeResults, posterior: Floats, seed: int = 0
+) -> Played:
+    """Decide about every prompt at every price by a map that was fitted on other folds.
+
+    Waiting does not count: all experts are taken to be idle. Rows without an outcome of the best
+    single expert are left out.
+    """
+    fold = np.random.default_rng(seed + 1).integers(0, FOLDS, len(table))
+    quality = np.full(played.score.shape, -np.inf)
+    expected = np.zeros(played.score.shape)
+    reference = np.zeros(len(table))
+    column = {recipe: r for r, recipe in enumerate(played.recipes)}
+    for k in range(FOLDS):
+        inside, outside = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+        if not len(inside) or not len(outside):
+            continue
+        found = fit_map(played.rows(inside), posterior[inside])
+        at = np.ix_(outside, np.array([column[recipe] for recipe in found.recipes]))
+        known = posterior[outside]
+        p = np.where(known.sum(axis=1, keepdims=True) > 0, known, found.prior)
+        quality[at] = np.where(np.isnan(played.score[at]), -np.inf, p @ found.score)
+        expected[at] = p @ found.cost
+        reference[outside] = expected[at] @ best_shares(found.score, found.cost.mean(axis=0))
+    best = int(np.nanmean(table.score, axis=0).argmax())
+    whole = np.flatnonzero(np.isfinite(quality).any(axis=1) & ~np.isnan(table.score[:, best]))
+    return play_choices(
+        "held out",
+        table.experts[best : best + 1],
+        (table.score[whole, best : best + 1], table.cost[whole, best : best + 1]),
+        quality[whole],
+        (expected[whole], played.score[whole], played.cost[whole]),
+        reference[whole],
+        [table.prompts[i] for i in whole],
+        np.ones(len(whole), dtype=bool),
+    )
+
+
 def held_out_gains(
     table: Table, played: RecipeResults, posterior: Floats, seed: int = 0
 ) -> tuple[str, float, list[Gain]]:
@@ -328,8 +374,11 @@ def run(
     say(f"{len(table)} prompts, {len(table.experts)} experts, {len(found.recipes)} recipes kept")
     for line in gain_lines(best, best_score, gains):
         say(line)
+    own = own_to_json(judge_own(held_out_choices(table, played, posterior)))
+    say(preset_text(own, None))
     tokens = recorded_tokens(table, read_tokens(outcomes, table), posterior)
-    return _write(known, table, found, tokens, (best, best_score, gains), outcomes, source, out)
+    judged = (best, best_score, gains)
+    return _write(known, table, found, tokens, judged, own, outcomes, source, out)
 
 
 def gain_lines(best: str, best_score: float, gains: Sequence[Gain]) -> list[str]:
@@ -353,6 +402,7 @@ def _write(
     found: PosteriorMap,
     tokens: RecordedTokens | None,
     judged: tuple[str, float, list[Gain]],
+    presets: Mapping[str, Mapping[str, Any]],
     outcomes: Sequence[Path],
     source: str,
     out: Path,
@@ -388,6 +438,7 @@ def _write(
             "recipes": [recipe.to_json() for recipe in found.recipes],
             "factors": factors,
             **({} if tokens is None else {"token_experts": list(tokens.experts)}),
+            **presets_section(presets),
             "classifier": known.name,
             "shrink_rows": found.shrink_rows,
             "data": data,
@@ -410,7 +461,7 @@ def _write(
             },
         },
     }
-    card = _card(out.name, known, table, found, judged, data)
+    card = _card(out.name, known, table, found, judged, presets, data)
     return save_artifact(out, manifest, kept | added, card)
 
 
@@ -420,6 +471,7 @@ def _card(
     table: Table,
     found: PosteriorMap,
     judged: tuple[str, float, list[Gain]],
+    presets: Mapping[str, Mapping[str, Any]],
     data: Sequence[Mapping[str, str]],
 ) -> str:
     labels = [str(label) for label in known.section("classifier")["categories"]]
@@ -468,7 +520,13 @@ weights and hashes of the prompts.
 {FOLDS} folds: a map that was fitted on the other folds decides about each prompt. Waiting is not
 counted. ± is a 95 % interval.
 
+By the general presets:
+
 {chr(10).join(gain_lines(best, best_score, gains))}
+
+## Presets of this composition
+
+{preset_text(presets, None)}
 
 ## The map
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from router_models.outcome_reader import OutcomeError
 from router_models.traffic_refit import MapColumns, mean_costs, read_rows, split
+from service.classifier.artifact_presets import presets_of
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact, save_artifact
 from service.config import load_config
@@ -69,7 +70,7 @@ def run(
         candidate,
         judging,
         mean_costs(correcting),
-        given.router.presets.auto.cost_weight,
+        presets_of(given.router.presets, artifact).auto.cost_weight,
         rng,
     )
     promoted = found.gain > 0 and found.better >= promote.confidence

@@ -15,9 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_models.fit_settings import Settings
-from router_models.frontier_evaluation import compared_lines, default_budgets, report, with_errors
+from router_models.frontier_evaluation import (
+    compared_lines,
+    comparison,
+    default_budgets,
+    report,
+    with_errors,
+)
 from router_models.linear_models import calibration_error
 from router_models.outcome_reader import Table, costs_of, read_outcomes
+from router_models.preset_choice import (
+    judge_own,
+    least_costs,
+    own_to_json,
+    play_compared,
+    preset_text,
+    presets_section,
+)
 from router_models.two_stage_fit import Fitted, Predicted, Problem
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.router_artifact import Artifact, save_artifact
@@ -53,8 +67,13 @@ def run(
     say(f"{len(problem.labels)} categories, {len(problem.played.recipes)} recipes tried")
     metrics: dict[str, Any] = {"rows": len(table)}
     if folds > 1:
-        predicted = problem.out_of_fold(folds)
+        predicted, reference = problem.out_of_fold_with_reference(folds)
         metrics |= out_of_fold_metrics(problem, predicted, folds, budgets)
+        compared = comparison(table, problem.played, predicted)
+        every = np.ones(len(compared.rows), dtype=bool)
+        results = play_compared(out.name, compared, reference[compared.rows], every)
+        metrics["presets"] = own_to_json(judge_own(results, seed))
+        metrics["least_costs"] = least_costs(compared)
         for line in table_lines(metrics):
             say(line)
     fitted = problem.fit(np.arange(len(table)))
@@ -185,6 +204,7 @@ def write(
             "recipes": [problem.played.recipes[r].to_json() for r in found.kept],
             "factors": factors,
             "trust_power": found.trust_power,
+            **presets_section(metrics.get("presets")),
         },
         "fit": settings_to_json(s),
         "data": data,
@@ -202,6 +222,8 @@ def card(name: str, manifest: dict[str, Any], table: Table) -> str:
         if "at" in metrics
         else "Not judged out of fold: fit again with `--folds 5`."
     )
+    if "presets" in metrics:
+        judged += "\n\n" + preset_text(metrics["presets"], metrics.get("least_costs"))
     return f"""# {name}: which recipe is worth its price for a prompt
 
 A router fitted by `coe router fit`: a classifier and factors of difficulty over

@@ -33,6 +33,7 @@ from router_models.linear_models import (
 from router_models.outcome_reader import NO_ANSWER, Table
 from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
+from service.broker.reference_cost import best_shares
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -199,6 +200,11 @@ class Problem:
 
     def out_of_fold(self, folds: int) -> Predicted:
         """Predictions for every row by a router fitted on the other folds only."""
+        return self.out_of_fold_with_reference(folds)[0]
+
+    def out_of_fold_with_reference(self, folds: int) -> tuple[Predicted, Floats]:
+        """The same, and the reference cost of each row, (N,) (`service.broker.reference_cost`)."""
+        reference = np.zeros(len(self.table))
         fold = self.fold_of(folds, "outer")
         rows, recipes = len(self.table), len(self.played.recipes)
         found = Predicted(
@@ -210,11 +216,14 @@ class Problem:
             train, test = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
             if not len(train) or not len(test):
                 continue
-            part = self.predict(self.fit(train), test)
+            fitted = self.fit(train)
+            part = self.predict(fitted, test)
             found.posterior[test] = part.posterior
             found.quality[test] = part.quality
             found.cost[test] = part.cost
-        return found
+            shares = best_shares(fitted.map.score, fitted.map.cost.mean(axis=0))
+            reference[test] = part.cost[:, fitted.map.kept] @ shares
+        return found, reference
 
 
 def _clusters(x: sparse.csr_matrix, clusters: int, seed: int) -> Rows:

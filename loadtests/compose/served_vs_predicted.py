@@ -73,7 +73,7 @@ def predict(config: Config, tasks: Sequence[Task], preset: str = "") -> Predicti
     found = frontier_of(config, setup)
     index = {recipe: r for r, recipe in enumerate(found.recipes)}
     columns = [index[recipe] for recipe in known.recipes]
-    weight = config.router.presets.of(preset).cost_weight
+    weight = setup.presets.of(preset).cost_weight
     rows, total = np.zeros(known.score.shape), len(tasks)
     quality, cost, recipes = np.zeros(total), np.zeros(total), []
     for i, task in enumerate(tasks):

@@ -13,7 +13,8 @@ from service.config.section_base import Section
 
 _COST = (
     "What one point of quality may cost, as a share of the cost of the best expert's answer. "
-    "Great values, such as 1000, let cost matter only where quality is equal."
+    "Great values, such as 1000, let cost matter only where quality is equal. Where the router's "
+    "artifact was fitted to outcomes of these experts, their figure is the default."
 )
 _WAIT = "What one point of quality may take, in s of waiting."
 

@@ -153,7 +153,7 @@ def test_auto_spreads_prompts_as_the_map_says(name: str) -> None:
 def test_presets_are_points_of_the_frontier_in_their_order(name: str) -> None:
     config = shipped(name)
     found = frontier_of(config, RoutingSetup(config))
-    presets = config.router.presets
+    presets = found.presets
     points = []
     for preset in (presets.fast, presets.auto, presets.best):
         at = found.chosen(preset.cost_weight)

@@ -9,7 +9,7 @@ for all of them: relative to each other costs then do not depend on the length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from service.broker.recipe_catalog import Ints
 from service.broker.reference_cost import best_shares
 from service.broker.token_prices import prices_of
 from service.config import Config
+from service.config.router_presets import PresetsConfig
 from service.gateway.routing.routing_setup import RoutingSetup
 from service.gateway.routing.semantic_router import chosen_by_auto
 from service.types import Recipe
@@ -43,6 +44,7 @@ class Frontier:
         measured: Whether quality comes from recorded outcomes or figures of the config, rather
             than from lists of categories.
         recorded: Whether costs are those of recorded lengths, rather than of a usual prompt.
+        presets: What a point of quality is worth in each preset.
     """
 
     categories: tuple[str, ...]
@@ -53,6 +55,7 @@ class Frontier:
     reference: Floats
     measured: bool
     recorded: bool = False
+    presets: PresetsConfig = field(default_factory=PresetsConfig)
 
     def chosen(self, weight: float) -> Ints:
         """The recipe of each category, (C,), at a weight of cost (`PresetConfig.cost_weight`)."""
@@ -81,7 +84,7 @@ class Frontier:
 
     def to_json(self, config: Config) -> dict[str, Any]:
         """For the console, which weighs the categories by its own traffic."""
-        presets = config.router.presets
+        presets = self.presets
         names = {"auto:fast": presets.fast, "auto": presets.auto, "auto:best": presets.best}
         return {
             "categories": list(self.categories),
@@ -135,6 +138,7 @@ def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
         reference=costs @ best_shares(quality, share @ costs),
         measured=setup.has_map or _has_figures(config),
         recorded=setup.tokens is not None,
+        presets=setup.presets,
     )
 
 

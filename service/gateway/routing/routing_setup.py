@@ -12,6 +12,7 @@ from service.broker.cost_model import CostModel, Lengths, PriorTokens
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import SavingsModel, best_baseline
 from service.broker.token_prices import prices_of
+from service.classifier.artifact_presets import presets_of
 from service.classifier.built_in_artifact import built_in_artifact
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import Artifact, load_artifact
@@ -44,6 +45,7 @@ class RoutingSetup:
         shares: Category → its share of the prompts of the map's fit.
         map_categories: The categories of the map.
         tokens: Recorded lengths of prompts and answers, where the map has them.
+        presets: What a point of quality is worth in each preset.
         savings: What the choices are compared with.
 
     Raises:
@@ -66,6 +68,8 @@ class RoutingSetup:
         self.shares = (
             dict(zip(found.categories, found.prior.tolist(), strict=True)) if found else {}
         )
+        whole = found is not None and artifact is not None and _is_whole(artifact, found)
+        self.presets = presets_of(config.router.presets, artifact if whole else None)
         self.map_categories = found.categories if found else ()
         self.tokens = found.tokens if found else None
         for recipe in found.recipes if found else ():
@@ -98,6 +102,7 @@ class RoutingSetup:
             assess,
             self.cost_model.per_token,
             self.stages.refine,
+            self.presets,
         )
 
     def _savings_model(self, config: Config) -> SavingsModel:
@@ -119,6 +124,11 @@ class RoutingSetup:
                 named[names[best]] = best
             against = () if best is None else (names[best],)
         return SavingsModel(catalog, self.cost_model, against, named)
+
+
+def _is_whole(artifact: Artifact, known: ExpertMap) -> bool:
+    """Whether a config has every expert of the artifact's map: prices of others don't fit it."""
+    return len(known.recipes) == len(artifact.section("map")["recipes"])
 
 
 def prior_tokens(

@@ -18,7 +18,7 @@ from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
 from service.classifier.classifier import Assessment
 from service.config import Config
-from service.config.router_presets import PresetConfig
+from service.config.router_presets import PresetConfig, PresetsConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
@@ -62,6 +62,7 @@ class SemanticRouter:
             and `auto` takes the fallback.
         per_token: (experts,), the price of each expert's tokens.
         refine: Classifies a prompt by the encoder as well, where the first stage is unsure.
+        presets: What a point of quality is worth; None takes the config's.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class SemanticRouter:
         assess: Assess | None,
         per_token: Floats,
         refine: Refine | None = None,
+        presets: PresetsConfig | None = None,
     ) -> None:
         self._refine = refine
-        self._presets = config.router.presets
+        self._presets = presets or config.router.presets
         self._handover_cost = config.router.sessions.handover_cost
         self._rows = {recipe.ascii_name: row for row, recipe in enumerate(catalog.recipes)}
         self._per_token = per_token

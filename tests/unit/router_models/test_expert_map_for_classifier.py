@@ -13,9 +13,11 @@ from router_models import expert_map_for_classifier
 from router_models.expert_map_fit import shrunk_cells
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
-from service.classifier.router_artifact import load_artifact
+from service.classifier.router_artifact import load_artifact, save_artifact
 from service.cli import cli
 from service.config import Config
+from service.config.router_presets import PresetsConfig
+from service.gateway.request.parsing import parse_request
 from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.routing_setup import RoutingSetup
 
@@ -152,6 +154,42 @@ def test_add_map_records_lengths_and_the_service_prices_calls_by_them(
     assert (found.cost[row, math] - found.cost[row, base]) * 1e6 == pytest.approx(70, rel=1e-3)
     # Somewhere between the best and the cheapest the choice for the category changes.
     assert {found.chosen(weight)[row] for weight in (0.0, 1e3)} == {base, math}
+
+
+def test_presets_of_an_artifact_are_in_force_where_the_config_has_its_experts(
+    rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine@1"
+    expert_map_for_classifier.run(classifier=DEMO, outcomes=[rows], out=out, say=lambda _: None)
+    made = load_artifact(out)
+    told = made.manifest["map"]["presets"]
+    assert set(told) == {"fast", "auto", "best"}
+    assert told["fast"]["point_cost"] <= told["auto"]["point_cost"] <= told["best"]["point_cost"]
+    told["auto"]["point_cost"] = 0.5
+    save_artifact(out, made.manifest, made.tensors, "")
+    price = {"price": {"prompt": 1, "completion": 1}}
+    given = {
+        "experts": {name: {"model": name, **price} for name in ("base", "math", "code")},
+        "router": {"artifact": str(out)},
+        "pools": {"cpu": {"engine": "simulated"}},
+    }
+
+    def weight(config: Config) -> float:
+        setup = RoutingSetup(config)
+        data = {"model": "auto", "messages": [{"role": "user", "content": "What is 17 plus 25?"}]}
+        asked = parse_request("/v1/chat/completions", json.dumps(data).encode(), {}, 1000)
+        shown = frontier_of(config, setup).to_json(config)["presets"]["auto"]["cost_weight"]
+        planned = setup.router.plan(asked).cost_weight
+        assert planned == shown
+        return planned
+
+    config = Config.model_validate(given)
+    assert weight(config) == pytest.approx(0.01 / 0.5)
+    own = {**given, "router": {"artifact": str(out), "presets": {"auto": {"point_cost": 0.1}}}}
+    assert weight(Config.model_validate(own)) == pytest.approx(0.01 / 0.1)
+    # Prices that were chosen with another expert beside them do not fit.
+    given["experts"] = {name: given["experts"][name] for name in ("base", "math")}
+    assert weight(Config.model_validate(given)) == PresetsConfig().auto.cost_weight
 
 
 def test_add_map_of_prompts_that_are_all_new_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from router_models.linear_models import calibration_error, design, featurize, fi
 from router_models.outcome_reader import read_outcomes
 from router_models.ridge_regression import TextKernel
 from router_models.two_stage_fit import Problem
+from service.classifier.artifact_presets import presets_of
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.router_artifact import load_artifact
+from service.config.router_presets import PresetsConfig
 from service.errors import ArtifactError
 
 COSTS = {"small": 1.0, "maths": 2.0, "large": 20.0}
@@ -147,6 +149,23 @@ def test_fit_languages_without_spaces_are_ordinary_where_they_were_recorded(tmp_
     assert (novel <= fitted.max_novelty).mean() > 0.9
     choice = problem.predict(fitted, test).quality[:, :2].argmax(axis=1)
     assert table.score[test, choice].mean() > 0.95
+
+
+def test_fit_in_folds_writes_prices_of_its_own_and_their_bounds(folder: Path) -> None:
+    artifact = load_artifact(folder / "toy@1")
+    presets = artifact.manifest["map"]["presets"]
+    assert presets_of(PresetsConfig(), artifact).auto.point_cost == presets["auto"]["point_cost"]
+    judged = artifact.manifest["metrics"]["presets"]
+    for name, one in judged.items():
+        assert one["point_cost"] == presets[name]["point_cost"]
+    # Equal quality within a point, on folds that did not choose the price, at less than 76 %.
+    assert judged["auto"]["lead"] > -1
+    assert judged["auto"]["cost"] < 0.76
+    bounds = artifact.manifest["metrics"]["least_costs"]
+    assert bounds["prompt by prompt"] < judged["auto"]["cost"]
+    card = (folder / "toy@1" / "README.md").read_text()
+    assert "| `auto` | " in card
+    assert "choices cost at least: always alike" in card
 
 
 def test_fit_only_keeps_recipes_of_the_named_experts(folder: Path) -> None:
