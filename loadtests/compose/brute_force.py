@@ -21,17 +21,19 @@ from router_models.composition.composition_problem import (
 
 @dataclass(frozen=True, slots=True)
 class _Filled:
-    """What matters of filled accelerators: waits, host bytes, and copies by unit."""
+    """What matters of filled accelerators: waits, host bytes, copies by unit, and how many."""
 
     waits: tuple[float, ...]
     host_bytes: int
-    copies: tuple[int, ...]
+    copies: tuple[float, ...]
+    used: int
 
 
 def best_value(problem: Problem) -> float | None:
     """Return the greatest quality less the price of waiting; None where nothing fits."""
     names = sorted(problem.local)
-    states = [_Filled(tuple([float("inf")] * len(names)), 0, tuple([0] * len(problem.units)))]
+    nothing = tuple([0.0] * len(problem.units))
+    states = [_Filled(tuple([float("inf")] * len(names)), 0, nothing, 0)]
     for kind in problem.accelerators:
         options = _pareto([_of(problem, kind, names, *way) for way in _ways(problem, kind)])
         for _ in range(kind.count):
@@ -113,15 +115,22 @@ def _of(
     guests: tuple[tuple[Unit, Tier], ...],
 ) -> _Filled:
     waits = dict.fromkeys(names, float("inf"))
+    copies = dict.fromkeys(problem.units, 0.0)
     for unit, tier in (*((h, Tier.HOME) for h in homes), *guests):
+        lost_s = problem.wait_s(unit, tier, kind)
+        copies[unit] = min(
+            1.0 if not lost_s else (b := problem.busy_s.get(e, 0.0)) / (b + lost_s)
+            for e in unit.experts
+        )
         for expert in unit.experts:
-            waits[expert] = min(waits[expert], problem.wait_s(unit, tier, kind))
+            waits[expert] = min(waits[expert], lost_s)
     held = [*homes, *(u for u, _ in guests)]
     caches = slots and not kind.unified and kind.method is not SwapMethod.RESPAWN
     return _Filled(
         tuple(waits.values()),
         sum(u.size_bytes for u in held) if caches else 0,
-        tuple(int(u in held) for u in problem.units),
+        tuple(copies.values()),
+        int(bool(held)),
     )
 
 
@@ -130,6 +139,7 @@ def _joined(a: _Filled, b: _Filled) -> _Filled:
         tuple(map(min, a.waits, b.waits)),
         a.host_bytes + b.host_bytes,
         tuple(x + y for x, y in zip(a.copies, b.copies, strict=True)),
+        a.used + b.used,
     )
 
 
@@ -140,6 +150,7 @@ def _pareto(states: list[_Filled]) -> list[_Filled]:
             all(x <= y for x, y in zip(k.waits, one.waits, strict=True))
             and k.host_bytes <= one.host_bytes
             and all(x >= y for x, y in zip(k.copies, one.copies, strict=True))
+            and k.used >= one.used
             for k in kept
         ):
             kept.append(one)
@@ -189,9 +200,8 @@ def _keeps_up(problem: Problem, chosen: tuple[int, ...], state: _Filled) -> bool
         for i, expert in enumerate(problem.recipes[r].experts):
             load = rate * problem.share[c] * problem.reach[c, r, i]
             busy[expert] += load * problem.busy_s[expert]
-    machines = sum(kind.count for kind in problem.accelerators)
     most = problem.bounds.utilisation
-    if sum(busy.values()) > most * machines + 1e-9:
+    if sum(busy.values()) > most * state.used + 1e-9:
         return False
     # Experts that are served by the same units share their copies.
     groups: list[set[str]] = []

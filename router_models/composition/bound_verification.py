@@ -103,9 +103,15 @@ def _load(problem: Problem, found: Composition) -> Iterator[str]:
         for i, expert in enumerate(recipe.experts):
             asked = bounds.rate_per_s * problem.share[c] * problem.reach[c, r, i]
             busy[expert] += asked * problem.busy_s.get(expert, 0.0)
+    used = sum(held.replicas for held in found.holdings if held.units)
+    if sum(busy.values()) > bounds.utilisation * used + _TOLERANCE:
+        yield f"{used} accelerators are busy for {sum(busy.values()):g} s/s"
     for experts, units in clusters(problem):
         copies = sum(
-            held.replicas for held in found.holdings for unit in held.units if unit.name in units
+            held.replicas * problem.copies(unit, tier, held.kind)
+            for held in found.holdings
+            for unit, tier in (*((one, Tier.HOME) for one in held.residents), *held.guests)
+            if unit.name in units
         )
         load = sum(busy[expert] for expert in experts)
         if load > bounds.utilisation * copies + _TOLERANCE:

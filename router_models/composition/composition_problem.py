@@ -246,6 +246,17 @@ class Problem:
         brought = unit.swap_s + (unit.load_s if tier is Tier.COLD else 0.0)
         return brought + max(same, default=0.0)
 
+    def copies(self, unit: Unit, tier: Tier, kind: Accelerators) -> float:
+        """How many copies of a unit one place is, for the load that it can bear.
+
+        A guest loses the time of swaps: it is less than one copy.
+        """
+        wait_s = self.wait_s(unit, tier, kind)
+        if wait_s <= 0:
+            return 1.0
+        busy = [self.busy_s.get(expert, 0.0) for expert in unit.experts]
+        return min(one / (one + wait_s) for one in busy)
+
     def tiers(self, kind: Accelerators) -> tuple[Tier, ...]:
         """The tiers that guests may have on an accelerator.
 

@@ -17,7 +17,7 @@ from router_models.composition.composition_problem import (
     Unit,
 )
 from router_models.composition.engine_packings import Pattern, pack
-from router_models.composition.mixed_integer_program import Packing, Place, Program
+from router_models.composition.mixed_integer_program import Packing, Place, Program, clusters
 from service.types import Recipe
 
 
@@ -180,7 +180,7 @@ def read_holdings(
     taken = [p for p in program.places if values[p.column] > 0.5]
     for kind in problem.accelerators:
         here = [p for p in taken if p.kind is kind]
-        bins = _own_bins(kind, packings[kind.name], program, values, here)
+        bins = _own_bins(problem, kind, packings[kind.name], program, values, here)
         if bins is None:
             return None
         held = [Holding(kind, 1, 0, tuple(units)) for units in bins]
@@ -194,6 +194,7 @@ def read_holdings(
 
 
 def _own_bins(
+    problem: Problem,
     kind: Accelerators,
     packing: Packing,
     program: Program,
@@ -215,6 +216,11 @@ def _own_bins(
     if not own:
         return []
     columns = program.patterns[kind.name]
+    if problem.bounds.rate_per_s:
+        bins_used = sum(round(values[column]) for column in columns)
+        spread = _spread(own, _loads(problem, program, values), kind, bins_used)
+        if spread is not None:
+            return spread
     if packing.patterns is not None:
         bins: list[Pattern] = []
         for column, pattern in zip(columns, packing.patterns, strict=True):
@@ -228,6 +234,51 @@ def _own_bins(
     sizes = [unit.size_bytes + kind.engine_bytes for unit in own]
     packed = pack(sizes, count, kind.room_bytes, names=[unit.name for unit in own])
     return None if packed is None else [[own[i] for i in items] for items in packed if items]
+
+
+def _loads(problem: Problem, program: Program, values: Floats) -> dict[str, float]:
+    """Return the load of each copy of a unit, by the unit's name: that of its experts, shared."""
+    asked, bounds = problem.asked(), problem.bounds
+    chosen = values[program.choices] > 0.5
+    found: dict[str, float] = {}
+    for experts, units in clusters(problem):
+        load = sum(
+            bounds.rate_per_s
+            * problem.busy_s[expert]
+            * float((problem.share[:, None] * asked[expert])[chosen].sum())
+            for expert in experts
+            if expert in asked
+        )
+        copies = sum(round(values[p.column]) for p in program.places if p.unit.name in units)
+        found |= dict.fromkeys(units, load / max(1, copies))
+    return found
+
+
+def _spread(
+    own: Sequence[Unit], loads: Mapping[str, float], kind: Accelerators, bins: int
+) -> list[list[Unit]] | None:
+    """Spread engines over accelerators by their load: the hottest first, each where least is.
+
+    A hot expert so gets accelerators of its own where there is room for it (Graham's rule of the
+    longest processing time first).
+
+    Returns:
+        The units of each accelerator; None where they don't fit in this order.
+    """
+    held: list[list[Unit]] = [[] for _ in range(bins)]
+    load = [0.0] * bins
+    left = [kind.room_bytes] * bins
+    order = sorted(own, key=lambda unit: (-loads[unit.name], -unit.size_bytes, unit.name))
+    for unit in order:
+        size = unit.size_bytes + kind.engine_bytes
+        open_ = [b for b in range(bins) if left[b] >= size and unit not in held[b]]
+        if not open_:
+            return None
+        b = min(open_, key=lambda b: (load[b], left[b], b))
+        held[b].append(unit)
+        load[b] += loads[unit.name]
+        left[b] -= size
+    return held if all(held) else None
 
 
 def _matched(own: Sequence[Unit], packing: Packing, bins: Sequence[Pattern]) -> list[list[Unit]]:

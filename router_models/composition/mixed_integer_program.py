@@ -12,7 +12,8 @@ Symmetric solutions, which would make the search hopeless, therefore do not exis
          Σ home[k] ≤ k · layouts[k],  guests ≤ layouts or homes of their family
          d_j[c,e] ≥ Σ_r reach·x[c,r] − Σ places of e with a wait below level j
          wait[c] = Σ_e Σ_j (level_j − level_{j−1}) · d_j[c,e]
-         Σ layouts ≤ accelerators;  host bytes, mean cost, wait and load within their bounds
+         Σ layouts ≤ accelerators;  host bytes, mean cost and wait within their bounds
+         load[u] ≤ 0.7 · copies of u,  Σ load ≤ 0.7 · Σ layouts    with a rate
 
 x, y and the places are binary, and the layouts are integers.
 """
@@ -93,6 +94,7 @@ class Program:
         places: All places.
         patterns: For each kind's name, the columns of its patterns.
         layouts: For each kind's name and number of slots, the column.
+        used: The columns that count used accelerators.
         assigned: For each kind's name whose accelerators are indexed, the accelerator and the
             column of each of a unit's engines.
     """
@@ -107,6 +109,7 @@ class Program:
     places: list[Place] = field(default_factory=list)
     patterns: dict[str, list[int]] = field(default_factory=dict)
     layouts: dict[tuple[str, int], int] = field(default_factory=dict)
+    used: list[int] = field(default_factory=list)
     assigned: dict[str, list[tuple[Unit, int, int]]] = field(default_factory=dict)
 
     def column(
@@ -251,6 +254,9 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
         ]
         _add_needs(program, own)
         used = _add_own(program, kind, packing, own, copies)
+        if problem.bounds.rate_per_s:
+            # An accelerator that holds nothing bears no load.
+            program.row([*((c, 1.0) for c in used), *((p.column, -1.0) for p in own)], high=0)
         for slots in range(1, kind.most_slots + 1):
             room = kind.slot_bytes(slots)
             fits = [unit for unit in problem.units if unit.size_bytes <= room]
@@ -265,6 +271,9 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
             for unit in fits:  # at most once on each accelerator
                 here = [(p.column, 1.0) for p in (*homes, *guests) if p.unit is unit]
                 program.row([*here, (layout, -1.0)], high=0)
+            if problem.bounds.rate_per_s:
+                held = [(p.column, -1.0) for p in (*homes, *guests)]
+                program.row([(layout, 1.0), *held], high=0)
             _add_guests(program, kind, layout, homes, guests)
             _add_needs(program, [*homes, *guests])
             if kind.unified:
@@ -272,6 +281,7 @@ def _add_places(program: Program, problem: Problem, packings: Mapping[str, Packi
             elif kind.method is not SwapMethod.RESPAWN:
                 host += [(p.column, p.unit.size_bytes / _GIB) for p in (*homes, *guests)]
         program.row([(column, 1.0) for column in used], high=kind.count)
+        program.used += used
     if math.isfinite(problem.bounds.host_bytes):
         program.row(host, high=problem.bounds.host_bytes / _GIB)
 
@@ -426,7 +436,7 @@ def _add_waits(program: Program, problem: Problem, weight: Floats) -> None:
 
 
 def _add_load(program: Program, problem: Problem) -> None:
-    """Copies must keep up with the rate, and all together the accelerators must."""
+    """Copies must keep up with the rate, and all together the used accelerators must."""
     rate, share = problem.bounds.rate_per_s, problem.share
     asked = problem.asked()
     total: list[tuple[int, float]] = []
@@ -438,10 +448,14 @@ def _add_load(program: Program, problem: Problem) -> None:
                 cells = zip(program.choices.ravel(), busy.ravel(), strict=True)
                 terms += [(int(x), float(v)) for x, v in cells if v]
         total += terms
-        copies = [p.column for p in program.places if p.unit.name in units]
-        program.row([*terms, *((c, -problem.bounds.utilisation) for c in copies)], high=0)
-    machines = sum(kind.count for kind in problem.accelerators)
-    program.row(total, high=problem.bounds.utilisation * machines)
+        copies = [
+            (p.column, -problem.bounds.utilisation * problem.copies(p.unit, p.tier, p.kind))
+            for p in program.places
+            if p.unit.name in units
+        ]
+        program.row([*terms, *copies], high=0)
+    used = [(column, -problem.bounds.utilisation) for column in program.used]
+    program.row([*total, *used], high=0)
 
 
 def clusters(problem: Problem) -> list[tuple[frozenset[str], frozenset[str]]]:

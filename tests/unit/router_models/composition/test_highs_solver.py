@@ -246,3 +246,49 @@ def test_solve_rate_buys_copies_on_different_accelerators() -> None:
 def test_problem_that_does_not_fit_together_raises(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plain(**changes)
+
+
+def _with_a_hot_expert(rate: float) -> Problem:
+    names = ("hot", "b", "c", "d")
+    recipes = tuple(Recipe("single", (name,)) for name in names)
+    quality = np.full((4, 4), 0.3)
+    np.fill_diagonal(quality, 0.9)
+    return Problem(
+        categories=names,
+        recipes=recipes,
+        share=np.array([0.7, 0.1, 0.1, 0.1]),
+        quality=quality,
+        cost=np.zeros((4, 4)),
+        reach=np.ones((4, 4, 1)),
+        units=tuple(Unit(name, (name,), 7 * GIB, "family") for name in names),
+        accelerators=(
+            Accelerators("gpu", 4, 24 * GIB, engine_bytes=GIB, method=SwapMethod.INPLACE),
+        ),
+        bounds=Bounds(rate_per_s=rate),
+        busy_s=dict.fromkeys(names, 0.5),
+        time_price=0.01,
+    )
+
+
+def test_solve_hot_expert_gets_copies_and_then_a_pool_of_its_own() -> None:
+    """The load of one expert grows, until the accelerators can't keep up."""
+    copies, alone, several = [], [], []
+    for rate in np.arange(0.5, 5.6, 0.5):
+        problem = _with_a_hot_expert(float(rate))
+        found = solve(problem)
+        assert violations(problem, found) == [], rate
+        assert found.quality == pytest.approx(0.9)
+        used = sum(held.replicas for held in found.holdings)
+        assert 0.5 * rate <= 0.7 * used, "the accelerators that are used keep up"
+        hot = [held for held in found.holdings if any(u.name == "hot" for u in held.units)]
+        copies.append(sum(held.replicas for held in hot))
+        alone.append(any(len(held.units) == 1 for held in hot))
+        several.append(len(hot) > 1)
+        assert 0.5 * 0.7 * rate <= 0.7 * copies[-1]
+    assert copies == sorted(copies)
+    assert copies[0] == 1
+    assert copies[-1] == 3
+    assert alone[-1]
+    assert several[-1], "one of its pools is its own"
+    with pytest.raises(CompositionError, match="more than the accelerators can answer"):
+        solve(_with_a_hot_expert(6.0))
