@@ -35,8 +35,8 @@ def check(path: Path, as_json: bool) -> None:
         for line in routing["warnings"]:
             click.echo(f"warning: {line}", err=True)
     build_fault = torch_fault(config)
-    if build_fault and not as_json:
-        click.echo(f"warning: {build_fault}", err=True)
+    for fault in () if as_json else filter(None, (build_fault, *gpu_faults(config))):
+        click.echo(f"warning: {fault}", err=True)
     plans = plans_of(config)
     unchecked = engine_arguments_unchecked(config)
     if as_json:
@@ -45,6 +45,8 @@ def check(path: Path, as_json: bool) -> None:
             found["unchecked"] = unchecked
         if build_fault:
             found["torch"] = build_fault
+        if faults := gpu_faults(config):
+            found["gpus"] = faults
         click.echo(json.dumps(found | {"routing": routing}))
         return
     if unchecked is not None:
@@ -67,6 +69,16 @@ def engine_arguments_unchecked(config: Config) -> str | None:
     from service.engine.vllm.argument_check import check_arguments
 
     return check_arguments(config)
+
+
+def gpu_faults(config: Config) -> list[str]:
+    """Tell which pools need more GPUs than this machine has; none where it has none at all."""
+    from service.deployment.gpu_check import node_faults
+    from service.gpu_devices import gpus
+
+    if not any(pool.gpus > 1 for pool in config.pools.values()):
+        return []
+    return node_faults(config, [float(len(gpus()))])
 
 
 def torch_fault(config: Config) -> str:

@@ -7,14 +7,19 @@ secrets, because Ray displays it.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from service.config import load_config, read_config
+from service.deployment.gpu_check import node_faults
 from service.deployment.serve_application import application
+
+log = logging.getLogger("coe.deployment")
 
 
 class ClusterArgs(BaseModel):
@@ -54,6 +59,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     # The cluster's operator decides where it listens; loopback would be of no use.
     server = config.server.model_copy(update={"host": "0.0.0.0"})
     config = config.model_copy(update={"server": server})
+    if ray.is_initialized():
+        nodes = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        # A larger node may start on demand, so this is no error.
+        for fault in node_faults(config, nodes):
+            log.warning("%s", fault)
     return application(
         config, arguments.secret, arguments.admin_key, host=None, placed=arguments.placed
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from service.config import Config
 from service.errors import ConfigError
 from service.torch_build import TorchBuild, gpu_fault
@@ -23,6 +25,28 @@ def check_gpus(config: Config, have: float) -> None:
     always = sum(pool.gpus * pool.min_replicas for pool in config.pools.values())
     if always > have:
         raise ConfigError(f"pools: their replicas need {always:g} GPUs, and {found} ({hint})")
+
+
+def node_faults(config: Config, nodes: Iterable[float]) -> list[str]:
+    """Return a line for each kind of pool of which no node can hold a replica.
+
+    A replica is one process with all of its GPUs, whatever parallel sizes its engines have, so that
+    it never spans nodes.
+
+    Args:
+        config: The config.
+        nodes: The GPUs of each node. Nothing is known of a cluster where none has any, because its
+            nodes with GPUs may start on demand.
+    """
+    most = max(nodes, default=0.0)
+    return [
+        f"pools.{kind}.gpus: a replica needs {pool.gpus:g} GPUs on one node, and the largest node "
+        f"has {most:g}; its replica would wait for ever. Use smaller parallel sizes (vllm."
+        "tensor_parallel_size, vllm.args.pipeline_parallel_size, vllm.args.data_parallel_size), "
+        "and more replicas for more load"
+        for kind, pool in config.pools.items()
+        if 0 < most < pool.gpus
+    ]
 
 
 def check_torch(config: Config, build: TorchBuild | None) -> None:

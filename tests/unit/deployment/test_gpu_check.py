@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.config import Config
-from service.deployment.gpu_check import check_gpus, check_torch
+from service.deployment.gpu_check import check_gpus, check_torch, node_faults
+from service.deployment.serve_application import application
 from service.errors import ConfigError
 from service.torch_build import TorchBuild
 
@@ -61,3 +63,28 @@ def test_check_torch_refuses_a_cpu_build_for_a_pool_on_gpus(
         return check_torch(checked, build)
     with pytest.raises(ConfigError, match=r"pools\.a\.gpus: .* CPU build.*make setup GPU=1"):
         check_torch(checked, build)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wrong"),
+    [([], []), ([0, 0], []), ([8, 1], []), ([4, 4], ["big"]), ([0, 1], ["big", "pair"])],
+)
+def test_node_faults_name_replicas_that_would_span_nodes(
+    nodes: list[float], wrong: list[str]
+) -> None:
+    vllm = {"engine": "vllm", "gpus": 8}
+    sizes = {"tensor_parallel_size": 2, "args": {"pipeline_parallel_size": 4}}
+    pools = config(small={"gpus": 0.5}, pair={"gpus": 2}, big={**vllm, "vllm": sizes}, cpu={})
+    found = node_faults(pools, nodes)
+    assert [line.split(".")[1] for line in sorted(found)] == wrong
+    assert all("pipeline_parallel_size" in line and "one node" in line for line in found)
+
+
+def test_application_asks_ray_for_all_gpus_of_a_replica_in_one_actor(tmp_path: Path) -> None:
+    """Ray keeps an actor on one node: no placement group could spread its engines."""
+    sizes = {"tensor_parallel_size": 2, "args": {"data_parallel_size": 3}}
+    pools = config(big={"engine": "vllm", "gpus": 6, "vllm": sizes}, small={"gpus": 0.5})
+    app = application(pools, tmp_path / "secret", tmp_path / "key", host="127.0.0.1")
+    made = app._bound_deployment.init_args[3]
+    options = {kind: one._bound_deployment.ray_actor_options for kind, one in made.items()}
+    assert {kind: one["num_gpus"] for kind, one in options.items()} == {"big": 6, "small": 0.5}
