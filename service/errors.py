@@ -249,6 +249,12 @@ class PoolStoppedError(PoolUnavailableError):
     code = "pool_stopped"
 
 
+class PoolReplacedError(UnavailableError):
+    """Another pool is about to answer for this one; the gateway waits for it (503)."""
+
+    code = "pool_replaced"
+
+
 class EngineDeadError(UnavailableError):
     """The engine died during the request (503, or an SSE error after the first byte)."""
 

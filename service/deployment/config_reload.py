@@ -2,7 +2,8 @@
 
 The supervisor writes the file at the start. A reload reads the user's config again, checks it
 against the running one, and replaces the file atomically. Every gateway and pool polls the file
-twice a second and applies changes. Replicas that Serve starts later begin with it.
+twice a second and applies changes. Replicas that Serve starts later begin with it. The supervisor
+polls it, too: it lets Serve add, remove, replace and scale pools.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.config import Config, PoolConfig, load_config
+from service.config import Config, load_config
+from service.deployment.live_changes import check_fixed, check_resources, pool_changes
 from service.errors import CoeError, ConfigError
 from service.expert_capabilities import with_capabilities
 from service.gateway.auth import configured
@@ -28,27 +30,12 @@ from service.models import inspect_model, locate, pull
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.memory_plan import check_plan, folders_of, plan_pool
-from service.pool.weight_sharing import share_weights
 
 log = logging.getLogger("coe.app")
 
 _POLL_S = 0.5
 # The delays before a failed config is applied again. The delay doubles from the first to the last.
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
-# Keys of the config, and of a pool, that may change while the service runs.
-_MUTABLE = {
-    "budgets",
-    "categories",
-    "experts",
-    "keys",
-    "pools",
-    "recipes",
-    "router",
-    "savings",
-    "shadow",
-    "tenants",
-}
-_MUTABLE_OF_POOL = {"experts", "swap"}
 
 Version = tuple[int, int, int]
 
@@ -122,22 +109,31 @@ def current_config(file: Path, given: str) -> Config:
         return Config.model_validate_json(given)
 
 
-def reload(file: Path) -> dict[str, list[str]]:
+def reload(file: Path, resources: Mapping[str, float] | None = None) -> dict[str, list[str]]:
     """Read the user's config again and put it in force; fetches missing models.
 
     If it raises, the present config stays in force.
 
+    Args:
+        file: The config in force.
+        resources: Ray's resources, which the pools must fit into; None does not check.
+
     Returns:
-        Names of experts under `added`, `removed` and `changed`.
+        Names of experts under `added`, `removed` and `changed`; and, where kinds of pools change,
+        sentences under `pools`.
 
     Raises:
-        ConfigError: The config is wrong, or changes a key that needs a restart.
+        ConfigError: The config is wrong, needs more than there is, or changes a section that needs
+            a restart.
         ArtifactError: The router's artifact is wrong.
         ModelStoreError: A model can't be fetched.
     """
     before = RunningConfig.load(file)
     read = load_config(Path(before.source))
-    _check_fixed(before.read, read)
+    check_fixed(before.read, read)
+    changes = pool_changes(before.read, read)
+    if changes and resources is not None:
+        check_resources(read, resources)
     configured(read)  # checks that each API key is available
     RoutingSetup(read)  # checks the router's artifact
     with_capabilities(read)  # checks the declared capabilities against the models
@@ -163,51 +159,19 @@ def reload(file: Path) -> dict[str, list[str]]:
     exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
     # Files that were missing at the last check have been fetched since, and did not change.
     exchanged |= {name for name, was in before.files.items() if was and files.get(name, was) != was}
-    return {
+    told = {
         "added": [name for name in new if name not in old],
         "removed": [name for name in old if name not in new],
         "changed": [
             name for name in new if name in old and (new[name] != old[name] or name in exchanged)
         ],
     }
+    return {**told, "pools": changes.sentences()} if changes else told
 
 
 def _files(config: Config) -> dict[str, str]:
     local = [name for name, expert in config.experts.items() if expert.remote is None]
     return file_versions(config, local)
-
-
-def _check_fixed(old: Config, new: Config) -> None:
-    """Refuse changes that need a restart.
-
-    Raises:
-        ConfigError: Names the first such key.
-    """
-    for name in _differing(old, new) - _MUTABLE:
-        raise ConfigError(f"{name}: can't be changed while the service runs; restart it")
-    if old.pools.keys() != new.pools.keys():
-        kinds = sorted(old.pools.keys() ^ new.pools.keys())
-        raise ConfigError(
-            f"pools.{kinds[0]}: pools can't be added or removed while the service runs"
-        )
-    for kind, pool in new.pools.items():
-        for name in _differing(old.pools[kind], pool) - _MUTABLE_OF_POOL:
-            raise ConfigError(
-                f"pools.{kind}.{name}: can't be changed while the service runs; only "
-                f"{' and '.join(sorted(_MUTABLE_OF_POOL))} of a pool can"
-            )
-        slots = pool.slots
-        before, after = (share_weights(one, kind).config.groups(kind) for one in (old, new))
-        if slots is not None and len(before) <= slots < len(after):
-            raise ConfigError(
-                f"pools.{kind}.slots: each expert had a slot of its own, and now there are more "
-                f"than {slots} experts; restart the service"
-            )
-
-
-def _differing(old: Config | PoolConfig, new: Config | PoolConfig) -> set[str]:
-    fields = type(old).model_fields
-    return {name for name in fields if getattr(old, name) != getattr(new, name)}
 
 
 async def follow(

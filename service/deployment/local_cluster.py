@@ -15,7 +15,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from service.config import Config
 from service.deployment.find_run_processes import processes_of_run
 from service.deployment.gpu_check import check_gpus, check_torch
-from service.deployment.serve_application import APP, application
+from service.deployment.live_changes import PoolChanges, pool_changes
+from service.deployment.serve_application import APP, DeployedPool, application
 from service.deployment.service_stop_signal import EndOfService
 from service.torch_build import torch_build
 
@@ -33,6 +34,9 @@ class LocalCluster:
         self._config = config
         self._run_dir = run_dir
         self._end_of_service: EndOfService | None = None
+        self._keys: tuple[Path, Path] | None = None
+        self._deployed = {kind: DeployedPool("1", config) for kind in config.pools}
+        self._deploys = 1
 
     def start_ray(self) -> None:
         """Start Ray's own processes.
@@ -76,8 +80,45 @@ class LocalCluster:
     def deploy(self, secret_path: Path, admin_key_path: Path) -> None:
         """Deploy the application and wait until gateways and pools run (engines load later)."""
         self._end_of_service = EndOfService(secret_path)
-        app = application(self._config, secret_path, admin_key_path, host="127.0.0.1")
-        serve.run(app, name=APP, route_prefix="/", blocking=False)
+        self._keys = secret_path, admin_key_path
+        serve.run(self._application(), name=APP, route_prefix="/", blocking=False)
+
+    def _application(self) -> serve.Application:
+        assert self._keys is not None
+        return application(self._config, *self._keys, host="127.0.0.1", deployed=self._deployed)
+
+    @staticmethod
+    def resources() -> dict[str, float]:
+        """Return the CPUs and GPUs that Ray has."""
+        found: dict[str, float] = ray.cluster_resources()
+        return found
+
+    def redeploy(self, config: Config) -> PoolChanges:
+        """Let Serve add, remove, replace and scale pools, without waiting for it.
+
+        Replicas that do not change go on. Those that go drain first.
+
+        Returns:
+            What changes.
+        """
+        changes = pool_changes(self._config, config)
+        if changes:
+            new = DeployedPool(str(self._deploys + 1), config)
+            fresh = {*changes.added, *changes.replaced}
+            before = self._config, self._deployed
+            self._deployed = {
+                kind: new if kind in fresh else self._deployed[kind] for kind in config.pools
+            }
+            self._config = config
+            try:
+                target = serve.RunTarget(self._application(), name=APP, route_prefix="/")
+                serve.run_many([target], wait_for_applications_running=False)
+            except BaseException:
+                self._config, self._deployed = before
+                raise
+            self._deploys += 1
+        self._config = config
+        return changes
 
     def stop(self) -> None:
         """Drain and stop everything; kill the processes that are left after that."""

@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
+from service.deployment.live_changes import pool_changes
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
 from service.deployment.serve_autoscaling import gateway_stats, pool_stats
 from service.deployment.service_stop_signal import EndableApp, EndOfService
@@ -42,6 +43,8 @@ log = logging.getLogger("coe.deployment")
 
 # Mean age of the processor time that a gateway's load is computed from.
 _CPU_S = 10.0
+# The delays before a pool is called again. The delay doubles from the first to the last.
+_FIRST_WAKE_RETRY_S, _LAST_WAKE_RETRY_S = 0.5, 8.0
 
 
 class PoolReplica:
@@ -59,9 +62,10 @@ class PoolReplica:
         for name in config.key_variables:
             # Ray has emptied the variables; engines do not need the names either.
             os.environ.pop(name, None)
-        self._drain_s = config.server.drain_s
-        scaled = config.pools[kind]
-        self._removal_s = scaled.scaling.downscale_drain_s if scaled.scales else 0.0
+        self._config = config
+        self._kind = kind
+        # Where the config in force is a file, pools are removed and replaced while others go on.
+        self._is_replaceable = in_force.exists()
         self._end_of_service = EndOfService(Path(secret_path))
         secret = read_secret(Path(secret_path))
         node = node_folder(secret)
@@ -69,7 +73,7 @@ class PoolReplica:
         with contextlib.suppress(OSError):
             own_folder(node)
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
-        if scaled.gpus > 0:
+        if config.pools[kind].gpus > 0:
             models = Path(config.models_dir) if config.models_dir else model_root()
             names = [gpu.name for gpu in await asyncio.to_thread(gpus)]
             os.environ |= compile_cache(models, names[0] if names else "", os.environ)
@@ -86,7 +90,15 @@ class PoolReplica:
         }
         await self._process.start()
         self._boot_s = max(0.0, time.time() - psutil.Process().create_time())
-        self._following = asyncio.create_task(follow(in_force, seen, self._process.reload))
+        self._following = asyncio.create_task(follow(in_force, seen, self._reload))
+
+    async def _reload(self, config: Config) -> None:
+        """Apply another config, unless Serve removes or replaces this replica because of it."""
+        changes = await asyncio.to_thread(pool_changes, self._config, config)
+        if self._kind in changes.removed or self._kind in changes.replaced:
+            return
+        await self._process.reload(config)
+        self._config = config
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Return this pool's address for gateways. Serve calls this once, when it is ready."""
@@ -117,9 +129,12 @@ class PoolReplica:
             return
         self._following.cancel()
         pool = process.pool
-        pool.refuse_new()
-        await self._end_of_service.wait_for_requests(pool.queued, self._removal_s)
-        await process.stop(self._drain_s)
+        settings = self._config.pools[self._kind]
+        stays = self._is_replaceable and not self._end_of_service.announced
+        pool.refuse_new(replaced=stays)
+        removal_s = settings.scaling.downscale_drain_s if settings.scales or stays else 0.0
+        await self._end_of_service.wait_for_requests(pool.queued, removal_s)
+        await process.stop(self._config.server.drain_s)
         self._server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._serving, 2)
@@ -142,12 +157,10 @@ class GatewayReplica:
         config = current_config(in_force, config_json)
         self._handles = pools
         self._config = config
+        self._in_force = in_force
         self._cpu = CpuShare(time.monotonic, time.process_time)
         self._waking: dict[str, asyncio.Task[None]] = {}
         secret = read_secret(Path(secret_path))
-        scaled = {f"pool-{kind}" for kind, pool in config.pools.items() if pool.scales}
-        if config.server.gateways.scales:
-            scaled.add("gateway")
         self._process = GatewayRuntime(
             config,
             secrets.token_hex(8),
@@ -156,8 +169,8 @@ class GatewayReplica:
             wake=self._wake_for,
             behind_serve=True,
             node=node_folder(secret),
-            reload=partial(asyncio.to_thread, reload, in_force) if in_force.exists() else None,
-            count_replicas=partial(_count_replicas, scaled) if scaled else None,
+            reload=partial(asyncio.to_thread, self._put_in_force) if in_force.exists() else None,
+            count_replicas=self._count_scaled,
         )
         await self._process.start()
         # A full collection would walk through every imported module's objects, on the loop.
@@ -174,9 +187,24 @@ class GatewayReplica:
         loop = asyncio.get_running_loop()
         directory = self._process.directory
         pool_address_registry.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))
-        for kind, pool in config.pools.items():
-            if pool.min_replicas > 0:
+        self._find_pools(config.pools)
+
+    def _find_pools(self, kinds: Iterable[str]) -> None:
+        """Follow the addresses of pools of these kinds; a handle does so from its first call."""
+        for kind in kinds:
+            if self._config.pools[kind].min_replicas > 0:
                 self._wake(kind)
+
+    def _put_in_force(self) -> dict[str, list[str]]:
+        return reload(self._in_force, ray.cluster_resources())
+
+    async def _count_scaled(self) -> dict[str, dict[str, int]]:
+        """Count the replicas of deployments whose number changes."""
+        config = self._config
+        scaled = {f"pool-{kind}" for kind, pool in config.pools.items() if pool.scales}
+        if config.server.gateways.scales:
+            scaled.add("gateway")
+        return await _count_replicas(scaled) if scaled else {}
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -188,7 +216,10 @@ class GatewayReplica:
     async def _reload(self, config: Config) -> None:
         """Apply another config to new requests; running requests keep theirs."""
         await self._process.reload(config)
-        self._config = config
+        before, self._config = self._config.pools, config
+        for kind in before.keys() - config.pools.keys():
+            self._handles.pop(kind, None)
+        self._find_pools(config.pools.keys() - before.keys())
 
     def _wake_for(self, expert: str) -> None:
         for kind in self._config.pools:
@@ -201,15 +232,31 @@ class GatewayReplica:
             self._waking[kind] = asyncio.create_task(self._call_wake(kind))
 
     async def _call_wake(self, kind: str) -> None:
-        try:
-            await self._handles[kind].wake.remote()
-        except Exception as error:
-            log.warning("waking a pool of kind %s failed: %s", kind, type(error).__name__)
+        """Call a pool of this kind. A new kind may not be deployed yet."""
+        wait_s = _FIRST_WAKE_RETRY_S
+        while kind in self._config.pools:
+            try:
+                await (await self._handle(kind)).wake.remote()
+            except Exception as error:
+                log.warning("waking a pool of kind %s failed: %s", kind, type(error).__name__)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LAST_WAKE_RETRY_S)
+            else:
+                return
+
+    async def _handle(self, kind: str) -> DeploymentHandle:
+        if (known := self._handles.get(kind)) is not None:
+            return known
+        app = serve.get_replica_context().app_name
+        found = await asyncio.to_thread(serve.get_deployment_handle, f"pool-{kind}", app)
+        return self._handles.setdefault(kind, found)
 
     async def __del__(self) -> None:
         process = getattr(self, "_process", None)
         if process is not None:
             self._following.cancel()
+            for waking in self._waking.values():
+                waking.cancel()
             await process.stop()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from service.deployment.serve_autoscaling import gateway_scaling, pool_scaling
 from service.deployment.serve_pool_discovery import DiscoveryRequestRouter
 
 APP = "coe"
+# A gateway is never replaced while the service runs: whatever may change, it changes by itself.
+_GATEWAY_VERSION = "1"
 # Ray resources place replicas on nodes: a node has one unit of a resource for each replica that it
 # may hold.
 GATEWAY_RESOURCE = "coe-gateway"
@@ -32,6 +36,7 @@ def application(
     *,
     host: str | None,
     placed: bool = False,
+    deployed: Mapping[str, DeployedPool] | None = None,
 ) -> serve.Application:
     """Build the Serve application of a config.
 
@@ -42,11 +47,15 @@ def application(
         host: Address that pools bind; None: their node's address.
         placed: Replicas run only on nodes with their resource (`GATEWAY_RESOURCE`,
             `pool_resource`).
+        deployed: Where kinds of pools may change while the service runs: how each is deployed.
+            None lets Serve replace every replica when the application is deployed again.
     """
     # Whether a key was set decides where the model's folder is asked, as for capabilities.
     config_json = config.model_dump_json(exclude_unset=True)
     pools = {
-        kind: _pool_deployment(config, kind, placed).bind(config_json, kind, str(secret_path), host)
+        kind: _pool_deployment(config, kind, placed, (deployed or {}).get(kind)).bind(
+            config_json, kind, str(secret_path), host
+        )
         for kind in config.pools
     }
     gateways = config.server.gateways
@@ -72,17 +81,46 @@ def application(
         },
         **scaling,
     )(GatewayReplica)
+    if deployed is not None:
+        gateway = with_version(gateway, _GATEWAY_VERSION)
     return gateway.bind(config_json, str(secret_path), str(admin_key_path), pools)
 
 
-def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
+def with_version(deployment: serve.Deployment, version: str) -> serve.Deployment:
+    """Return the deployment with a version. Serve keeps replicas whose version stays the same.
+
+    Serve has no public way to say so: without a version, it replaces all replicas at each deploy.
+    """
+    return deployment.options(version=version, _internal=True)
+
+
+@dataclass(frozen=True, slots=True)
+class DeployedPool:
+    """A kind of pool, as its present replicas were deployed.
+
+    Attributes:
+        version: Its version; another one replaces the replicas.
+        config: The config that they began with. Their environment is made of it, as another
+            environment would replace them, too.
+    """
+
+    version: str
+    config: Config
+
+
+def _pool_deployment(
+    config: Config, kind: str, placed: bool, deployed: DeployedPool | None
+) -> serve.Deployment:
     pool = config.pools[kind]
     scaling: dict[str, Any] = {"num_replicas": pool.min_replicas}
     drain_s = config.server.drain_s
     if pool.scales:
         scaling = {"autoscaling_config": pool_scaling(config, kind)}
+    if pool.scales or deployed is not None:
+        # `EndOfService` shortens this when the whole service stops.
         drain_s += pool.scaling.downscale_drain_s
-    return serve.deployment(
+    began = deployed.config if deployed is not None else config
+    made: serve.Deployment = serve.deployment(
         name=f"pool-{kind}",
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=drain_s + 10,
@@ -95,10 +133,11 @@ def _pool_deployment(config: Config, kind: str, placed: bool) -> Any:
             "num_cpus": pool.cpus,
             "num_gpus": pool.gpus,
             "resources": {pool_resource(kind): 1} if placed else {},
-            "runtime_env": {"env_vars": _pool_environment(config, pool)},
+            "runtime_env": {"env_vars": _pool_environment(began, pool)},
         },
         **scaling,
     )(PoolReplica)
+    return made if deployed is None else with_version(made, deployed.version)
 
 
 # Variables from which commands and examples read a key.

@@ -17,20 +17,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from service.config import Config, load_config
 from service.config.server import LOOPBACK
-from service.deployment.config_reload import RunningConfig, config_file, reload
+from service.deployment.config_reload import RunningConfig, config_file, reload, version
 from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cross_site_guard import CrossOriginRules
 from service.launch import ray_environment
 from service.launch.startup_server import StartupServer
 from service.rpc.cluster_secret import admin_key_path, make_secret, node_folder, read_secret
 
+if TYPE_CHECKING:
+    from service.deployment.local_cluster import LocalCluster
+
 _POLL_S = 0.5
+_RETRY_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _SETTLED = {"device", "host", "failed"}
 _HAPROXY_TIMEOUT_S = 10.0
@@ -94,6 +98,7 @@ def run(config: Config, *, source: Path) -> None:
         startup_server.done(_IMPORTS)
         in_force = config_file(secret_path)
         RunningConfig(str(source.resolve()), load_config(source), config).save(in_force)
+        seen = version(in_force)
         cluster = LocalCluster(config, run_dir)
         cluster.start_ray()
         startup_server.done(_RAY)
@@ -106,10 +111,17 @@ def run(config: Config, *, source: Path) -> None:
         startup_server.finish()
         any_ready = report_experts(config, began_s)
         _say(_usage(url) if any_ready else f"every expert failed, see above; retrying: {url}")
+        retry_s = 0.0
         while True:
-            hangup.wait()
-            hangup.clear()
-            _reload(in_force)
+            if hangup.wait(retry_s or _POLL_S):
+                hangup.clear()
+                _reload(in_force, cluster.resources())
+            # A gateway may have reloaded the config as well.
+            now = version(in_force)
+            if now is None or (now == seen and not retry_s):
+                continue
+            seen = now
+            retry_s = 0.0 if _redeploy(cluster, in_force) else _RETRY_S
     except _Stop:
         _say("stopping: waiting for running requests")
     finally:
@@ -149,14 +161,30 @@ def _lead_own_session() -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _reload(in_force: Path) -> None:
+def _redeploy(cluster: LocalCluster, in_force: Path) -> bool:
+    """Let Serve change the pools as the config in force says; False if that failed."""
+    try:
+        for sentence in cluster.redeploy(RunningConfig.load(in_force).config).sentences():
+            _say(sentence)
+    except Exception as error:
+        # The loop must survive any error, because it has to stop the service in the end.
+        _say(f"changing the pools failed, trying again in {_RETRY_S:.0f} s: {error}")
+        return False
+    return True
+
+
+def _reload(in_force: Path, resources: dict[str, float]) -> None:
     """Reload the user's config. A refused config is reported, and the present config stays."""
     try:
-        diff = reload(in_force)
+        diff = reload(in_force, resources)
     except CoeError as error:
         _say(f"the config stays as it was: {error.message}")
         return
-    changes = [f"{change} {', '.join(names)}" for change, names in diff.items() if names]
+    changes = [
+        f"{change} {', '.join(names)}"
+        for change, names in diff.items()
+        if change != "pools" and names
+    ]
     _say(f"config reloaded: {'; '.join(changes) or 'no expert changed'}")
 
 

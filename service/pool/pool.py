@@ -24,6 +24,7 @@ from service.errors import (
     EngineRestartingError,
     EngineTimeoutError,
     InvalidRequestError,
+    PoolReplacedError,
     UnknownEndpointError,
     UnknownModelError,
 )
@@ -97,7 +98,9 @@ class Pool:
         self._load = LoadMeter(time.monotonic)
         self._acks = Acknowledgements()
         self._abandoned = AbandonedCalls()
-        self._draining = False
+        self._draining = self._is_replaced = False
+        # Experts of the config that only other kinds of pools have.
+        self._elsewhere: frozenset[str] = frozenset()
         self._seq = 0
         self._listeners: set[asyncio.Event] = set()
 
@@ -113,13 +116,15 @@ class Pool:
             self._slot_of[name] = slot
             self._returning.pop(name, None)
 
-    def serve(self, held: Mapping[str, str]) -> None:
+    def serve(self, held: Mapping[str, str], elsewhere: Iterable[str] = ()) -> None:
         """Set the experts that are served.
 
         Args:
             held: The name under which each expert's weights are held.
+            elsewhere: Experts that only other pools have. Requests for them are sent there.
         """
         self._held = held
+        self._elsewhere = frozenset(elsewhere) - held.keys()
         self.changed()
 
     def held_name(self, expert: str) -> str:
@@ -239,7 +244,7 @@ class Pool:
         if slot is None:
             return
         unit = slot.unit_of(expert)
-        error = EngineRestartingError if unit.name in successors else UnknownModelError
+        error = self._removal_error(unit.name, successors)
         for name in unit.experts:
             del self._slot_of[name]
             self._latencies.pop(name, None)
@@ -291,9 +296,15 @@ class Pool:
         self._load.forget(expert)
         if expert in successors:
             self._returning[expert] = reason
-        error = EngineRestartingError if expert in successors else UnknownModelError
+        error = self._removal_error(expert, successors)
         await slot.remove_adapter(expert, reason, error)
         self.changed()
+
+    def _removal_error(self, name: str, successors: Collection[str]) -> type[CoeError]:
+        """Return what clients get that wait for a removed expert."""
+        if name in successors:
+            return EngineRestartingError
+        return PoolReplacedError if name in self._elsewhere else UnknownModelError
 
     def expect(self, experts: Mapping[str, str]) -> None:
         """Set the experts that will be available again soon.
@@ -343,9 +354,14 @@ class Pool:
         """The slots that units share or could share."""
         return [slot for slot in self.slots if isinstance(slot, SharedSlot)]
 
-    def refuse_new(self) -> None:
-        """Refuse new requests from now on. Waiting and running ones go on."""
-        self._draining = True
+    def refuse_new(self, *, replaced: bool = False) -> None:
+        """Refuse new requests from now on. Waiting and running ones go on.
+
+        Args:
+            replaced: Whether another pool takes the place of this one, so that gateways wait for it
+                with the requests that they would send here.
+        """
+        self._draining, self._is_replaced = True, self._is_replaced or replaced
         for slot in self.slots:
             slot.refuse_new()
         self.changed()
@@ -371,6 +387,7 @@ class Pool:
             OverCapacityError: The expert's queue is full.
             ExpertFailedError: The expert could not be loaded.
             PoolDrainingError: The pool is stopping.
+            PoolReplacedError: The pool is being replaced, or only other pools have the expert.
             DeadlineExceededError: The deadline passed.
             EngineTimeoutError: The deadline passed, and the engine had the request for most of the
                 time without sending a byte.
@@ -379,6 +396,10 @@ class Pool:
         """
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
+        if self._is_replaced:
+            raise PoolReplacedError("this pool is being replaced")
+        if call.expert in self._elsewhere:
+            raise PoolReplacedError(f"expert {call.expert!r} is in other pools only")
         held = self.held_name(call.expert)
         # Raises for an expert without a slot, before the call counts as load.
         places = min(call.places, self.slot_of(held).capacity)
@@ -604,6 +625,9 @@ class Pool:
             queue = now.queues[name]
             entry = {**by_held[held], "waiting": queue.waiting, "running": queue.running}
             entry["tokens"] = self._tokens[name]
+            if (service_s := self._load.service_s(held)) is not None:
+                # Seconds of the engine for one request: it works on several at once.
+                entry["busy_s"] = round(service_s / now.capacity[name], 4)
             if held != name:
                 entry["held_as"] = held
             if (first := now.shares.get(name)) is not None:

@@ -53,6 +53,7 @@ class PoolBuilder:
         if self.swap_method is not None:
             _log_choice(kind, self.swap_method.choice)
         self._kind = kind
+        given = config
         sharing = share_weights(self._with_method(config), kind)
         # Each expert of this config is one set of weights that the pool holds.
         self._config = config = sharing.config
@@ -70,7 +71,7 @@ class PoolBuilder:
         self._with_adapters = {n for n, unit in self._wanted.items() if len(unit.experts) > 1}
         self._turn = asyncio.Lock()
         self.pool = pool
-        pool.serve(self._held)
+        pool.serve(self._held, _elsewhere(given, kind))
         groups = config.groups(kind)
         self.engines.name_experts(self._present_experts())
         slots = self._settings.slots
@@ -100,6 +101,7 @@ class PoolBuilder:
         them.
         """
         async with self._turn:
+            given = config
             config = self._with_method(config)
             sharing = await asyncio.to_thread(share_weights, config, self._kind, self._config)
             self._config = config = sharing.config
@@ -122,7 +124,7 @@ class PoolBuilder:
             # New units are added first, because they may take over the slot of a removed unit.
             await self._apply(excluded=diff.leaving)
             self._begin_removal(diff.leaving)
-            self.pool.serve(self._held)
+            self.pool.serve(self._held, _elsewhere(given, self._kind))
             self._update_pool()
         # From here on the pool refuses requests for the removed experts.
         await asyncio.sleep(0)
@@ -382,3 +384,11 @@ def _policy(settings: PoolConfig) -> SwapPolicy:
         prefetch=swap.prefetch,
         preempt=swap.running == "preempt",
     )
+
+
+def _elsewhere(config: Config, kind: str) -> set[str]:
+    """Return the experts that other kinds of pools have, and this one has not."""
+    others = {
+        name for other in config.pools if other != kind for name in config.local_experts(other)
+    }
+    return others - set(config.local_experts(kind))

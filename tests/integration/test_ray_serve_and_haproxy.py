@@ -11,6 +11,7 @@ import http.client
 import os
 import re
 import signal
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -349,20 +350,101 @@ def test_cluster_config_reload_while_running(
         admin = client.with_options(base_url=service.url, default_headers=headers)
         return admin.post("/admin/reload", cast_to=object)
 
-    config["pools"]["main"]["max_queued_requests"] = 1
+    config["server"]["drain_s"] = 21
     config_file.write_text(yaml.safe_dump(config, sort_keys=False))
-    with pytest.raises(openai.ConflictError, match=r"pools\.main\.max_queued_requests"):
+    with pytest.raises(openai.ConflictError, match=r"server: can't be changed"):
         reload()
+    config["server"]["drain_s"] = 20
+    config["pools"]["main"]["cpus"] = 10_000.0
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+    with pytest.raises(openai.ConflictError, match="cpus add up to 20000"):
+        reload()
+    config["pools"]["main"]["cpus"] = 0.1
     config_file.write_text("experts: {")
     os.kill(service.process.pid, signal.SIGHUP)
     wait_until(lambda: "the config stays as it was" in service.log, "a wrong one is refused")
-    config["pools"]["main"].pop("max_queued_requests")
     config["pools"]["main"]["experts"] = ["general", "math", "vectors"]
     config["experts"] |= {"vectors": vectors}
     del config["experts"]["late"]
     config_file.write_text(yaml.safe_dump(config, sort_keys=False))
     assert reload() == {"added": ["vectors"], "removed": ["late"], "changed": []}
     assert client.chat.completions.create(model="math", messages=HELLO).model == "math"
+
+
+def test_cluster_pools_come_go_and_change_while_requests_are_answered(
+    service: Service, client: openai.OpenAI, config_file: Path
+) -> None:
+    """A kind comes, one goes, one is replaced, one is scaled, and an expert moves."""
+    config: Any = yaml.safe_load(config_file.read_text())
+    gateways, main = service.named("ray::ServeReplica:coe:gateway"), service.named(POOL + "main")
+    small, broken = service.named(POOL + "small"), service.named(POOL + "broken")
+    assert len(main) == 2
+    stopping = threading.Event()
+
+    def ask_on(name: str) -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        while not stopping.is_set():
+            try:
+                answer = client.chat.completions.create(model=name, messages=HELLO, max_tokens=4)
+                outcomes["ok" if answer.model == name else answer.model] += 1
+            except openai.APIError as error:
+                outcomes[f"{type(error).__name__}: {error}"] += 1
+        return outcomes
+
+    with ThreadPoolExecutor(4) as threads, _ended(stopping):
+        asked = {name: threads.submit(ask_on, name) for name in ("general", "math", "small")}
+        # It has to end in the pool where it began, although its expert moves.
+        stream = client.chat.completions.create(
+            model="math", messages=HELLO, stream=True, max_tokens=200
+        )
+        chunks = [next(stream)]
+        del config["pools"]["broken"], config["experts"]["broken"]
+        simulated = config["pools"]["main"]["simulated"]
+        config["pools"]["hot"] = {
+            "engine": "simulated",
+            "experts": ["math"],
+            "cpus": 0.1,
+            "simulated": simulated,
+        }
+        config["pools"]["main"]["experts"] = ["general", "vectors"]
+        config["pools"]["main"]["min_replicas"] = 1
+        config["pools"]["small"]["max_queued_requests"] = 7
+        config_file.write_text(yaml.safe_dump(config, sort_keys=False))
+        os.kill(service.process.pid, signal.SIGHUP)
+        wait_until(lambda: "replicas of small drain and are replaced" in service.log, "deployed")
+        for sentence in (
+            "new pools start: hot",
+            "pools drain and end: broken",
+            "other numbers of replicas: main",
+        ):
+            assert sentence in service.log
+        chunks += list(stream)
+        assert len(chunks) == 200
+        wait_until(lambda: len(service.named(POOL + "hot")) == 1, "the new kind runs")
+        wait_until(lambda: not any(p.is_running() for p in (*small, *broken)), "drained", 90)
+        wait_until(lambda: len(service.named(POOL + "small")) == 1, "small is replaced")
+        wait_until(lambda: len(service.named(POOL + "main")) == 1, "main is scaled")
+        for name in asked:
+            assert client.chat.completions.create(model=name, messages=HELLO).model == name
+        stopping.set()
+        for name, future in asked.items():
+            outcomes = future.result()
+            assert outcomes.keys() == {"ok"}, (name, outcomes)
+            assert outcomes["ok"] > 5
+    # What does not change goes on in the same processes.
+    assert set(service.named(POOL + "main")) < set(main)
+    assert service.named("ray::ServeReplica:coe:gateway") == gateways
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="broken", messages=HELLO)
+
+
+@contextlib.contextmanager
+def _ended(stopping: threading.Event) -> Iterator[None]:
+    """Let threads end whatever happens, so that a failure shows."""
+    try:
+        yield
+    finally:
+        stopping.set()
 
 
 def test_cluster_stop_lets_streams_end_and_leaves_nothing(

@@ -7,7 +7,9 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +133,16 @@ def _alternatives(_: click.Context, __: click.Parameter, values: tuple[str, ...]
 @click.option(
     "--rate",
     type=click.FloatRange(0),
-    default=0.0,
     help="Requests per second to keep up with; copies of experts are bought for it. --sizes then "
-    "gives busy_s, the seconds of an accelerator that a request takes.",
+    "gives busy_s, the seconds of an accelerator that a request takes. Default: 0, any; with "
+    "--live as measured, and busy_s, too.",
+)
+@click.option(
+    "--window-s",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="With --live and without --rate: seconds to measure the rate for; 0 bounds no rate.",
 )
 @click.option("--sizes", type=_FILE, help="JSON: {expert: bytes, or {bytes, swap_s, busy_s, …}}.")
 @click.option(
@@ -211,6 +220,7 @@ def run(options: Mapping[str, Any]) -> Composition:
     base: Path = options["base"]
     config = with_default_prices(load_config(base))
     sizes = read_sizes(options["sizes"]) if options["sizes"] else {}
+    measured = _measured(options["live"])
     kind, template = _template(config, options["kind"], bool(options["accelerators"]))
     on_gpu = bool(options["accelerators"])
     estimates = _estimates(config, options)
@@ -223,8 +233,9 @@ def run(options: Mapping[str, Any]) -> Composition:
         on_gpu=on_gpu,
         merge=not on_gpu,
         wanted=asked | required,
-        measured_swap_s=_measured(options["live"]),
+        measured_swap_s={n: s["swap_s"] for n, s in measured.items() if s["swap_s"]},
     )
+    options, sizes = _with_rate(options, sizes, found, measured)
     time_price = config.router.presets.of("").time_price
     problem = _problem(options, estimates, found, sizes, template, required, time_price)
     quiet = options.get("quiet", False)
@@ -285,18 +296,55 @@ def _template(config: Config, kind: str | None, on_gpu: bool) -> tuple[str | Non
     return None, PoolConfig(gpus=1 if on_gpu else 0)
 
 
-def _measured(url: str | None) -> dict[str, float]:
-    """Return the measured swap seconds of a running service's experts."""
+def _measured(url: str | None) -> dict[str, dict[str, float]]:
+    """Return a running service's measured `swap_s` and `busy_s` by expert; 0 where unmeasured."""
     from service.cli.http_client import admin
 
     if url is None:
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     for states in admin(url, "GET", "/admin/experts")["pools"].values():
         for name, state in states.items():
-            if seconds := float(state.get("swap_s") or 0.0):
-                found[name] = max(found.get(name, 0.0), seconds)
+            known = found.setdefault(name, {"swap_s": 0.0, "busy_s": 0.0})
+            for key in known:
+                known[key] = max(known[key], float(state.get(key) or 0.0))
     return found
+
+
+def _with_rate(
+    options: Mapping[str, Any],
+    sizes: Mapping[str, Size],
+    found: Candidates,
+    measured: Mapping[str, Mapping[str, float]],
+) -> tuple[dict[str, Any], dict[str, Size]]:
+    """Return the options with the rate to keep up with, and sizes with all that it needs.
+
+    An expert that has not been measured counts like the slowest one that has.
+    """
+    from service.cli.compose.candidate_units import Size
+    from service.cli.compose.traffic_shares import fetch_metrics, measure_rate
+
+    rate, window_s = options["rate"], options["window_s"]
+    if rate is not None or not options["live"]:
+        return {**options, "rate": rate or 0.0}, dict(sizes)
+    busy = {name: one["busy_s"] for name, one in measured.items() if one["busy_s"]}
+    busy |= {name: one.busy_s for name, one in sizes.items() if one.busy_s is not None}
+    if not busy or not window_s:
+        return {**options, "rate": 0.0}, dict(sizes)
+    click.echo(f"coe: measuring the rate of requests for {window_s:g} s", err=True)
+    rate = measure_rate(options["live"], window_s, time.sleep, fetch_metrics)
+    names = {expert for unit in found.units for expert in unit.experts}
+    slowest = max(busy.values())
+    told = {name: busy.get(name, slowest) for name in sorted(names)}
+    if missing := sorted(names - busy.keys()):
+        click.echo(
+            f"coe: note: never measured, so that {slowest:g} s of an engine are taken for a "
+            f"request: {', '.join(missing)}",
+            err=True,
+        )
+    click.echo(f"coe: note: {rate:.3g} requests/s; --rate 0 ignores it", err=True)
+    timed = {name: replace(sizes.get(name, Size()), busy_s=told[name]) for name in told}
+    return {**options, "rate": rate}, {**sizes, **timed}
 
 
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
@@ -501,6 +549,8 @@ def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None
         names = (f"{out} (now)", f"{out} (proposed)")
         changes = list(difflib.unified_diff(before, after, *names, lineterm=""))
         click.echo("\n".join(changes) if changes else f"{out}: nothing to change", err=True)
+        if changes and out.exists():
+            click.echo("\n".join(_effects(out, data)), err=True)
         if not options["apply"] or not changes:
             return
     previous = out.read_bytes() if out.exists() else None
@@ -520,6 +570,21 @@ def _put(out: Path, data: Mapping[str, Any], options: Mapping[str, Any]) -> None
             _replace(out, previous)
         raise
     click.echo(f"reloaded: {json.dumps(done)}", err=True)
+
+
+def _effects(out: Path, data: Mapping[str, Any]) -> list[str]:
+    """Return what a reload would do to the running service, and what it can't do, a line each."""
+    from service.config import load_config, read_config
+    from service.deployment.live_changes import fixed_sections, pool_changes
+
+    old, new = load_config(out), read_config(data, str(out), out.resolve().parent)
+    lines = [f"while the service runs: {line}" for line in pool_changes(old, new).sentences()]
+    if fixed := fixed_sections(old, new):
+        lines.append(
+            f"needs a restart of the service: {', '.join(fixed)} changed, so that a reload refuses "
+            "this config"
+        )
+    return lines or ["while the service runs: no pool is added, removed or replaced"]
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -49,8 +49,8 @@ def compose_config(
         fallback: The expert for prompts without a category.
         template: The pool of the base config from which the pools are made; None: none has one.
         kv_cache_bytes: KV cache of each engine; None: as in the template.
-        running: The pools of the config that a service runs from. Pools of the same form keep their
-            names, and as many of their experts as can be, so that a reload can take the change.
+        running: The pools of the config that a service runs from. Pools keep their names, and as
+            many of their experts as can be, so that as few engines as can be start again.
 
     Raises:
         ConfigError: A tenant or key of the base config may use no expert that is bought, or
@@ -218,16 +218,23 @@ def _named(
 
 
 def _matched(holdings: Sequence[Holding], running: Mapping[str, Any]) -> dict[int, str]:
-    """Give holdings the names of running pools of the same form, most common experts first."""
+    """Give holdings the names of running pools: as many as can be go on in the same processes.
+
+    Pools with as many slots come first, by the experts that they have in common. Another number of
+    slots replaces a pool's replicas, which is worth it only for some of its experts. The number of
+    replicas may change.
+    """
     common = []
     for i, held in enumerate(holdings):
         experts = {expert for unit in held.units for expert in unit.experts}
         for name, pool in running.items():
             same = (pool.get("slots") or 0) == held.slots
-            if same and pool.get("min_replicas", 1) == held.replicas:
-                common.append((-len(experts & set(pool.get("experts") or ())), i, name))
+            shared = len(experts & set(pool.get("experts") or ()))
+            moved = abs(pool.get("min_replicas", 1) - held.replicas)
+            if same or shared:
+                common.append((not same, -shared, moved, i, name))
     names: dict[int, str] = {}
-    for _, i, name in sorted(common):
+    for *_, i, name in sorted(common):
         if i not in names and name not in names.values():
             names[i] = name
     return names

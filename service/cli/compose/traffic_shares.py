@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,30 @@ def fetch_metrics(url: str) -> str:
     path = parts.path if parts.path not in ("", "/") else "/metrics"
     with open_reply(root, "GET", path, admin_headers(root)) as reply:
         return str(reply.read().decode("utf-8", "replace"))
+
+
+def measure_rate(
+    url: str, window_s: float, sleep: Callable[[float], None], fetch: Callable[[str], str]
+) -> float:
+    """Measure the requests per second that have a category.
+
+    Args:
+        url: The service.
+        window_s: Seconds to measure for.
+        sleep: Waits for some seconds.
+        fetch: Fetches the metrics' text.
+    """
+    before = _total(fetch(url), url)
+    sleep(window_s)
+    # A service that restarted meanwhile has fewer.
+    return max(0.0, _total(fetch(url), url) - before) / window_s
+
+
+def _total(text: str, source: str) -> float:
+    try:
+        return sum(shares_of_metrics(text, source).values())
+    except ConfigError:
+        return 0.0
 
 
 def shares_of_metrics(text: str, source: str) -> dict[str, float]:

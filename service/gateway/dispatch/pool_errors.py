@@ -11,6 +11,8 @@ from service.errors import (
     EngineTimeoutError,
     ExpertFailedError,
     OverCapacityError,
+    PoolReplacedError,
+    PoolStoppedError,
     PoolUnavailableError,
     UnavailableError,
 )
@@ -18,17 +20,18 @@ from service.gateway.folder_redaction import without_folders
 from service.gateway.request.parsing import InferenceRequest
 from service.rpc.http_connections import HttpReply
 
-# Codes of errors after which another pool may answer.
-RETRIED = frozenset(
-    {
-        "draining",
-        "engine_dead",
-        "engine_restarting",
-        "over_capacity",
-        "expert_failed",
-        "pool_gone",
-    }
-)
+# Errors of pools after which another pool may answer, by code. A pool that drains has not died with
+# the request.
+_KINDS: dict[str, type[UnavailableError]] = {
+    "draining": PoolStoppedError,
+    "engine_dead": EngineDeadError,
+    "engine_restarting": EngineRestartingError,
+    "over_capacity": OverCapacityError,
+    "expert_failed": ExpertFailedError,
+    "pool_gone": PoolUnavailableError,
+    "pool_replaced": PoolReplacedError,
+}
+RETRIED = frozenset(_KINDS)
 
 
 def deadline_error(request: InferenceRequest, *, silent: bool) -> DeadlineExceededError:
@@ -67,10 +70,4 @@ def error_from_fault(code: str, body: bytes, retry_after: str | None) -> Unavail
         message = without_folders(str(orjson.loads(body)["error"]["message"]))
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = "the pool could not answer"
-    kinds: dict[str, type[UnavailableError]] = {
-        "over_capacity": OverCapacityError,
-        "expert_failed": ExpertFailedError,
-        "engine_dead": EngineDeadError,
-        "engine_restarting": EngineRestartingError,
-    }
-    return kinds.get(code, PoolUnavailableError)(message, retry_after_s=float(retry_after or 1))
+    return _KINDS.get(code, PoolUnavailableError)(message, retry_after_s=float(retry_after or 1))

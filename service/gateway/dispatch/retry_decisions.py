@@ -15,6 +15,7 @@ from service.errors import (
     ExpertFailedError,
     OverCapacityError,
     PoolDrainingError,
+    PoolReplacedError,
     PoolStoppedError,
     PoolUnavailableError,
     PoolUnreachableError,
@@ -26,7 +27,10 @@ MOST_LOSSES = 2
 TRIES_PER_POOL = 2
 _MOST_ATTEMPTS = 2 * TRIES_PER_POOL
 # After these errors no engine has worked on the request, so a retry is free.
-_FREE = (PoolDrainingError, OverCapacityError, ExpertFailedError)
+_FREE = (PoolDrainingError, PoolReplacedError, OverCapacityError, ExpertFailedError)
+
+# After these errors, a pool will be there that was not tried.
+_PASSING = (PoolUnavailableError, PoolReplacedError, EngineDeadError)
 
 
 class AfterFault(StrEnum):
@@ -89,7 +93,7 @@ def without_option(
     if resting:
         return WithoutOption.REFUSE_AS_RESTING if fault is None else WithoutOption.RAISE_FAULT
     if fault is not None:
-        if not isinstance(fault, (PoolUnavailableError, EngineDeadError)):
+        if not isinstance(fault, _PASSING):
             return WithoutOption.RAISE_FAULT
         if isinstance(fault, EngineDeadError) and usable:
             return WithoutOption.RAISE_FAULT

@@ -110,10 +110,6 @@ def test_reload_changed_shadow_and_savings_are_applied(file: Path) -> None:
         ({"keys": {"a": {"key_env": "NOT_SET_ANYWHERE"}}}, "keys.a: the environment variable"),
         ({"store": {"lease_s": 5}}, "store: can't be changed"),
         ({"server": {"drain_s": 1}}, "server: can't be changed"),
-        ({"pools": {"q": {"engine": "simulated"}}}, "pools.p: pools can't be added or removed"),
-        ({"pools": {"p": {"engine": "simulated", "slots": 1}}}, "pools.p.slots: can't"),
-        ({"pools": {"p": {"engine": "vllm", "slots": 2}}}, "pools.p.engine: can't"),
-        ({"pools": {"p": {**CONFIG["pools"]["p"], "vllm": {"args": {"seed": 1}}}}}, "vllm: can't"),
         ({"experts": {"a": {"base": "nobody", "adapter": "x"}}}, "nobody"),
         ({"experts": {}}, "experts"),
     ],
@@ -147,16 +143,21 @@ def test_reload_config_that_can_not_be_saved_raises_and_keeps_serving(file: Path
     ]
 
 
-def test_reload_more_experts_than_dedicated_slots_raises(tmp_path: Path) -> None:
-    pools = {"p": {"engine": "simulated", "slots": 3}}
+def test_reload_tells_what_becomes_of_pools_and_refuses_what_ray_has_not(tmp_path: Path) -> None:
+    pools: dict[str, Any] = {"p": {"engine": "simulated", "slots": 3}}
     source = tmp_path / "coe.yaml"
     source.write_text(yaml.safe_dump({**CONFIG, "pools": pools}))
     file = config_file(tmp_path / "secret")
     RunningConfig(str(source), load_config(source), load_config(source)).save(file)
     experts = {**CONFIG["experts"], "d": {"model": "m"}}
     write(file, experts=experts, pools=pools)
-    with pytest.raises(ConfigError, match="more than 3"):
-        reload(file)
+    told = ["replicas of p drain and are replaced: experts changed"]
+    assert reload(file, {"CPU": 1})["pools"] == told
+    pools["p"] |= {"min_replicas": 9}
+    write(file, experts=experts, pools=pools)
+    with pytest.raises(ConfigError, match="Ray was started with 1"):
+        reload(file, {"CPU": 1})
+    assert reload(file, {"CPU": 5})["pools"] == ["other numbers of replicas: p"]
 
 
 @pytest.mark.parametrize("fault", [ConfigError("it can't be put in force"), KeyError("a")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -186,10 +187,15 @@ def test_compose_expert_of_unknown_size_is_an_error(folder: Path) -> None:
 
 
 @contextmanager
-def service(metrics: str, reload_status: int) -> Iterator[tuple[str, list[str]]]:
+def service(
+    metrics: str | Iterator[str], reload_status: int, **busy_s: float
+) -> Iterator[tuple[str, list[str]]]:
     """A service with metrics and pools, and the paths that it was asked for with the admin key."""
     asked: list[str] = []
-    experts = {"pools": {"big": {"math": {"swap_s": 3.0}, "code": {}}}}
+    states: dict[str, dict[str, float]] = {"math": {"swap_s": 3.0}, "code": {}}
+    for name, seconds in busy_s.items():
+        states.setdefault(name, {})["busy_s"] = seconds
+    experts = {"pools": {"big": states}}
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:  # noqa: N802  # the name that the server calls
@@ -197,7 +203,7 @@ def service(metrics: str, reload_status: int) -> Iterator[tuple[str, list[str]]]
             asked.append(f"{self.command} {self.path}")
             status, body = 200, json.dumps(experts)
             if self.path == "/metrics":
-                body = metrics
+                body = metrics if isinstance(metrics, str) else next(metrics)
             if self.path == "/admin/reload":
                 status = reload_status
                 body = json.dumps({"error": {"message": "refused"}} if status > 200 else {})
@@ -234,6 +240,8 @@ def test_compose_live_shows_a_diff_and_applies_it_on_request(
         assert "(proposed)" in done.stderr
         assert out.read_text() == before
         assert "+  math:" in done.stderr
+        assert "while the service runs: " in done.stderr
+        assert "needs a restart" not in done.stderr
         assert sorted(asked) == ["GET /admin/experts", "GET /metrics"]
         done = compose(folder, *common, "--live", url, "--apply")
         assert done.exit_code == 0, text_of(done)
@@ -243,6 +251,45 @@ def test_compose_live_shows_a_diff_and_applies_it_on_request(
         again = compose(folder, *common, "--live", url, "--apply")
         assert "nothing to change" in again.stderr
         assert asked.count("POST /admin/reload") == 1
+
+
+def test_compose_live_gives_a_hot_expert_copies_and_pools(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COE_ADMIN_KEY", "the-key")
+    common = ("--accelerators", "4x20GiB", "--slo-s", "1")
+    assert compose(folder, *common).exit_code == 0
+    copies = []
+    for per_s in (0.01, 60):
+        counted = itertools.count(100)
+        texts = (METRICS.replace(" 90", f" {100 + 0.1 * per_s * i}") for i in counted)
+        with service(texts, 200, math=0.02) as (url, _):
+            done = compose(folder, *common, "--live", url, "--apply", "--window-s", "0.1")
+        assert done.exit_code == 0, text_of(done)
+        assert "measuring the rate" in done.stderr
+        assert "never measured, so that 0.02 s of an engine" in done.stderr
+        pools = load_config(folder / "coe.yaml").pools
+        held = [pool for pool in pools.values() if "math" in (pool.experts or ())]
+        copies.append(sum(pool.min_replicas for pool in held))
+        own = [pool for pool in held if pool.experts == ("math",)]
+    # 1.2 engines are kept busy, for at most 70 % of the time.
+    assert copies == [1, 2]
+    assert own
+
+
+def test_compose_live_says_what_needs_a_restart_of_the_service(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COE_ADMIN_KEY", "the-key")
+    common = ("--accelerators", "2x20GiB", "--slo-s", "1")
+    assert compose(folder, *common).exit_code == 0
+    write(folder / "base.yaml", {**BASE, "server": {"drain_s": 3}})
+    with service(METRICS, 200) as (url, _):
+        done = compose(folder, *common, "--live", url)
+    said = [line for line in done.stderr.splitlines() if "needs a restart" in line]
+    assert said == [
+        "needs a restart of the service: server changed, so that a reload refuses this config"
+    ]
 
 
 def test_compose_live_refused_reload_puts_the_file_back(

@@ -204,10 +204,13 @@ def test_compose_config_of_the_same_composition_keeps_every_running_pool() -> No
         running = {f"p{i}": pool for i, pool in enumerate(reversed(data["pools"].values()))}
         again = case.compose(found, running)
         assert again["pools"] == running
-        # A pool of another form is no candidate for its name.
-        other = {name: {**pool, "slots": 7} for name, pool in running.items()}
-        fresh = case.compose(found, other)
-        assert not set(fresh["pools"]) & set(other)
+        # Replicas are added and removed live. Another number of slots replaces those of a pool.
+        for changed in ({"min_replicas": 9}, {"slots": 7}):
+            other = {name: {**pool, **changed} for name, pool in running.items()}
+            assert set(case.compose(found, other)["pools"]) == set(other)
+        # A pool of another form and with other experts is no candidate for its name.
+        other = {name: {**pool, "slots": 7, "experts": ["x"]} for name, pool in running.items()}
+        assert not set(case.compose(found, other)["pools"]) & set(other)
         several += len(running) > 1
     assert several
 

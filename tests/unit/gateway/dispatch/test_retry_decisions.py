@@ -21,6 +21,7 @@ from service.gateway.dispatch.retry_decisions import (
 # Of every error that an attempt can end with: is it a loss, what follows, tries of one pool.
 TABLE: dict[type[CoeError], tuple[bool, AfterFault, int]] = {
     errors.PoolDrainingError: (False, AfterFault.RETRY, 1),
+    errors.PoolReplacedError: (False, AfterFault.RETRY, 1),
     errors.OverCapacityError: (False, AfterFault.RETRY, 1),
     errors.ExpertFailedError: (False, AfterFault.RETRY, 1),
     errors.EngineRestartingError: (False, AfterFault.RETRY_WITHIN_BUDGET, 2),
@@ -69,6 +70,8 @@ def test_after_fault_follows_the_table_and_stops_after_two_losses(
         (errors.OverCapacityError, 1, False, True, False, WithoutOption.RAISE_FAULT),
         (errors.OverCapacityError, 1, True, True, False, WithoutOption.RAISE_FAULT),
         (errors.UpstreamError, 1, False, False, False, WithoutOption.RAISE_FAULT),
+        (errors.PoolReplacedError, 1, False, False, False, WithoutOption.WAIT),
+        (errors.PoolReplacedError, 4, False, False, False, WithoutOption.RAISE_FAULT),
         # The engine that comes next is waited for; one that is there was asked already.
         (errors.EngineDeadError, 1, False, False, False, WithoutOption.WAIT),
         (errors.EngineDeadError, 1, False, True, False, WithoutOption.RAISE_FAULT),
