@@ -186,6 +186,7 @@ class LoadResult:
     Attributes:
         host_bytes: The size of the weights in bytes.
         fill_s: The duration of the load in seconds.
+        stall_s: The longest time for which the load may have kept a GPU's kernels waiting.
         starts: True where nothing was loaded, because the next swap starts an engine for the
             expert.
     """
@@ -193,6 +194,7 @@ class LoadResult:
     host_bytes: int
     fill_s: float
     starts: bool = False
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

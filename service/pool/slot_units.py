@@ -51,6 +51,7 @@ class UnitState:
         start_s: Seconds that an engine takes to start with the unit; 0 where not measured.
         stop_s: Seconds that an engine takes to stop after it started with the unit; 0 where not
             measured.
+        stall_s: Longest time for which the last load may have kept a GPU's kernels waiting.
         measured: Whether `swap_s` was measured.
         starts: Whether the unit's next swap has to start an engine.
     """
@@ -67,6 +68,7 @@ class UnitState:
     wanted: bool = False
     start_s: float = 0.0
     stop_s: float = 0.0
+    stall_s: float = 0.0
     measured: bool = False
     starts: bool = False
 

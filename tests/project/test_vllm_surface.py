@@ -36,6 +36,10 @@ REQUEST_STATE = "vllm.v1.engine.output_processor:RequestState"
 FINISHED = "vllm.v1.metrics.stats:FinishedRequestStats"
 SERVING_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
+LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
+SECOND_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+SECOND_STATE = "vllm.v1.worker.gpu.model_runner:ExecuteModelState"
+SECOND_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
 
 # Private names, and the classes that have them.
 PRIVATE = {
@@ -70,9 +74,7 @@ ASSIGNED = {
     "own.load_config.use_tqdm_on_load": "vllm.config.load:LoadConfig",
     "StructuredOutputManager.tokenizer": GRAMMARS,
     "StructuredOutputManager.backend": GRAMMARS,
-    "DefaultModelLoader.get_all_weights": (
-        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
-    ),
+    "DefaultModelLoader.get_all_weights": LOADER,
     "method.process_weights_after_loading": METHOD,
     "self.model_runner.model": RUNNER,
     "app.state.server": None,
@@ -117,6 +119,7 @@ READ = {
     },
     LOGGER: {"log_engine_initialized", "record", "record_sleep_state"},
     LLM: {"add_request"},
+    LOADER: {"_init_ep_weight_filter", "get_all_weights", "load_weights"},
     SERVING_MODELS: {"load_lora_adapter", "lora_requests", "unload_lora_adapter"},
     "vllm.lora.request:LoRARequest": {"lora_int_id"},
     ROUTER: {"global_num_experts", "set_capture_fn", "top_k"},
@@ -124,6 +127,9 @@ READ = {
     MOE_METHOD: {"is_monolithic", "moe_kernel"},
     RUNNER: {"get_model", "input_batch", "query_start_loc"},
     BATCH: {"num_reqs", "req_ids"},
+    SECOND_RUNNER: {"execute_model_state", "get_model", "model"},
+    SECOND_STATE: {"input_batch"},
+    SECOND_BATCH: {"num_reqs", "query_start_loc_np", "req_ids"},
 }
 # Names that layers and parameters get at run time, and a file of vLLM that has them.
 AT_RUN_TIME = {
@@ -138,7 +144,7 @@ AT_RUN_TIME = {
 # Expressions whose attributes we may assign: objects of ours, and vLLM's arguments, which its own
 # `AsyncEngineArgs.from_cli_args` checks.
 OUR_OBJECTS = re.compile(
-    r"self|args|held|load|load\.thread|refusal|scratch|self\._routing_stats|self\._scratch"
+    r"self|args|done|held|load|load\.thread|refusal|scratch|self\._routing_stats|self\._scratch"
     r"|self\._stats|settings|state|step\.sample"
 )
 TORCH = re.compile(r"(parameter|self\._parameter|module\.weight)\.data")

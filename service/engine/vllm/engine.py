@@ -123,8 +123,9 @@ class VllmEngine:
             if observer is not None and capture
             else None
         )
-        # Captured graphs call no Python function, so the gates write their choices to a buffer.
-        self._records_choices = not on_cpu and not options.enforce_eager
+        # Captured graphs call no Python function, so the gates write their choices to a buffer. On
+        # a GPU the model runner tells whose tokens a step has only after the step.
+        self._records_choices = not on_cpu
         self._handle: VllmHandle | None = None
         self._app: OpenAiApp | None = None
         # How often each adapter was unloaded.
@@ -332,8 +333,24 @@ class VllmEngine:
         return self._handle.unfinished_requests()
 
     async def worker_rpc(self, method: str, *args: object) -> Any:
-        """Call a method of the worker extension, and return the first rank's result."""
-        return (await self.vllm.collective_rpc(method, *args))[0]
+        """Call a method of the worker extension, and return the first rank's result.
+
+        Raises:
+            ExpertFailedError: The method failed in a worker.
+        """
+        return (await self._call_workers(method, *args))[0]
+
+    async def _call_workers(self, method: str, *args: object) -> list[Any]:
+        """Call a method of the worker extension, and return the result of each rank.
+
+        Raises:
+            ExpertFailedError: The method failed in a worker.
+        """
+        results = await self.vllm.collective_rpc("coe_call", method, *args)
+        for result in results:
+            if "error" in result:
+                raise ExpertFailedError(f"{method} failed: {first_line(result['error'])}")
+        return [result["answer"] for result in results]
 
     async def stop(self) -> None:
         """Stop the core process."""

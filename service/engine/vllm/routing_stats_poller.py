@@ -11,7 +11,7 @@ import numpy as np
 
 from service.config import MoeCapture
 from service.engine.engine_interface import EngineObserver, RoutingSample
-from service.errors import CoeError, ExpertFailedError
+from service.errors import CoeError
 
 log = logging.getLogger("coe.engine")
 
@@ -50,16 +50,15 @@ class RoutingStatsPoller:
         Args:
             running: The expert whose weights the engine has now.
             experts: All experts that the engine may run.
-
-        Raises:
-            ExpertFailedError: The choices of the model's gates can't be recorded.
         """
         options = self._options
         answer = await self._call_worker(
             "coe_capture", running, options.every, options.stretches, options.tokens
         )
         if "refused" in answer:
-            raise ExpertFailedError(f"vllm.moe_capture: {answer['refused']}")
+            # The expert answers as well without statistics.
+            log.warning("vllm.moe_capture: nothing is sampled: %s", answer["refused"])
+            return
         self._shape = tuple(answer["layers"]), int(answer["experts"]), int(answer["top_k"])
         for expert in experts:
             self._observer.on_routing_sample(RoutingSample(expert, *self._shape))

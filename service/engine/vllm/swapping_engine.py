@@ -27,6 +27,7 @@ from service.engine.engine_interface import (
     EngineRequest,
     LoadResult,
     Message,
+    Send,
     SwapResult,
 )
 from service.engine.gpu_share import GpuShare
@@ -35,7 +36,12 @@ from service.engine.steering_data import MERGED_KEY, PLACES_KEY, Steering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
 from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
-from service.errors import CoeError, EngineDeadError, ExpertFailedError
+from service.errors import (
+    CoeError,
+    EngineDeadError,
+    EngineRestartingError,
+    ExpertFailedError,
+)
 from service.models import ModelInfo, inspect_model
 from service.models.lora_merge import LoraDelta
 from service.models.weights_version import version_of
@@ -47,8 +53,12 @@ log = logging.getLogger("coe.engine")
 _SWAP_EXTENSION = "service.engine.vllm.worker.swap_extension.SwapExtension"
 _PINNED_EXTENSION = "service.engine.vllm.worker.pinned_weights.PinnedExtension"
 _MERGED_WORKER = "service.engine.vllm.worker.merged_worker.MergedWorker"
-_POLL_S = 0.01
+# A poll runs between two steps of the running model, on a GPU on all ranks.
+_POLL_S, _GPU_POLL_S = 0.01, 0.1
 _CHECK_ALIVE_S = 0.2
+# No copy of weights takes so long. The driver hangs.
+_SWAP_TIMEOUT_S = 120.0
+_HALF_DONE = "a swap was left half done"
 _CANARY_PROMPT = list(range(101, 117))
 _CANARY_TOKENS = 6
 # The largest difference of a token's log probability from the recorded value.
@@ -164,6 +174,9 @@ class SwappingVllmEngine(VllmEngine):
         self._versions: dict[str, str] = {}
         self._own_digest = ""
         self._broken: str | None = None
+        # The expert whose weights are in the model, or None where a check of them failed.
+        self._running: str | None = None
+        self._poll_s = _POLL_S if on_cpu else _GPU_POLL_S
         # A GPU engine installs the gate rules before it captures graphs. A CPU engine installs
         # them at a swap.
         self._uses_graph_steering = not on_cpu
@@ -228,6 +241,7 @@ class SwappingVllmEngine(VllmEngine):
         own = merged is not None or self._first in plain
         adopted = self._first if own else next(iter(plain), "")
         self._versions[adopted] = before
+        self._running = adopted
         await self._share_weights(adopted)
         if why := await self.worker_rpc("coe_register_initial", adopted):
             log.info("in-place swap disabled for %s: %s", adopted, why)
@@ -272,7 +286,7 @@ class SwappingVllmEngine(VllmEngine):
         )
         result = await self.worker_rpc("coe_load_result", expert)
         while result["state"] == "loading":  # the other process offers no event to await
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(self._poll_s)
             result = await self.worker_rpc("coe_load_result", expert)
         if result["state"] != "host":
             await self._release_weights(expert)
@@ -286,39 +300,82 @@ class SwappingVllmEngine(VllmEngine):
             raise ExpertFailedError(_files_changed(expert), retry_after_s=30)
         self._versions[expert] = version
         await self._load_frontend_or_evict(expert, source)
-        return LoadResult(int(result["host_bytes"]), float(result["fill_s"]))
+        return LoadResult(
+            int(result["host_bytes"]), float(result["fill_s"]), stall_s=float(result["stall_s"])
+        )
 
     async def swap_in(self, expert: str) -> SwapResult:
+        """Run an expert whose weights are in host memory. No request may be running.
+
+        A swap that fails puts the old expert's weights back and checks them. Where that fails, too,
+        the engine is broken.
+        """
         began_s = time.monotonic()
         if (frontend := self._frontends.get(expert)) is None:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
-        moved = resumed = False
+        settled = False
         try:
             await self._call_core(self.vllm.pause())
-            try:
-                result = await self.worker_rpc("coe_swap_in", expert)
-                moved = True
+            result = await self._move_weights(expert)
+            if "error" not in result:
                 # No request is running, because the engine is paused.
                 self.vllm.use_rendering(frontend.rendering)
                 if self._stats is not None:
                     self._stats.running = expert
-            finally:
-                # A paused engine could not answer requests for the old expert either.
-                await self._call_core(self.vllm.resume())
-                resumed = True
+            await self._call_core(self.vllm.resume())
+            settled = True
         except Exception as error:
-            if moved or not resumed:
-                # The engine may hold parts of both experts, so it must not answer any more.
-                self._broken = "a swap was left half done"
             if isinstance(error, CoeError):
                 raise
             raise self._fault(f"expert {expert!r} could not be swapped in", error) from error
+        finally:
+            if not settled and self.failure() is None:  # after a cancellation, too
+                # The engine may hold parts of both experts, so it must not answer any more.
+                self._broken = _HALF_DONE
+        if "error" in result:
+            raise ExpertFailedError(
+                f"expert {expert!r} could not be swapped in: {result['error']}", retry_after_s=5
+            )
         swap_s = time.monotonic() - began_s
+        self._running = expert
         count = self._swaps[expert] = self._swaps.get(expert, 0) + 1
         ok = bool(result["ok"])
         if ok and (count % self._canary_every == 0 or count == 1):
-            ok = await self.check_canary(expert)
+            try:
+                ok = await self.check_canary(expert)
+            except BaseException:
+                # The caller will take the old expert for the running one.
+                self._broken = self._broken or f"expert {expert!r} can't answer its canary"
+                raise
+        if not ok:
+            self._running = None
         return SwapResult(swap_s, ok, str(result["method"]))
+
+    async def _move_weights(self, expert: str) -> dict[str, Any]:
+        """Put an expert's weights into the model, or else the old expert's weights back.
+
+        Returns:
+            The workers' result. With an `error` in it, the old expert's weights are in place.
+
+        Raises:
+            EngineDeadError: Neither expert's weights are certain to be in place.
+        """
+        async with asyncio.timeout(_SWAP_TIMEOUT_S):
+            result: dict[str, Any] = await self.worker_rpc("coe_swap_in", expert)
+            if "error" in result and not result["unchanged"]:
+                log.error("swap to %s failed: %s", expert, result["error"])
+                restored = self._running is not None and (
+                    await self.worker_rpc("coe_swap_in", self._running)
+                )
+                if not restored or "error" in restored or not restored["ok"]:
+                    self._broken = _HALF_DONE
+                    raise EngineDeadError(f"{_HALF_DONE}: {result['error']}")
+        return result
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        if request.expert != self._running:
+            raise EngineRestartingError(f"the weights of {request.expert!r} are not in the model")
+        await super().run(request, send)
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         await self.worker_rpc("coe_evict", expert, for_next)
@@ -369,8 +426,7 @@ class SwappingVllmEngine(VllmEngine):
 
     async def worker_rpc(self, method: str, *args: object) -> Any:
         try:
-            answers = await self._call_core(self.vllm.collective_rpc(method, *args))
-            return _merge_rank_results(answers)
+            return _merge_rank_results(await self._call_core(self._call_workers(method, *args)))
         except CoeError:
             raise
         except Exception as error:
@@ -427,7 +483,7 @@ class SwappingVllmEngine(VllmEngine):
             orjson.dumps(body),
             f"{CANARY}{time.monotonic_ns()}",
         )
-        await self.run(request, collect)
+        await super().run(request, collect)  # it also runs while the weights are in doubt
         try:
             tokens, values = _canary_answer(orjson.loads(b"".join(parts)))
         except (orjson.JSONDecodeError, KeyError, IndexError):
@@ -534,11 +590,16 @@ def _merge_rank_results(answers: list[Any]) -> Any:
             if result.get("state") == state:
                 return result
     for result in results:
+        if "error" in result:
+            # A rank that did swap has other weights than before, too.
+            unchanged = all(result.get("unchanged", False) for result in results)
+            return {**result, "unchanged": unchanged}
+    for result in results:
         if result.get("ok") is False:
             return result
     if results and all(result.get("state") == "host" for result in results):
         # The bytes add up, because each rank holds its own part.
         host_bytes = sum(int(result["host_bytes"]) for result in results)
-        fill_s = max(result["fill_s"] for result in results)
-        return {**results[0], "host_bytes": host_bytes, "fill_s": fill_s}
+        slowest = {key: max(result[key] for result in results) for key in ("fill_s", "stall_s")}
+        return {**results[0], "host_bytes": host_bytes, **slowest}
     return answers[0]

@@ -331,6 +331,7 @@ class HostWeights:
         """Record the size of a unit and the duration of its load."""
         state = self._states[unit]
         state.host_bytes, state.fill_s = result.host_bytes, result.fill_s
+        state.stall_s = result.stall_s
         state.starts = result.starts
 
     def record_engine_death(self, unit: str, error: Exception) -> None:

@@ -374,7 +374,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 return
             self.canary_failures += 1
             self._weights.mark_failed(unit, "canary tokens differ from the first load")
-            await engine.swap_in(base)
+            if not (await engine.swap_in(base)).ok:
+                raise EngineDeadError(f"the weights of {base!r} differ from the first load")
         except EngineDeadError:
             raise
         except CoeError as error:
@@ -730,6 +731,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 "pinned": state.pinned,
                 "host_bytes": state.host_bytes if state.tier is not Residency.DISK else 0,
                 "fill_s": round(state.fill_s, 3),
+                "stall_s": round(state.stall_s, 4),
                 "swap_s": round(state.swap_s, 4),
             }
             if (swap := last.get(unit)) is not None:

@@ -39,7 +39,7 @@ class Workers(SwappingVllmEngine):
         if method == "coe_load_result":
             if self.broken:
                 return {"state": "failed", "reason": "no room"}
-            return {"state": "host", "host_bytes": 58, "fill_s": 0.1}
+            return {"state": "host", "host_bytes": 58, "fill_s": 0.1, "stall_s": 0.0}
         return None
 
     async def _load_frontend(self, expert: str, source: Weights) -> None:
@@ -99,8 +99,13 @@ async def test_weight_cache_failed_load_holds_nothing(tmp_path: Path) -> None:
 def test_merge_rank_results_takes_the_least_progress() -> None:
     from service.engine.vllm.swapping_engine import _merge_rank_results
 
-    ranks = [{"state": "host", "host_bytes": 5, "fill_s": s} for s in (0.1, 0.3)]
-    assert _merge_rank_results(ranks) == {"state": "host", "host_bytes": 10, "fill_s": 0.3}
+    ranks = [{"state": "host", "host_bytes": 5, "fill_s": s, "stall_s": s} for s in (0.1, 0.3)]
+    assert _merge_rank_results(ranks) == {
+        "state": "host",
+        "host_bytes": 10,
+        "fill_s": 0.3,
+        "stall_s": 0.3,
+    }
     waits = [ranks[0], {"state": "loading"}]
     assert _merge_rank_results(waits) == waits[1]
     assert _merge_rank_results([{"resident_bytes": 1, "host_bytes": 2}]) == {

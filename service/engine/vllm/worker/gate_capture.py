@@ -19,17 +19,14 @@ from numpy.typing import NDArray
 
 from service.engine.engine_interface import CANARY
 from service.engine.vllm.worker.gate_access import RoutedLayer, routed_layers
-from service.engine.vllm.worker.gate_choice_recorder import ChoiceBuffer
-from service.engine.vllm.worker.model_access import batch_bounds, batch_request_ids, has_batch
+from service.engine.vllm.worker.gate_choice_recorder import ChoiceBuffer, ChoiceCopy
+from service.engine.vllm.worker.model_access import has_batch, step_batch
 
 if TYPE_CHECKING:
     import torch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-_NO_BATCH = (
-    "vLLM's second model runner does not tell which tokens of a step are whose; with "
-    "VLLM_USE_V2_MODEL_RUNNER=0 in the pool's environment the first one runs"
-)
+_NO_BATCH = "this model runner of vLLM does not tell which tokens of a step are whose"
 # A shorter stretch would hardly fill a cache of routed experts.
 _MIN_STRETCH_TOKENS = 32
 
@@ -99,6 +96,8 @@ class GateCapture:
         self._buffer: ChoiceBuffer | None = None
         self._steps_left = self._draw_distance()
         self._step: _Step | None = None
+        # A sampled step whose choices are on their way from the device.
+        self._pending: tuple[_Step, ChoiceCopy] | None = None
         self._samples: dict[str, _Sample] = {}
 
     @property
@@ -131,19 +130,32 @@ class GateCapture:
         if self._buffer is None:
             for routed in self._layers:
                 routed.watch_choices(None)
-        self._step = None
+        self._step = self._pending = None
 
     def stepped(self) -> None:
-        """Sample the choices of a finished step from the buffer, if there is a buffer."""
+        """Sample the choices of a step from the buffer, if there is a buffer.
+
+        The step may still be running on the device, and nothing waits for it: its choices are
+        copied when it has ended, and counted after a later step.
+        """
         if self._buffer is None or not self._layers:
             return
+        if self._pending is not None and self._pending[1].arrived:
+            self._count_pending()
         self._steps_left -= 1
         if self._steps_left > 0:
             return
         self._steps_left = self._draw_distance()
-        if (step := self._begin()) is None or not step.tokens:
+        self._count_pending()
+        if (step := self._begin()) is not None and step.tokens:
+            self._pending = step, self._buffer.start_copy(step.tokens)
+
+    def _count_pending(self) -> None:
+        """Count the sampled step whose choices are on their way, and wait for them, if any are."""
+        if self._pending is None:
             return
-        chosen = self._buffer.chosen[: step.tokens].cpu().numpy()
+        (step, copy), self._pending = self._pending, None
+        chosen = copy.wait()
         for index in range(len(self._layers)):
             self._add(step, index, chosen[:, index])
         self._end(step)
@@ -176,9 +188,10 @@ class GateCapture:
         return self._chance.randint(1, 2 * self._every - 1)
 
     def _begin(self) -> _Step | None:
-        if any(f"-{CANARY}" in name for name in batch_request_ids(self._runner)):
+        batch = step_batch(self._runner)
+        if batch is None or any(f"-{CANARY}" in name for name in batch.request_ids):
             return None  # the canary runs alone and must not be counted
-        bounds = batch_bounds(self._runner)
+        bounds = batch.bounds
         expert = self._running()
         sample = self._samples.get(expert)
         if sample is None:
@@ -206,6 +219,7 @@ class GateCapture:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the samples since the last snapshot, by expert, as plain data, and reset them."""
+        self._count_pending()
         samples, self._samples = self._samples, {}
         return {
             expert: {
@@ -237,6 +251,17 @@ class CaptureExtension:
     _coe_initial_expert = ""
     # The buffer that captured graphs write to, or the reason why they can't. None: no graphs.
     _coe_choices: ChoiceBuffer | str | None = None
+
+    def coe_call(self, method: str, *args: Any) -> dict[str, Any]:
+        """Call a method of this extension. The result has an `answer` or an `error`.
+
+        Where one of several workers raises, vLLM's executor leaves the later workers' answers in
+        its queues, and takes them for the answers to its next calls. So no worker ever raises.
+        """
+        try:
+            return {"answer": getattr(self, method)(*args)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
 
     def coe_capture(self, expert: str, every: int, stretches: int, tokens: int) -> dict[str, Any]:
         """Start to sample steps, or stop where `every` is 0.

@@ -10,18 +10,46 @@ The code is written for vLLM's CUDA build. Without a GPU it was run only on a CP
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from service.engine.steering_data import RECORD_CHOICES_KEY
+from service.engine.vllm.worker.cuda_runtime import Copied, cuda_runtime
 from service.engine.vllm.worker.gate_access import routed_layers
 from service.engine.vllm.worker.model_access import scheduled_tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceCopy:
+    """Choices of one step on their way from the device.
+
+    Attributes:
+        chosen: The choices, int32 (tokens, layers, places), once they have arrived.
+        copied: The copy; None where there is no GPU.
+    """
+
+    chosen: NDArray[np.int32]
+    copied: Copied | None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the copy has ended."""
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> NDArray[np.int32]:
+        """Wait for the choices and return them. The next copy overwrites them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.chosen
 
 
 class ChoiceBuffer:
@@ -51,8 +79,22 @@ class ChoiceBuffer:
         # Tensors made in inference mode can be written only in inference mode.
         with torch.inference_mode(False):
             self.chosen = torch.full(shape, -1, dtype=torch.int32, device=device)
+            # A copy to memory that is not pinned would wait for the device.
+            self._host = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         for index, routed in enumerate(self.layers):
             routed.watch_choices(partial(_copy_choice, self.chosen[:, index]))
+
+    def start_copy(self, tokens: int) -> ChoiceCopy:
+        """Copy the choices of the last step to the host, without waiting for the step.
+
+        Args:
+            tokens: The number of tokens of the step.
+        """
+        source, target = self.chosen[:tokens], self._host[:tokens]
+        if (runtime := cuda_runtime()) is None:
+            target.copy_(source)
+            return ChoiceCopy(target.numpy(), None)
+        return ChoiceCopy(target.numpy(), runtime.copy_behind(source, target))
 
 
 def _copy_choice(place: torch.Tensor, ids: torch.Tensor) -> None:

@@ -6,12 +6,16 @@ for vLLM's loader. `tests/project/test_vllm_surface.py` lists all names of vLLM 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+# Classes that compute with weights as the loader leaves them, and with inputs of the same dtype.
+PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
 def named_layers(config: VllmConfig) -> dict[str, torch.nn.Module]:
@@ -69,20 +73,41 @@ def share_packed_weight(source: torch.nn.Module, target: torch.nn.Module) -> Non
 
 
 def has_batch(runner: GPUModelRunner) -> bool:
-    """Return whether a model runner knows which tokens of a step belong to which request."""
-    return hasattr(runner, "input_batch")
+    """Return whether a model runner tells which tokens of a step belong to which request."""
+    return hasattr(runner, "input_batch") or hasattr(runner, "execute_model_state")
 
 
-def batch_request_ids(runner: GPUModelRunner) -> list[str]:
-    """Return vLLM's ids of the requests in the current step."""
-    ids: list[str] = runner.input_batch.req_ids
-    return ids
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The requests of one step.
+
+    Attributes:
+        request_ids: vLLM's ids of the requests.
+        bounds: The index of each request's first token in the step, and the token count.
+    """
+
+    request_ids: list[str]
+    bounds: list[int]
 
 
-def batch_bounds(runner: GPUModelRunner) -> list[int]:
-    """Return the index of each request's first token in the current step, and the token count."""
-    bounds: list[int] = runner.query_start_loc.np[: runner.input_batch.num_reqs + 1].tolist()
-    return bounds
+def step_batch(runner: GPUModelRunner) -> StepBatch | None:
+    """Return the batch of the step that has just been computed.
+
+    vLLM's second model runner, the default on GPUs, has it only until it samples the tokens.
+
+    Returns:
+        The batch, or None where the runner has none now.
+    """
+    if hasattr(runner, "input_batch"):
+        batch = runner.input_batch
+        starts = runner.query_start_loc.np
+    else:
+        if runner.execute_model_state is None:
+            return None
+        batch = runner.execute_model_state.input_batch
+        starts = batch.query_start_loc_np
+    count = int(batch.num_reqs)
+    return StepBatch(list(batch.req_ids[:count]), starts[: count + 1].tolist())
 
 
 def scheduled_tokens(scheduler_output: Any) -> int:

@@ -7,6 +7,9 @@ to a file of shared memory (`service.engine.shared_memory_tensors`), which the p
 map. Each engine registers the file with CUDA. This works for plain linear layers and embeddings,
 because a GPU's kernels use their weights as the loader leaves them.
 
+The engine's first expert is in the model only. It is written to shared memory before the first
+other expert is loaded, because a swap will overwrite it.
+
 For other models (mixtures of experts) the engine keeps its first weights. Steered experts use these
 weights with the rules that are installed in the routers (`graph_steering`).
 
@@ -16,8 +19,10 @@ The code is written for vLLM's CUDA build. It was not run without a GPU.
 from __future__ import annotations
 
 import hashlib
+import logging
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,15 +37,23 @@ from service.engine.shared_memory_tensors import (
     map_file,
     write_file,
 )
+from service.engine.vllm.worker.cuda_runtime import cuda_runtime
 from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTable
-from service.engine.vllm.worker.model_access import is_attention, weight_method, world_size
+from service.engine.vllm.worker.host_registration import Registration, parts_of, register
+from service.engine.vllm.worker.model_access import (
+    PLAIN_METHODS,
+    is_attention,
+    weight_method,
+    world_size,
+)
 from service.engine.vllm.worker.second_model import SecondModel
 from service.engine.vllm.worker.swap_extension import PendingLoad, SwapExtension
 from service.engine.vllm.worker.weight_packing import ScratchBuffers
 from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 
-_PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+log = logging.getLogger("coe.engine")
+
 _VALUES = 16
 
 
@@ -51,26 +64,40 @@ class PinnedWeights:
     Attributes:
         tensors: The tensors by name. They are empty where weights can't be copied and stay in the
             model.
-        whole: All tensors as bytes.
+        offsets: The place of each tensor in the registered memory, in bytes.
+        registration: The registration of the memory with CUDA; None without a GPU.
         host_bytes: The size of the tensors in bytes.
         fill_s: The duration of the load in seconds.
+        stall_s: The longest time for which the load may have kept kernels waiting, in seconds.
+        stored: False while the weights are in the model only.
         probe: The probe that was recorded at the first swap.
         steered: The table of a steered expert, which shares its base's tensors.
     """
 
     tensors: dict[str, torch.Tensor]
-    whole: torch.Tensor | None
-    host_bytes: int
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    registration: Registration | None = None
+    host_bytes: int = 0
     fill_s: float = 0.0
+    stall_s: float = 0.0
+    stored: bool = True
     probe: WeightProbe | None = None
     steered: SteeringTable | None = None
+
+    def store(self, written: PinnedWeights) -> None:
+        """Take over weights that were in the model only."""
+        # Steered experts share this dict, and are known by it.
+        self.tensors.update(written.tensors)
+        self.offsets, self.registration = written.offsets, written.registration
+        self.host_bytes, self.stall_s = written.host_bytes, written.stall_s
+        self.stored = True
 
     def release(self) -> None:
         """Unpin the memory. It is freed when no object refers to it any more."""
         self.tensors = {}
-        whole, self.whole = self.whole, None
-        if whole is not None:
-            unpin(whole)
+        registration, self.registration = self.registration, None
+        if registration is not None:
+            registration.release()
 
 
 class PinnedExtension(SwapExtension):
@@ -81,6 +108,7 @@ class PinnedExtension(SwapExtension):
     _coe_graph_steering: GraphSteering | str | None = None
     # Set by vLLM's worker.
     rank: int
+    device: torch.device
 
     def coe_share(self, expert: str, path: str, token: str) -> None:
         """Set the path prefix of an expert's files, and the token for incomplete files."""
@@ -123,13 +151,28 @@ class PinnedExtension(SwapExtension):
         try:
             check_plain(model)
         except ValueError as error:
-            fixed, held = str(error), PinnedWeights({}, None, 0)
+            fixed, held = str(error), PinnedWeights({})  # nothing is ever written into them
         else:
-            held = self._coe_hold(expert, tensors_of(model))
-        held.probe = WeightProbe.of(model)
+            held = PinnedWeights({}, stored=False, probe=self._coe_probe_of(model))
         state.held[expert] = held
         state.running = expert
         return fixed
+
+    def _coe_probe_of(self, model: torch.nn.Module) -> WeightProbe | None:
+        """Record a probe. Without one, every swap compares values with their source instead."""
+        try:
+            return super()._coe_probe_of(model)
+        except Exception as error:
+            log.warning("no probe of the weights, a kernel refused: %s", error)
+            return None
+
+    def _coe_begin_load(self) -> None:
+        if (runtime := cuda_runtime()) is not None:
+            runtime.use_device(self.device)
+        for expert, held in self._coe().held.items():
+            if not held.stored:  # and no other weights were ever in the model
+                held.store(self._coe_hold(expert, tensors_of(self.model_runner.model)))
+                return
 
     def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
         # Weights that can't be copied can't be replaced either.
@@ -150,12 +193,18 @@ class PinnedExtension(SwapExtension):
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
 
-    def coe_evict(self, expert: str, for_next: bool = False) -> bool:
-        held = self._coe().held.get(expert)
-        evicted = super().coe_evict(expert, for_next)
-        if evicted and held is not None:
+    def _coe_release(self, held: Any) -> None:
+        runtime = cuda_runtime()
+        if runtime is None:
             held.release()
-        return evicted
+            return
+
+        def release() -> None:
+            runtime.use_device(self.device)
+            held.release()
+
+        # The driver takes as long for it as for pinning, and the running expert would wait.
+        threading.Thread(target=release, name="unpin", daemon=True).start()
 
     def _coe_record_probe(self, held: Any) -> None:
         """Do nothing yet. The probe is recorded when the expert first runs."""
@@ -170,36 +219,34 @@ class PinnedExtension(SwapExtension):
             raise ValueError(rules or "this engine was not started for steered experts")
         steered = rules.table_for(steering)
         state.held[expert] = PinnedWeights(
-            base.tensors, None, steered.size_bytes, probe=base.probe, steered=steered
+            base.tensors, host_bytes=steered.size_bytes, probe=base.probe, steered=steered
         )
         return steered.size_bytes
 
-    def _coe_install(self, held: Any) -> str:
+    def _coe_install(self, held: Any, *, repairs: bool) -> str:
         state = self._coe()
         same_weights = held.tensors is state.held[state.running].tensors
-        if not same_weights:
-            copy_all(held.tensors, tensors_of(self.model_runner.model))
+        if repairs or not same_weights:
+            copy_all(held, tensors_of(self.model_runner.model))
         if isinstance(self._coe_graph_steering, GraphSteering):
             self._coe_graph_steering.write(held.steered)
         return "steer" if same_weights else "inplace"
 
-    def _coe_verify(self, held: Any) -> bool:
+    def _coe_verify(self, held: Any, *, whole: bool) -> bool:
         model = self.model_runner.model
         if (
             isinstance(self._coe_graph_steering, GraphSteering)
             and not self._coe_graph_steering.verify()
         ):
             return False
+        if not held.tensors and held.probe is None:
+            return True  # nothing was ever written into the weights
+        # The copy must equal its source, at the first swap and where there is no probe.
+        if (whole or held.probe is None) and not arrived(held.tensors, tensors_of(model)):
+            return False
         if held.probe is not None:
-            return bool(held.probe.verify())
-        # At the first swap the copy must equal its source.
-        live = tensors_of(model)
-        for name, tensor in held.tensors.items():
-            for part in (slice(None, _VALUES), slice(-_VALUES, None)):
-                arrived = live[name].detach().flatten()[part].cpu()
-                if not torch.equal(arrived, tensor.flatten()[part]):
-                    return False
-        held.probe = WeightProbe.of(model)
+            return bool(held.probe.verify(whole=whole))
+        held.probe = self._coe_probe_of(model)
         return True
 
 
@@ -231,7 +278,7 @@ def check_plain(model: torch.nn.Module) -> None:
         method = weight_method(module)
         if method is None or is_attention(module):
             continue
-        if method not in _PLAIN:
+        if method not in PLAIN_METHODS:
             raise ValueError(f"{name} has weights of {method}; they can't be copied")
 
 
@@ -265,9 +312,17 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
 
 def copy_to(tensors: Mapping[str, torch.Tensor], name: str, memory: memoryview) -> None:
     """Write one tensor's values to memory."""
-    tensor = tensors[name]
-    if tensor.numel():
-        torch.frombuffer(memory, dtype=tensor.dtype).copy_(tensor.detach().flatten())
+    tensor = tensors[name].detach().flatten()
+    if not tensor.numel():
+        return
+    target = torch.frombuffer(memory, dtype=tensor.dtype)
+    runtime = cuda_runtime()
+    if runtime is None or tensor.device.type == "cpu":
+        target.copy_(tensor)
+        return
+    # On the model's own stream, the running expert would wait for the copy.
+    with runtime.copies():
+        target.copy_(tensor)
 
 
 def pinned(mapped: MappedTensors) -> PinnedWeights:
@@ -283,48 +338,46 @@ def pinned(mapped: MappedTensors) -> PinnedWeights:
         .view(tensor.shape)
         for name, tensor in mapped.tensors.items()
     }
-    pin(whole)
+    offsets = {name: tensor.offset for name, tensor in mapped.tensors.items()}
     size = sum(tensor.size_bytes for tensor in mapped.tensors.values())
-    return PinnedWeights(tensors, whole, size)
+    held = PinnedWeights(tensors, offsets, host_bytes=size)
+    if (runtime := cuda_runtime()) is not None:
+        held.registration = register(runtime, whole.data_ptr(), whole.numel())
+        held.stall_s = held.registration.longest_s
+    return held
 
 
-def pin(memory: torch.Tensor) -> None:
-    """Pin memory for copies by a GPU, if there is a GPU.
-
-    Raises:
-        RuntimeError: CUDA can't register the memory.
-    """
-    if torch.cuda.is_available():
-        size = memory.numel() * memory.element_size()
-        _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0), "be pinned")
-
-
-def unpin(memory: torch.Tensor) -> None:
-    """Undo `pin`.
-
-    Raises:
-        RuntimeError: CUDA can't unregister the memory.
-    """
-    if torch.cuda.is_available():
-        _check(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()), "be given back")
-
-
-def _check(code: int, what: str) -> None:
-    if int(code) != 0:
-        raise RuntimeError(f"shared memory could not {what}: CUDA error {int(code)}")
-
-
-def copy_all(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> None:
+def copy_all(held: PinnedWeights, live: dict[str, torch.Tensor]) -> None:
     """Copy tensors into the live tensors on a separate stream, and wait for all copies."""
     with torch.no_grad():
-        if not torch.cuda.is_available():
-            for name, tensor in held.items():
+        if (runtime := cuda_runtime()) is None:
+            for name, tensor in held.tensors.items():
                 live[name].copy_(tensor)
             return
-        stream = torch.cuda.Stream()
-        # No kernel that still reads the old weights may overlap with the copies.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for name, tensor in held.items():
-                live[name].copy_(tensor, non_blocking=True)
-        stream.synchronize()
+        with runtime.copies():
+            for name, tensor in held.tensors.items():
+                _copy_pinned(tensor, held.offsets[name], live[name])
+
+
+def _copy_pinned(source: torch.Tensor, offset: int, target: torch.Tensor) -> None:
+    """Copy a tensor of registered memory, no range of which may span two pieces."""
+    parts = list(parts_of(offset, source.numel() * source.element_size()))
+    if len(parts) <= 1:
+        target.copy_(source, non_blocking=True)
+    elif not target.is_contiguous():
+        target.copy_(source.clone())  # slower, through memory that is not registered
+    else:
+        size = source.element_size()
+        from_, to = source.view(-1), target.view(-1)
+        for begin, end in parts:
+            part = slice(begin // size, end // size)
+            to[part].copy_(from_[part], non_blocking=True)
+
+
+def arrived(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
+    """Return whether live tensors begin and end with the values that they were copied from."""
+    return all(
+        torch.equal(live[name].detach().flatten()[part].cpu(), tensor.flatten()[part])
+        for name, tensor in held.items()
+        for part in (slice(None, _VALUES), slice(-_VALUES, None))
+    )

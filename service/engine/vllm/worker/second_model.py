@@ -77,6 +77,7 @@ class SecondModel:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 
         class Loader(DefaultModelLoader):  # type: ignore[misc]  # vllm is not read for types
             def get_all_weights(
@@ -85,14 +86,19 @@ class SecondModel:
                 weights = super().get_all_weights(model_config, model)
                 return weights if adapter is None else adapter.applied(weights)
 
+            def _init_ep_weight_filter(self, model_config: ModelConfig) -> None:
+                """Read all weights. The filter would read vLLM's current config."""
+
         config = self._config
-        with set_current_vllm_config(config):
-            with packing_as_read(self.model, scratch):
-                Loader(config.load_config).load_weights(self.model, config.model_config)
-            if not finish:
-                return
-            with packing_tied_once(self.model, scratch):
-                process_weights_after_loading(self.model, config.model_config, self._device)
+        # vLLM's current config is one for the process. It is not set here for the seconds of
+        # reading, because the running model's thread would see it.
+        with packing_as_read(self.model, scratch):
+            Loader(config.load_config).load_weights(self.model, config.model_config)
+        if not finish:
+            maybe_retie_word_embeddings(self.model, config.model_config)
+            return
+        with set_current_vllm_config(config), packing_tied_once(self.model, scratch):
+            process_weights_after_loading(self.model, config.model_config, self._device)
         self.model.eval()
 
     def share_attention(self, running: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:

@@ -49,6 +49,7 @@ class HostWeights:
         layers: The model's layers that vLLM looks up by name, without attention.
         host_bytes: The measured size in bytes.
         fill_s: The duration of the load in seconds.
+        stall_s: The longest time for which the load may have kept the running model waiting.
         probe: The probe that was recorded between two steps of the running model.
         steered: The rules of a steered expert, which shares everything else with its base.
     """
@@ -57,6 +58,7 @@ class HostWeights:
     layers: dict[str, torch.nn.Module]
     host_bytes: int
     fill_s: float = 0.0
+    stall_s: float = 0.0
     probe: WeightProbe | None = None
     steered: SteeredGates | None = None
 
@@ -78,6 +80,8 @@ class _State:
     held: dict[str, Any] = field(default_factory=dict)
     loads: dict[str, PendingLoad] = field(default_factory=dict)
     running: str = ""
+    # Whether the model has exactly the weights of `running`. It has not after a failed swap.
+    intact: bool = True
     grammars: ExpertGrammars | None = None
 
 
@@ -112,7 +116,7 @@ class SwapExtension(CaptureExtension):
             if not is_attention(layer)
         }
         model = self.model_runner.model
-        state.held[expert] = HostWeights(model, own, 0, probe=WeightProbe.of(model))
+        state.held[expert] = HostWeights(model, own, 0, probe=self._coe_probe_of(model))
         state.running = expert
         return ""
 
@@ -195,8 +199,9 @@ class SwapExtension(CaptureExtension):
 
     def _coe_load(self, expert: str, load: PendingLoad, read: Callable[[], Any]) -> None:
         state = self._coe()
-        began_s = time.monotonic()
         try:
+            self._coe_begin_load()
+            began_s = time.monotonic()
             held = read()
             release_freed()
             held.fill_s = time.monotonic() - began_s
@@ -205,6 +210,9 @@ class SwapExtension(CaptureExtension):
             return
         state.held[expert] = held
         del state.loads[expert]
+
+    def _coe_begin_load(self) -> None:
+        """Prepare a load's thread."""
 
     def _coe_read(
         self, _expert: str, second: SecondModel, delta: LoraDelta | None, before: int
@@ -255,7 +263,12 @@ class SwapExtension(CaptureExtension):
         self._coe_start_next_load()
         if (held := state.held.get(expert)) is not None:
             self._coe_record_probe(held)
-            return {"state": "host", "host_bytes": held.host_bytes, "fill_s": held.fill_s}
+            return {
+                "state": "host",
+                "host_bytes": held.host_bytes,
+                "fill_s": held.fill_s,
+                "stall_s": held.stall_s,
+            }
         load = state.loads.get(expert)
         if load is None:
             return {"state": "disk"}
@@ -269,28 +282,43 @@ class SwapExtension(CaptureExtension):
     def _coe_record_probe(self, held: Any) -> None:
         """Record the probe of new weights. Called between two steps of the running model."""
         if held.probe is None:
-            held.probe = WeightProbe.of(held.model)
+            held.probe = self._coe_probe_of(held.model)
+
+    def _coe_probe_of(self, model: torch.nn.Module) -> WeightProbe | None:
+        return WeightProbe.of(model, self.vllm_config.model_config.dtype)
 
     def coe_swap_in(self, expert: str) -> dict[str, Any]:
         """Swap in an expert whose weights are held. The engine must be paused.
 
+        After a failed swap, the same call for the expert that ran before puts all its weights back
+        and checks every probed layer.
+
         Returns:
             `method`, durations, and `ok`, which is false where the weights have changed since they
-            were loaded.
+            were loaded. Where the swap failed, `error` has the reason, and `unchanged` tells
+            whether the model has the weights that it had before.
         """
         state = self._coe()
         began_s = time.perf_counter()
-        held = state.held[expert]
-        method = self._coe_install(held)
-        state.running = expert
-        if state.grammars is not None:
-            state.grammars.run(expert)
-        self._coe_watch_gates(self.model_runner.model)
+        if (held := state.held.get(expert)) is None:
+            error = f"the weights of {expert!r} are not held"
+            return {"ok": False, "error": error, "unchanged": state.intact}
+        repairs = not state.intact
+        state.intact = False
+        try:
+            method = self._coe_install(held, repairs=repairs)
+            state.running = expert
+            if state.grammars is not None:
+                state.grammars.run(expert)
+            self._coe_watch_gates(self.model_runner.model)
+        except Exception as error:
+            return {"ok": False, "error": _first_line(error), "unchanged": False}
+        state.intact = True
         install_s = time.perf_counter() - began_s
         ok = False
         # The old expert is already replaced, so a failed probe is a result and not an error.
         with contextlib.suppress(Exception):
-            ok = self._coe_verify(held)
+            ok = self._coe_verify(held, whole=repairs)
         return {
             "ok": ok,
             "method": method,
@@ -298,8 +326,14 @@ class SwapExtension(CaptureExtension):
             "probe_s": time.perf_counter() - began_s - install_s,
         }
 
-    def _coe_install(self, held: Any) -> str:
-        """Make the engine compute with an expert's weights, and return the method."""
+    def _coe_install(self, held: Any, *, repairs: bool) -> str:
+        """Make the engine compute with an expert's weights, and return the method.
+
+        Args:
+            held: The expert's weights.
+            repairs: Whether the model may have parts of several experts' weights.
+        """
+        del repairs  # a model is replaced as a whole
         old = self._coe().held[self._coe().running]
         if old.steered is not None:
             old.steered.remove()
@@ -312,11 +346,16 @@ class SwapExtension(CaptureExtension):
     def _coe_running_expert(self) -> str:
         return self._coe().running
 
-    def _coe_verify(self, held: Any) -> bool:
-        """Return whether the running weights are unchanged since they were loaded."""
+    def _coe_verify(self, held: Any, *, whole: bool) -> bool:
+        """Return whether the running weights are unchanged since they were loaded.
+
+        Args:
+            held: The expert's weights.
+            whole: Whether to check all layers of the probe instead of the next few.
+        """
         if held.steered is not None and not held.steered.verify():
             return False
-        return held.probe is not None and held.probe.verify()
+        return held.probe is not None and held.probe.verify(whole=whole)
 
     def coe_evict(self, expert: str, for_next: bool = False) -> bool:
         """Forget an expert's weights.
@@ -332,11 +371,14 @@ class SwapExtension(CaptureExtension):
         state = self._coe()
         if expert == state.running or expert not in state.held:
             return False
-        del state.held[expert]
+        self._coe_release(state.held.pop(expert))
         gc.collect()
         if not for_next:
             release_freed()
         return True
+
+    def _coe_release(self, held: Any) -> None:
+        """Free what belongs to evicted weights besides memory that Python frees."""
 
     def coe_memory(self) -> dict[str, int]:
         """Return this process's resident bytes, and the measured bytes of all held experts."""

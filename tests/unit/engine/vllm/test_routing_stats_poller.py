@@ -44,3 +44,19 @@ async def test_poll_loop_after_an_error_continues_and_logs_no_prompt(
         await poller.stop(poll=False)
     assert "RuntimeError" in caplog.text
     assert "a prompt" not in caplog.text
+
+
+async def test_poller_that_is_refused_leaves_the_expert_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[str] = []
+
+    async def ask(method: str, *args: object) -> Any:
+        asked.append(method)
+        return {"refused": "layer 0 is routed inside its kernel"}
+
+    poller = RoutingStatsPoller(ask, cast(Any, Watch()), MoeCapture())
+    await poller.start("a", ["a"])
+    await poller.stop(poll=True)
+    assert asked == ["coe_capture"]
+    assert "nothing is sampled: layer 0 is routed inside its kernel" in caplog.text

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import random
+from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +15,13 @@ import pytest
 
 from service.config import Config
 from service.engine.vllm.worker.gate_access import RoutedLayer
-from service.engine.vllm.worker.gate_capture import GateCapture
+from service.engine.vllm.worker.gate_capture import CaptureExtension, GateCapture
 from service.errors import ConfigError
+
+torch = pytest.importorskip("torch")
+
+from service.engine.vllm.worker import gate_choice_recorder  # noqa: E402
+from tests.support.engine import fake_cuda  # noqa: E402
 
 EXPERTS = 4
 
@@ -147,6 +156,139 @@ def test_gate_capture_detached_model_is_not_sampled() -> None:
     worker.capture.detach()
     worker.step([[0, 1]], [[2, 3]], requests={"cmpl-1": 1})
     assert worker.capture.snapshot() == {}
+
+
+class FirstRunner:
+    """vLLM's first model runner, with what it has of a step."""
+
+    def __init__(self) -> None:
+        from vllm.v1.worker.gpu_input_batch import InputBatch
+
+        # Made without its tables, which take the device.
+        self.input_batch: Any = InputBatch.__new__(InputBatch)
+        self.query_start_loc = SimpleNamespace(np=np.zeros(9, np.int32))
+
+    def schedule(self, requests: dict[str, int]) -> None:
+        self.input_batch._req_ids = list(requests)
+        self.input_batch.req_id_to_index = {name: i for i, name in enumerate(requests)}
+        self.query_start_loc.np[1 : len(requests) + 1] = np.cumsum(list(requests.values()))
+
+    def sample(self) -> None:
+        pass
+
+
+class SecondRunner:
+    """vLLM's second model runner, the default on GPUs, with classes of its own for a step."""
+
+    def __init__(self) -> None:
+        self.execute_model_state: Any = None
+
+    def schedule(self, requests: dict[str, int]) -> None:
+        from vllm.v1.worker.gpu.input_batch import InputBatch
+
+        fields = dict.fromkeys(InputBatch.__dataclass_fields__)
+        starts = np.cumsum([0, *requests.values()]).astype(np.int32)
+        # More rows than requests, as in a batch that is padded for a captured graph.
+        padded = np.concatenate([starts, np.full(3, starts[-1], np.int32)])
+        fields |= {"req_ids": list(requests), "num_reqs": len(requests)}
+        fields |= {"query_start_loc_np": padded, "num_tokens": int(starts[-1])}
+        batch = InputBatch(**fields)
+        self.execute_model_state = _second_state(batch)
+
+    def sample(self) -> None:
+        self.execute_model_state = None
+
+
+def _second_state(batch: Any) -> Any:
+    """`ExecuteModelState`, whose module can't be imported without Triton: by its source."""
+    fields = _fields_in_source("vllm.v1.worker.gpu.model_runner", "ExecuteModelState")
+    made = namedtuple("ExecuteModelState", fields)  # type: ignore[misc]
+    return made(**{**dict.fromkeys(fields), "input_batch": batch})
+
+
+def _fields_in_source(module: str, name: str) -> list[str]:
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    (class_,) = (
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    return [
+        node.target.id
+        for node in class_.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # of vLLM's imports
+@pytest.mark.parametrize("kind", [FirstRunner, SecondRunner])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_gate_capture_reads_the_batch_of_both_model_runners(
+    kind: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = fake_cuda.FakeCuda()
+    monkeypatch.setattr(gate_choice_recorder, "cuda_runtime", lambda: cuda if on_gpu else None)
+    runner = kind()
+    one = CaptureExtension()
+    one.model_runner = runner
+    routers = [Router(), Router()]
+    layers = tuple(RoutedLayer(3 * i, EXPERTS, 2, r) for i, r in enumerate(routers))
+    monkeypatch.setattr(gate_choice_recorder, "routed_layers", lambda _: layers)
+    one._coe_choices = gate_choice_recorder.ChoiceBuffer(torch.nn.Linear(1, 1), 64, 2)
+    assert one.coe_capture("a", 1, 2, 40) == {"layers": [0, 3], "experts": EXPERTS, "top_k": 2}
+
+    def step(requests: dict[str, int], *chosen: Any) -> None:
+        runner.schedule(requests)
+        for router, rows in zip(routers, chosen, strict=True):
+            router.capture_fn(torch.tensor([*rows, [0, 1]], dtype=torch.int32))
+        one._coe_stepped()
+        for copy in cuda.behind:
+            copy.end()
+        runner.sample()
+
+    step({"cmpl-1": 1, "cmpl-2": 1}, [[0, 1], [0, 2]], [[2, 3], [1, 3]])
+    step({"cmpl-canary-7": 1}, [[3, 3]], [[0, 0]])
+    rows, others = [[i % 3, i % 3 + 1] for i in range(33)], [[0, i % 3 + 1] for i in range(33)]
+    step({"cmpl-3": 33}, rows, others)
+    one._coe_stepped()  # nothing was scheduled, as for a model that makes embeddings
+    assert not sum(copy.waited for copy in cuda.behind), "a step waited for the device"
+    counts = one.coe_captured()["a"]
+    assert counts["tokens"] == 2 + 33 + (kind is FirstRunner) * 33
+    *shape, data = counts["stretches"][0]
+    kept = np.frombuffer(data, np.int16).reshape(shape)
+    assert kept.tolist() == [rows, others]
+    assert len(cuda.behind) == (2 + (kind is FirstRunner)) * on_gpu
+
+
+def test_gate_capture_waits_for_the_device_only_for_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = fake_cuda.FakeCuda()
+    monkeypatch.setattr(gate_choice_recorder, "cuda_runtime", lambda: cuda)
+    runner, router = SecondRunner(), Router()
+    layers = (RoutedLayer(0, EXPERTS, 2, router),)
+    monkeypatch.setattr(gate_choice_recorder, "routed_layers", lambda _: layers)
+    buffer = gate_choice_recorder.ChoiceBuffer(torch.nn.Linear(1, 1), 64, 2)
+    capture = GateCapture(
+        runner, lambda: "a", every=1, stretches=1, tokens=40, chance=random.Random(1)
+    )
+    capture.follow(buffer)
+    runner.schedule({"cmpl-1": 1})
+    router.capture_fn(torch.tensor([[1, 2]], dtype=torch.int32))
+    capture.stepped()
+    assert not cuda.behind[0].waited
+    assert load_told(capture.snapshot(), "a") == [[0, 1, 1, 0]]
+    assert cuda.behind[0].waited == 1
+    assert capture.snapshot() == {}
+
+
+def test_gate_capture_of_an_unknown_model_runner_is_refused() -> None:
+    one = CaptureExtension()
+    one.model_runner = SimpleNamespace()
+    assert "does not tell" in one.coe_capture("a", 1, 2, 40)["refused"]
 
 
 def test_config_moe_capture_on_cpu_without_enforce_eager_raises() -> None:

@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import errno
-import time
+import itertools
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-
-class _Attention(torch.nn.Module):  # type: ignore[name-defined,misc]
-    def __init__(self) -> None:
-        super().__init__()
-        self.kv_cache = [torch.zeros(4)]
-        self.register_buffer("scale", torch.ones(1))
+from tests.support.engine import dense_model, fake_cuda  # noqa: E402
+from tests.support.engine.dense_model import Attention, loaded, loads  # noqa: E402
 
 
 def model(seed: int) -> Any:
     """Two layers, the second's weight the first's, and an attention layer."""
     torch.manual_seed(seed)
-    made = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), _Attention())
+    made = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), Attention())
     made[1].weight = made[0].weight
     made.register_buffer("table", torch.randn(3))
     return made
 
 
 def extension(model: Any, folder: Path, rank: int = 0) -> Any:
-    """A worker's part, without a worker around it."""
-    from service.engine.vllm.worker.pinned_weights import PinnedExtension
-
-    made = PinnedExtension()
-    made.rank = rank
-    made.model_runner = SimpleNamespace(model=model)
-    made.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=2))
-    made._coe_watch_gates = lambda _: None
-    made.coe_share("a", str(folder / "key-a"), "token")
-    made.coe_share("b", str(folder / "key-b"), "token")
-    return made
-
-
-def filled(one: Any, expert: str) -> dict[str, Any]:
-    one.coe_load_to_host(expert, "nowhere", None, 1.0)
-    until = time.monotonic() + 30
-    while (result := one.coe_load_result(expert))[
-        "state"
-    ] == "loading" and time.monotonic() < until:
-        time.sleep(0.001)  # a thread of the worker's own: there is no event to await
-    return dict(result)
+    """One of two ranks, which knows where two experts belong."""
+    return dense_model.extension(model, folder, rank, ranks=2, experts="ab")
 
 
 def test_pinned_weights_swap_in_copies_all_but_attention_in_place(tmp_path: Path) -> None:
@@ -62,22 +39,28 @@ def test_pinned_weights_swap_in_copies_all_but_attention_in_place(tmp_path: Path
     assert held.host_bytes == 4 * (16 + 4 + 4 + 3)
     places = {name: tensor.data_ptr() for name, tensor in tensors_of(live).items()}
     check_fits(held.tensors, tensors_of(live))
-    copy_all(held.tensors, tensors_of(live))
+    copy_all(held, tensors_of(live))
     x = torch.randn(2, 4)
     assert torch.equal(live[1](live[0](x)), other[1](other[0](x)))
     assert {name: tensor.data_ptr() for name, tensor in tensors_of(live).items()} == places
 
 
-def test_pinned_weights_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
+def test_pinned_weights_engines_of_a_pool_map_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One engine has made it; another, of the same family, needs no loader."""
     from service.engine.vllm.worker.pinned_weights import tensors_of
 
     first, second = extension(model(1), tmp_path), extension(model(2), tmp_path)
     first.coe_register_initial("a")
-    (path,) = tmp_path.iterdir()
+    assert not list(tmp_path.iterdir()), "an engine that never swaps needs no copy"
+    with monkeypatch.context() as patched:
+        loads(patched, {"b": model(2)})
+        assert loaded(first, "b")["state"] == "host"
+    (path,) = tmp_path.glob("key-a*")
     assert path.name.startswith("key-a-0of2-")
     second.coe_register_initial("b")
-    result = filled(second, "a")
+    result = loaded(second, "a")
     assert (result["state"], result["host_bytes"]) == ("host", 4 * 27)
     assert len(list(tmp_path.iterdir())) == 2
     # The same memory, not a copy of it.
@@ -93,50 +76,42 @@ def test_pinned_weights_engines_of_a_pool_map_one_file(tmp_path: Path) -> None:
     assert second.coe_swap_in("a")["ok"]
     assert second.coe_evict("b")
     assert not second.coe_evict("a")
-    with pytest.raises(KeyError):
-        second.coe_swap_in("b")
+    assert "the weights of 'b' are not held" in second.coe_swap_in("b")["error"]
 
 
 def test_pinned_weights_file_differs_by_rank_and_layout(tmp_path: Path) -> None:
-    extension(model(1), tmp_path).coe_register_initial("a")
-    extension(model(1), tmp_path, rank=1).coe_register_initial("a")
-    extension(model(1).double(), tmp_path).coe_register_initial("a")
-    assert len({path.name for path in tmp_path.iterdir()}) == 3
+    from service.engine.vllm.worker.pinned_weights import describe, tensors_of
+
+    paths = {
+        extension(made, tmp_path, rank)._coe_path("a", describe(tensors_of(made)))
+        for made, rank in ((model(1), 0), (model(1), 1), (model(1).double(), 0))
+    }
+    assert len({path.name for path in paths}) == 3
 
 
-def test_pinned_weights_without_shared_memory_raises(tmp_path: Path) -> None:
+def test_pinned_weights_without_shared_memory_fails_the_load(tmp_path: Path) -> None:
     one = extension(model(1), tmp_path)
-    with pytest.raises(RuntimeError, match="no shared memory was given for the weights of 'c'"):
-        one.coe_register_initial("c")
     one.coe_register_initial("a")
-    assert "no shared memory" in filled(one, "c")["reason"]
+    assert "no shared memory was given for the weights of 'c'" in loaded(one, "c")["reason"]
 
 
 def test_pinned_weights_without_room_fails_the_load_and_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.engine.vllm.worker import pinned_weights
-
     one = extension(model(1), tmp_path)
     one.coe_register_initial("a")
-
-    def brings(expert: str, filling: Any) -> Any:
-        return lambda: one._coe_hold(expert, pinned_weights.tensors_of(model(2)))
-
-    monkeypatch.setattr(
-        pinned_weights.SwapExtension, "_coe_prepare_load", lambda _, *given: brings(*given)
-    )
+    loads(monkeypatch, {"b": model(2)})
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr("service.engine.shared_memory_tensors.os.posix_fallocate", full)
-        result = filled(one, "b")
+        result = loaded(one, "b")
     assert result["state"] == "failed"
     assert "no room for 0.00 GB of weights in shared memory" in result["reason"]
-    assert len(list(tmp_path.iterdir())) == 1
-    assert filled(one, "b")["state"] == "host"
+    assert not list(tmp_path.iterdir())
+    assert loaded(one, "b")["state"] == "host"
     assert one.coe_swap_in("b")["ok"]
 
 
@@ -148,3 +123,197 @@ def test_pinned_weights_mismatched_tensors_are_named() -> None:
         check_fits({**live, "table": torch.zeros(2)}, live)
     with pytest.raises(ValueError, match="more is in one"):
         check_fits({**live, "more": torch.zeros(2)}, live)
+
+
+def test_pinned_weights_every_copy_is_from_one_registered_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA takes no range that spans two registrations."""
+    from service.engine.vllm.worker import host_registration, pinned_weights
+
+    cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
+    live, other = dense_model.dense_model(1, width=80), dense_model.dense_model(2, width=80)
+    copied: list[tuple[int, int]] = []
+
+    class Looked(torch.Tensor):
+        def copy_(self, source: Any, non_blocking: bool = False) -> Any:
+            assert non_blocking
+            assert cuda.in_copies
+            copied.append((source.data_ptr(), source.numel() * source.element_size()))
+            return super().copy_(source)
+
+    one = dense_model.extension(live, tmp_path)
+    one.coe_register_initial("a")
+    loads(monkeypatch, {"b": other})
+    assert loaded(one, "b")["state"] == "host"
+    held = one._coe().held["b"]
+    targets = pinned_weights.tensors_of(live)
+    pinned_weights.copy_all(held, {n: t.as_subclass(Looked) for n, t in targets.items()})
+    assert len(copied) > 3 * 80 * 80 * 4 // fake_cuda.PAGE_BYTES
+    assert all(cuda.has(address, size) for address, size in copied)
+    for name, tensor in pinned_weights.tensors_of(other).items():
+        assert torch.equal(targets[name], tensor)
+
+
+def test_pinned_weights_for_a_transposed_parameter_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.engine.vllm.worker import host_registration, pinned_weights
+
+    fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
+    held = dense_model.extension(model(1), tmp_path)._coe_hold("a", {"w": torch.randn(90, 70)})
+    live = {"w": torch.zeros(70, 90).t()}
+    pinned_weights.copy_all(held, live)
+    assert torch.equal(live["w"], held.tensors["w"])
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 5])
+def test_pinned_weights_refused_registration_fails_the_load_and_gives_all_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    from service.engine.vllm.worker import host_registration
+
+    cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
+    one = dense_model.extension(dense_model.dense_model(1, width=40), tmp_path)
+    one.coe_register_initial("a")
+    loads(monkeypatch, {"b": dense_model.dense_model(2, width=40)})
+    cuda.fails_at = fails_at
+    result = loaded(one, "b")
+    assert result == {
+        "state": "failed",
+        "reason": "RuntimeError: shared memory could not be pinned: CUDA error 2",
+    }
+    # The running expert's, if it was complete, which the next load needs.
+    held = one._coe().held["a"].registration
+    assert set(cuda.registered) == set(held.addresses if held is not None else [])
+    assert loaded(one, "b")["state"] == "host"
+    assert one.coe_swap_in("b")["ok"]
+    assert one.coe_swap_in("a")["ok"]
+
+
+def test_pinned_weights_of_an_evicted_expert_are_given_back_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    one = dense_model.extension(dense_model.dense_model(1), tmp_path)
+    one.coe_register_initial("a")
+    loads(monkeypatch, {"b": dense_model.dense_model(2), "c": dense_model.dense_model(3)})
+    assert loaded(one, "b")["state"] == loaded(one, "c")["state"] == "host"
+    before = set(cuda.registered)
+    assert one.coe_evict("b")
+    _join("unpin")
+    assert len(before) - len(cuda.registered) == 1
+    # What can't be given back is only logged.
+    cuda.unregister_fails = True
+    assert one.coe_evict("c")
+    _join("unpin")
+    assert one.coe_swap_in("a")["ok"]
+
+
+def _join(name: str) -> None:
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join(10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pinned_weights_are_registered_by_a_thread_of_their_own_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """A thread's device is 0, and a call there makes a second context on GPU 0."""
+    cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    one = dense_model.extension(dense_model.dense_model(1), tmp_path, rank, ranks=2)
+    one.coe_register_initial("a")
+    assert not cuda.devices, "nothing is pinned before another expert is loaded"
+    loads(monkeypatch, {"b": dense_model.dense_model(2)})
+    assert loaded(one, "b")["state"] == "host"
+    assert cuda.devices == [rank] * len(cuda.devices)
+    assert len(cuda.devices) >= 2
+
+
+def test_pinned_weights_of_the_first_expert_are_those_it_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are stored late, and come back bit for bit, however often others ran."""
+    from service.engine.vllm.worker.pinned_weights import tensors_of
+
+    live = dense_model.dense_model(1)
+    first = {name: tensor.clone() for name, tensor in tensors_of(live).items()}
+    one = dense_model.extension(live, tmp_path)
+    one.coe_register_initial("a")
+    assert one.coe_memory()["host_bytes"] == 0
+    loads(monkeypatch, {"b": dense_model.dense_model(2), "c": dense_model.dense_model(3)})
+    for name in "bc":
+        assert loaded(one, name)["state"] == "host"
+    assert one._coe().held["a"].host_bytes == one._coe().held["b"].host_bytes
+    for name in itertools.chain("bcabcba"):
+        assert one.coe_swap_in(name)["ok"]
+    for name, tensor in tensors_of(live).items():
+        assert torch.equal(tensor, first[name])
+
+
+class _Quantised:
+    """A kernel that takes activations of the model's dtype only, as those for fp8 do."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def apply(self, layer: Any, rows: Any) -> Any:
+        self.seen.append(rows.dtype)
+        if rows.dtype is not torch.bfloat16:
+            raise TypeError(f"no kernel quantises {rows.dtype}")
+        return rows.float() @ layer.weight.float().T
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint8"])
+def test_pinned_weights_engine_of_quantised_weights_starts(tmp_path: Path, dtype: str) -> None:
+    """Its weights stay, so nothing has to be probed; a probe has the activations' dtype."""
+    from service.engine.vllm.worker.weight_probe import WeightProbe
+
+    made = dense_model.dense_model(1)
+    method = _Quantised()
+    made[0].quant_method = method
+    made[0].scale = torch.nn.Parameter(torch.ones(1))
+    made[0].weight = torch.nn.Parameter(
+        (torch.rand(8, 8) * 3).to(getattr(torch, dtype)), requires_grad=False
+    )
+    one = dense_model.extension(made, tmp_path)
+    one.vllm_config.model_config.dtype = torch.bfloat16
+    assert "has weights of _Quantised" in one.coe_register_initial("a")
+    assert not method.seen
+    assert one.coe_swap_in("a")["ok"]
+    probe = WeightProbe.of(made, torch.bfloat16)
+    assert probe.verify()
+    assert set(method.seen) == {torch.bfloat16}
+    with torch.no_grad():
+        made[0].weight.view(torch.uint8)[0, 0] ^= 1
+    assert not probe.verify(whole=True)
+
+
+def test_pinned_weights_without_a_probe_are_compared_at_each_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dense_model.dense_model(1)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(dense_model.UnquantizedLinearMethod, "apply", refuse)
+    one = dense_model.extension(made, tmp_path)
+    assert one.coe_register_initial("a") == ""
+    loads(monkeypatch, {"b": dense_model.dense_model(2)})
+    assert loaded(one, "b")["state"] == "host"
+    for name in "baba":
+        assert one.coe_swap_in(name)["ok"]
+    copy = one._coe_install
+
+    def spoils(held: Any, *, repairs: bool) -> Any:
+        method = copy(held, repairs=repairs)
+        made[0].weight.data[0, 0] += 1.0
+        return method
+
+    monkeypatch.setattr(one, "_coe_install", spoils)
+    assert not one.coe_swap_in("b")["ok"]

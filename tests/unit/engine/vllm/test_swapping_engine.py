@@ -1,0 +1,323 @@
+"""Swaps that fail, without a GPU: the old expert's weights are whole, or the engine is broken.
+
+The ranks' extensions are the real ones of a GPU, with a CUDA runtime that fails on demand. Between
+them and the engine stands what vLLM's executor does with the answers of several workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import VllmOptions
+from service.engine.engine_interface import EngineRequest
+from service.errors import CoeError, EngineRestartingError
+
+torch = pytest.importorskip("torch")
+
+from service.engine.vllm import swapping_engine  # noqa: E402
+from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights  # noqa: E402
+from service.engine.vllm.worker import pinned_weights  # noqa: E402
+from service.engine.vllm.worker.pinned_weights import tensors_of  # noqa: E402
+from tests.support.engine import dense_model, fake_cuda  # noqa: E402
+
+RANKS = 2
+TENSORS = 4
+NAMES = ("a", "b", "c")
+
+
+class _ReachedVllmError(Exception):
+    """A request has reached vLLM's OpenAI layer."""
+
+
+async def _app(*_: Any) -> None:
+    raise _ReachedVllmError
+
+
+class Executor:
+    """In place of vLLM, with a queue of answers for each rank, as `MultiprocExecutor` has it."""
+
+    def __init__(self, workers: list[Any]) -> None:
+        self.workers = workers
+        self.errored = False
+        self.paused = False
+        self.hangs = self.dies = False
+        self.fails: str | None = None
+        self.rendering = self.generates = None
+        self._answers: list[deque[Any]] = [deque() for _ in workers]
+
+    def _fail(self, call: str) -> None:
+        if self.fails == call:
+            self.fails = None
+            raise RuntimeError(f"told to fail at {call}")
+
+    async def pause(self) -> None:
+        self._fail("pause")
+        self.paused = True
+
+    async def resume(self) -> None:
+        self._fail("resume")
+        self.paused = False
+
+    def use_rendering(self, rendering: Any) -> None:
+        self._fail("rendering")
+
+    async def collective_rpc(self, method: str, *args: object) -> list[Any]:
+        if "coe_swap_in" in args and (self.hangs or self.dies):
+            self.errored = self.dies
+            await asyncio.Event().wait()  # vLLM never completes the call
+        for worker, answers in zip(self.workers, self._answers, strict=True):
+            try:
+                answers.append((True, getattr(worker, method)(*args)))
+            except Exception as error:
+                answers.append((False, error))
+        found = []
+        for answers in self._answers:
+            worked, answer = answers.popleft()
+            if not worked:
+                raise RuntimeError(f"Worker failed with error '{answer}'")
+            found.append(answer)
+        return found
+
+
+class Engine(SwappingVllmEngine):
+    """The engine itself, whose canary is the models' output."""
+
+    canary_fails = False
+
+    async def check_canary(self, expert: str) -> bool:
+        if self.canary_fails:
+            raise ValueError("told to fail")
+        return True
+
+
+class Stage:
+    """An engine of two ranks that holds three experts and runs the first."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+        self.fails_at: set[int] = set()
+        self.drops_at: set[int] = set()
+        self._copies = itertools.count()
+        self._counts = False
+        copy = pinned_weights._copy_pinned
+
+        def counted(source: Any, offset: int, target: Any) -> None:
+            assert self.cuda.has(source.data_ptr(), source.numel() * source.element_size())
+            number = next(self._copies) if self._counts else -1
+            if number in self.fails_at:
+                target.flatten()[: target.numel() // 2].copy_(
+                    source.flatten()[: source.numel() // 2]
+                )
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            if number not in self.drops_at:
+                copy(source, offset, target)
+
+        monkeypatch.setattr(pinned_weights, "_copy_pinned", counted)
+        self.models = [
+            {name: dense_model.dense_model(10 * rank + i) for i, name in enumerate(NAMES)}
+            for rank in range(RANKS)
+        ]
+        self.workers = [
+            dense_model.extension(dense_model.dense_model(10 * rank), folder, rank, RANKS)
+            for rank in range(RANKS)
+        ]
+
+        def prepare(worker: Any, expert: str, load: Any) -> Any:
+            return lambda: worker._coe_hold(expert, tensors_of(self.models[worker.rank][expert]))
+
+        monkeypatch.setattr(pinned_weights.SwapExtension, "_coe_prepare_load", prepare)
+        weights = {name: Weights("/none") for name in NAMES}
+        self.engine = Engine(
+            "a", weights, VllmOptions(), on_cpu=False, canary_interval=1, canaries={}
+        )
+        self.executor = Executor(self.workers)
+        self.engine._handle = self.executor  # type: ignore[assignment]
+        self.engine._running = "a"
+        for name in NAMES:
+            self.engine._frontends[name] = swapping_engine._Frontend(
+                _app,  # type: ignore[arg-type]
+                weights[name],
+                "",
+                None,  # type: ignore[arg-type]
+            )
+
+    async def hold(self) -> None:
+        """Make all experts held, as a slot would."""
+        await self.engine.worker_rpc("coe_register_initial", "a")
+        for name in NAMES[1:]:
+            for worker in self.workers:
+                assert dense_model.loaded(worker, name)["state"] == "host"
+        self._counts = True
+
+    def runs(self, expert: str) -> bool:
+        """Whether every value of all ranks' models is this expert's."""
+        return all(
+            torch.equal(live, tensors_of(models[expert])[name])
+            for models, worker in zip(self.models, self.workers, strict=True)
+            for name, live in tensors_of(worker.model_runner.model).items()
+        )
+
+    async def answers(self) -> set[str]:
+        """The experts whose requests the engine would let through to vLLM."""
+        found = set()
+        for name in NAMES:
+            request = EngineRequest("/v1/completions", name, b"{}", "r")
+            try:
+                await self.engine.run(request, None)  # type: ignore[arg-type]
+            except EngineRestartingError:
+                continue
+            except _ReachedVllmError:
+                found.add(name)
+        return found
+
+    async def check(self, believed: str) -> None:
+        """A healthy engine answers for one expert, and with this expert's weights.
+
+        Args:
+            believed: The expert that a slot takes for the running one.
+        """
+        answering = await self.answers()
+        if self.engine.failure() is not None:
+            assert not answering
+            return
+        assert not self.executor.paused
+        assert answering <= {believed}
+        for name in answering:
+            assert self.runs(name)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    monkeypatch.setattr(swapping_engine, "_SWAP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(swapping_engine, "_CHECK_ALIVE_S", 0.01)
+    return Stage(tmp_path, monkeypatch)
+
+
+Fault = Callable[[Stage], object]
+
+
+def _copy(*numbers: int) -> Fault:
+    return lambda stage: stage.fails_at.update(numbers)
+
+
+def _set(**what: Any) -> Fault:
+    def act(stage: Stage) -> None:
+        for name, value in what.items():
+            for owner in (stage.executor, stage.cuda, stage.engine):
+                if hasattr(owner, name):
+                    setattr(owner, name, value)
+
+    return act
+
+
+COPIES = RANKS * TENSORS
+# By what fails, whether the old expert goes on.
+FAULTS: dict[str, tuple[Fault, bool]] = {
+    **{f"copy {n}": (_copy(n), True) for n in range(COPIES)},
+    # The copies back fail, too, on either rank: they come after those of both ranks.
+    **{
+        f"copy {n} and {m} back": (_copy(n, *range(m, m + 2 * COPIES)), False)
+        for n in (1, TENSORS + 1)
+        for m in (COPIES, COPIES + 3, COPIES + TENSORS)
+    },
+    "the end of the copies": (_set(copies_fail=1), True),
+    "the end of all copies": (_set(copies_fail=99), False),
+    "the core's life": (_set(dies=True), False),
+    "the driver": (_set(hangs=True), False),
+    "the pause": (_set(fails="pause"), False),
+    "the resume": (_set(fails="resume"), False),
+    "the tokenizer's change": (_set(fails="rendering"), False),
+    "the canary": (_set(canary_fails=True), False),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+async def test_swap_that_fails_leaves_the_old_expert_or_a_broken_engine(
+    stage: Stage, what: str
+) -> None:
+    await stage.hold()
+    fault, goes_on = FAULTS[what]
+    fault(stage)
+    with pytest.raises((CoeError, ValueError)):
+        await stage.engine.swap_in("b")
+    assert (stage.engine.failure() is None) == goes_on
+    await stage.check("a")
+    if goes_on:
+        assert await stage.answers() == {"a"}
+        stage.fails_at.clear()
+        for name in ("b", "c", "a"):
+            assert (await stage.engine.swap_in(name)).ok
+            assert await stage.answers() == {name}
+            await stage.check(name)
+
+
+@pytest.mark.parametrize("number", range(COPIES))
+async def test_swap_whose_copy_is_lost_is_not_answered_from(stage: Stage, number: int) -> None:
+    """No error tells of it: the comparison with the source does."""
+    await stage.hold()
+    stage.drops_at.add(number)
+    assert not (await stage.engine.swap_in("b")).ok
+    assert await stage.answers() == set()
+    # As a slot does that goes back to the base.
+    assert (await stage.engine.swap_in("a")).ok
+    await stage.check("a")
+
+
+async def test_swap_that_is_cancelled_breaks_the_engine(stage: Stage) -> None:
+    await stage.hold()
+    stage.executor.hangs = True
+    swap = asyncio.create_task(stage.engine.swap_in("b"))
+    await asyncio.sleep(0.01)
+    swap.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await swap
+    assert stage.engine.failure() == "a swap was left half done"
+    await stage.check("a")
+
+
+async def test_swap_to_weights_that_are_not_held_changes_nothing(stage: Stage) -> None:
+    await stage.hold()
+    await stage.engine.worker_rpc("coe_evict", "b", False)
+    with pytest.raises(CoeError, match="the weights of 'b' are not held"):
+        await stage.engine.swap_in("b")
+    assert next(stage._copies) == 0
+    await stage.check("a")
+    # On one rank only, the other rank has already swapped.
+    stage.workers[0]._coe().held["b"] = stage.workers[0]._coe().held["c"]
+    with pytest.raises(CoeError, match="the weights of 'b' are not held"):
+        await stage.engine.swap_in("b")
+    assert await stage.answers() == {"a"}
+    await stage.check("a")
+
+
+async def test_worker_rpc_failure_of_one_rank_leaves_no_answer_behind(stage: Stage) -> None:
+    """Else vLLM takes the other rank's late answer for the answer to its next call."""
+    await stage.hold()
+    with pytest.raises(
+        CoeError, match="coe_steer failed: ValueError: the weights of 'x' are not held"
+    ):
+        await stage.engine.worker_rpc("coe_steer", "v", {"base": "x"})
+    assert not any(stage.executor._answers)
+    assert (await stage.engine.worker_rpc("coe_load_result", "b"))["state"] == "host"
+
+
+def test_poll_of_a_load_is_rare_on_a_gpu() -> None:
+    made = [
+        Engine(
+            "a",
+            {"a": Weights("/none")},
+            VllmOptions(),
+            on_cpu=on_cpu,
+            canary_interval=1,
+            canaries={},
+        )
+        for on_cpu in (True, False)
+    ]
+    assert [engine._poll_s for engine in made] == [0.01, 0.1]
