@@ -22,6 +22,30 @@ from service.engine.engine_interface import (
 )
 from service.errors import CoeError, EngineDeadError, ExpertFailedError
 
+# torch reads the first of these that is set.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# The size up to which blocks of pinned memory are rounded. vLLM's own pool has blocks of 2 MB.
+_ROUNDING, _ROUNDED_MB = "pinned_max_round_threshold_mb", 2
+
+
+def exact_pinned_blocks(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return a variable for an engine that sleeps, so that its weights take their own size.
+
+    torch rounds a block of pinned memory up to a power of two, and keeps it. At level 1 a sleeping
+    engine's weights would take up to twice their size, for as long as it lives.
+
+    Args:
+        environment: The environment of the engine.
+
+    Returns:
+        The name and the value of the variable with torch's settings of allocators.
+    """
+    name = next((name for name in _ALLOCATOR_VARIABLES if name in environment), "")
+    settings = [environment[name]] if name and environment[name] else []
+    if not any(_ROUNDING in setting for setting in settings):
+        settings.append(f"{_ROUNDING}:{_ROUNDED_MB}")
+    return name or _ALLOCATOR_VARIABLES[0], ",".join(settings)
+
 
 class Sleeper(Engine, Protocol):
     """An engine that can sleep."""

@@ -30,6 +30,7 @@ from service.engine.engine_interface import Message, Send
 from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
 from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets
+from service.engine.sleep_mode import exact_pinned_blocks
 from service.errors import InvalidRequestError, OverCapacityError
 
 if TYPE_CHECKING:
@@ -254,12 +255,16 @@ class VllmHandle:
 
         args = _frontend_args(settings)
 
+        name, value = exact_pinned_blocks(os.environ)
+        allocator = name, value if settings.sleep else None
+
         def build() -> AsyncLLM:
             engine_args = AsyncEngineArgs.from_cli_args(args)
             context = UsageContext.OPENAI_API_SERVER
             with (
                 without_secrets(secrets),
                 scoped_env(TUNED_CONFIG_FOLDER, settings.options.tuned_config_folder),
+                scoped_env(*allocator),
             ):
                 return _checked_llm_class(grammars).from_vllm_config(
                     vllm_config=engine_args.create_engine_config(usage_context=context),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from service.config import SimulatedOptions
 from service.engine.engine_interface import EngineReport, EngineRequest, Message
 from service.engine.simulated_engine import SimulatedEngine
-from service.engine.sleep_mode import SleepingEngines
+from service.engine.sleep_mode import SleepingEngines, exact_pinned_blocks
 from service.errors import EngineDeadError, ExpertFailedError
 
 UNITS = {"a": ("a", "a-tuned"), "b": ("b",), "c": ("c",)}
@@ -160,3 +161,38 @@ async def test_sleep_mode_slots_with_one_turn_exchange_engines_one_at_a_time() -
     await asyncio.gather(*(slot.start() for slot in slots))
     await asyncio.gather(*(slot.swap_in("c") for slot in slots))
     assert most == 1
+
+
+_EXACT = "pinned_max_round_threshold_mb:2"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ("PYTORCH_ALLOC_CONF", _EXACT)),
+        ({"PYTORCH_ALLOC_CONF": ""}, ("PYTORCH_ALLOC_CONF", _EXACT)),
+        (
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+            ("PYTORCH_ALLOC_CONF", f"max_split_size_mb:64,{_EXACT}"),
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            ("PYTORCH_CUDA_ALLOC_CONF", f"max_split_size_mb:64,{_EXACT}"),
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "pinned_max_round_threshold_mb:16"},
+            ("PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:16"),
+        ),
+    ],
+)
+def test_exact_pinned_blocks_keep_the_operators_settings(
+    environment: dict[str, str], expected: tuple[str, str]
+) -> None:
+    assert exact_pinned_blocks(environment) == expected
+
+
+def test_exact_pinned_blocks_are_a_setting_that_the_installed_torch_has() -> None:
+    torch = pytest.importorskip("torch")
+    header = Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h"
+    setting = exact_pinned_blocks({})[1].partition(":")[0]
+    assert setting.removesuffix("_mb") in header.read_text()

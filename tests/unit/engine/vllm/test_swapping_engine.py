@@ -11,8 +11,10 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
 
 from service.config import VllmOptions
@@ -195,7 +197,7 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    monkeypatch.setattr(swapping_engine, "_SWAP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(swapping_engine, "_SWAP_TIMEOUT_S", 2.0)
     monkeypatch.setattr(swapping_engine, "_CHECK_ALIVE_S", 0.01)
     return Stage(tmp_path, monkeypatch)
 
@@ -321,3 +323,86 @@ def test_poll_of_a_load_is_rare_on_a_gpu() -> None:
         for on_cpu in (True, False)
     ]
     assert [engine._poll_s for engine in made] == [0.01, 0.1]
+
+
+_TIE = -0.70
+
+
+@pytest.mark.parametrize(
+    ("tokens", "values", "same_engine", "other_engine"),
+    [
+        ([1, 2, 3], [-0.5, _TIE, -2.0], True, True),
+        # Other sums of bfloat16.
+        ([1, 2, 3], [-0.52, _TIE, -1.97], False, True),
+        ([1, 2, 3], [-0.56, _TIE, -2.0], False, False),
+        # Two tokens of nearly equal odds change places, and other tokens follow.
+        ([1, 9, 4], [-0.5, _TIE - 0.01, -0.1], False, True),
+        # A token that was surer than its rivals can't.
+        ([9, 2, 3], [-0.5, _TIE, -2.0], False, False),
+        ([1, 9, 4], [-0.5, _TIE - 0.2, -0.1], False, False),
+    ],
+)
+def test_canary_is_strict_within_an_engine_and_allows_for_other_kernels(
+    tokens: list[int], values: list[float], same_engine: bool, other_engine: bool
+) -> None:
+    recorded = [1, 2, 3], [-0.5, _TIE, -2.0]
+    agree = swapping_engine.answers_agree
+    assert agree(recorded, (tokens, values)) == same_engine
+    assert agree(recorded, (tokens, values), other_engine=True) == other_engine
+
+
+@pytest.mark.parametrize(
+    ("vector", "same_engine", "other_engine"),
+    [([3.0, 4.0], True, True), ([3.02, 4.0], False, True), ([3.3, 4.0], False, False)],
+)
+def test_canary_of_an_embedding_is_relative_to_its_length(
+    vector: list[float], same_engine: bool, other_engine: bool
+) -> None:
+    agree = swapping_engine.answers_agree
+    recorded: tuple[list[int], list[float]] = [], [3.0, 4.0]
+    assert agree(recorded, ([], vector)) == same_engine
+    assert agree(recorded, ([], vector), other_engine=True) == other_engine
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+async def test_canary_is_retaken_by_each_engine_on_a_gpu(on_cpu: bool) -> None:
+    """Kernels that are chosen by timing differ from start to start, not from swap to swap."""
+    canaries: dict[str, Any] = {}
+
+    def engine(value: float) -> Any:
+        made = SwappingVllmEngine(
+            "a",
+            {"a": Weights("/none")},
+            VllmOptions(),
+            on_cpu=on_cpu,
+            canary_interval=1,
+            canaries=canaries,
+        )
+        made._handle = SimpleNamespace(  # type: ignore[assignment]
+            generates=True, max_model_len=64, vocab_size=256, errored=False
+        )
+        said = SimpleNamespace(value=value)
+
+        async def app(_: Any, __: Any, send: Any) -> None:
+            choice = {"token_ids": [1], "logprobs": {"token_logprobs": [said.value]}}
+            body = orjson.dumps({"choices": [choice]})
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body})
+
+        made._frontends["a"] = swapping_engine._Frontend(
+            app,  # type: ignore[arg-type]
+            Weights("/none"),
+            "",
+            None,  # type: ignore[arg-type]
+        )
+        return made, said
+
+    first, _ = engine(-0.50)
+    assert await first.check_canary("a")
+    second, said = engine(-0.52)
+    assert await second.check_canary("a") == (not on_cpu)
+    assert await second.check_canary("a") == (not on_cpu)
+    said.value = -0.50
+    assert await second.check_canary("a") == on_cpu, "within an engine nothing may change"
+    assert orjson.loads(canaries["a"].answer)[1] == [-0.50]
+    assert not await engine(-0.60)[0].check_canary("a")
