@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MIB = 1024**2
+_MEMORY_QUERY = "index,uuid,name,memory.total,memory.used,memory.free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,17 +17,47 @@ class Gpu:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """The memory of one GPU, as its driver counts it for all processes together.
+
+    Attributes:
+        index: Its number in nvidia-smi's list.
+        uuid: Its lasting id.
+        name: Its product name.
+        total_bytes: The whole memory.
+        used_bytes: What processes hold.
+        free_bytes: What a new process could take. The driver keeps some of the rest.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+
+
 def gpus() -> tuple[Gpu, ...]:
     """Return the GPUs that nvidia-smi lists; none without nvidia-smi."""
+    return read_gpus(_query("name,memory.total"))
+
+
+def gpu_memory() -> tuple[GpuMemory, ...]:
+    """Return the memory of every GPU that nvidia-smi lists; none without nvidia-smi."""
+    return read_gpu_memory(_query(_MEMORY_QUERY))
+
+
+def _query(fields: str) -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ()
-    command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        return ""
+    command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return read_gpus(result.stdout)
+        return ""
+    return result.stdout
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
@@ -36,6 +68,44 @@ def read_gpus(text: str) -> tuple[Gpu, ...]:
         if comma and memory.strip().isdigit():
             found.append(Gpu(name.strip(), int(memory) * _MIB))
     return tuple(found)
+
+
+def read_gpu_memory(text: str) -> tuple[GpuMemory, ...]:
+    """Parse lines of index, uuid, name, and MiB in total, used and free. Others are left out."""
+    found = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        index, uuid, *name = parts[:-3] if len(parts) > 5 else ("", "")
+        sizes = parts[-3:]
+        if index.isdigit() and all(size.isdigit() for size in sizes):
+            total, used, free = (int(size) * _MIB for size in sizes)
+            found.append(GpuMemory(int(index), uuid, ",".join(name), total, used, free))
+    return tuple(found)
+
+
+def visible_gpus(found: tuple[GpuMemory, ...], environ: Mapping[str, str]) -> tuple[GpuMemory, ...]:
+    """Return the GPUs that CUDA shows to a process, in CUDA's order.
+
+    Args:
+        found: All GPUs of the machine.
+        environ: The process's environment. `CUDA_VISIBLE_DEVICES` names indices or (prefixes of)
+            ids; without it, all are visible. CUDA ignores what follows an unknown name.
+    """
+    given = environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return found
+    visible = []
+    for name in filter(None, (part.strip() for part in given.split(","))):
+        match = [
+            gpu
+            for gpu in found
+            if (name.isdigit() and gpu.index == int(name))
+            or (not name.isdigit() and gpu.uuid.startswith(name))
+        ]
+        if len(match) != 1 or match[0] in visible:
+            break
+        visible.append(match[0])
+    return tuple(visible)
 
 
 def largest_gpu_bytes() -> int | None:

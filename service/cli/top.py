@@ -62,6 +62,21 @@ def rows_of(hello: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, ...
     return rows
 
 
+def gpu_lines(state: dict[str, Any]) -> list[str]:
+    """Return a line for each GPU. Pools that share one both count it; their shares add up."""
+    found: dict[str, dict[str, Any]] = {}
+    for pool in state["pools"]:
+        for gpu in pool.get("gpus", ()):
+            before = found.get(gpu["uuid"], {}).get("reserved_bytes", 0)
+            found[gpu["uuid"]] = {**gpu, "reserved_bytes": gpu["reserved_bytes"] + before}
+    return [
+        f"GPU {gpu['index']}, {gpu['name']}: {size(gpu['used_bytes'])} used of "
+        f"{size(gpu['total_bytes'])}, {size(gpu['reserved_bytes'])} reserved, "
+        f"{size(gpu['free_bytes'])} free"
+        for gpu in sorted(found.values(), key=lambda gpu: gpu["index"])
+    ]
+
+
 _TIERS = ("device", "host", "loading", "draining", "disk", "failed")
 _EXPERTS = ("expert", "kind", "tier", "bytes", "running", "waiting", "tokens/s", "last swap")
 
@@ -102,6 +117,7 @@ def make_app(url: str) -> Any:
         TITLE = "coe top"
         CSS = """
         #head { padding: 0 1; height: 1; color: $text; background: $primary; }
+        #gpus { padding: 0 1; height: auto; color: $text-muted; }
         #message { padding: 0 1; height: 1; color: $text-muted; }
         #experts { height: auto; max-height: 60%; }
         """
@@ -121,6 +137,7 @@ def make_app(url: str) -> Any:
             """Build the figures, the experts, the message line and the routes."""
             yield Static(f"{url}: connecting", id="head", markup=False)
             with Vertical():
+                yield Static("", id="gpus", markup=False)
                 yield DataTable(id="experts", cursor_type="row", zebra_stripes=True)
                 yield Static("", id="message", markup=False)
                 yield DataTable(id="routes", cursor_type="none")
@@ -175,6 +192,10 @@ def make_app(url: str) -> Any:
                 f"   first byte {totals['first_ms']:.0f} ms   "
                 f"{len([pool for pool in state['pools'] if pool['boot']])} pools"
             )
+            gpus = self.query_one("#gpus", Static)
+            lines = gpu_lines(state)
+            gpus.display = bool(lines)
+            gpus.update("\n".join(lines))
             table = self.query_one("#experts", DataTable)
             cursor = table.cursor_row
             table.clear()

@@ -100,6 +100,8 @@ class EngineFactory:
         self._cache: SharedWeightCache | None = None
         # By dedicated unit, the index of its slot among the groups of GPUs.
         self._gpu_index: dict[str, int] = {}
+        # By slot, the GPUs of its engine and the share of each.
+        self._gpu_shares: dict[int, GpuShare] = {}
         # Engines that share a GPU change their memory one at a time.
         self._gpu_turn = asyncio.Lock()
         remove_dead_folders()
@@ -222,6 +224,19 @@ class EngineFactory:
             self._gpu_index[unit] = next(i for i in range(len(taken) + 1) if i not in taken)
         return self._gpu_index[unit]
 
+    def reserved_gpu_shares(self) -> dict[int, float]:
+        """Return the sum of the engines' shares of each GPU, by its index in the replica.
+
+        Engines that were made count, whether they have started or not. Of those that take turns in
+        a slot by sleeping, one is awake.
+        """
+        sums: dict[int, float] = {}
+        for slot, share in self._gpu_shares.items():
+            if slot < slots_of(self._config, self._kind):
+                for gpu in share.device_ids:
+                    sums[gpu] = sums.get(gpu, 0.0) + share.utilization
+        return sums
+
     def _gpu_share(self, unit: tuple[str, ...], slot: int) -> GpuShare | None:
         """Compute the part of the replica's GPUs that an engine takes. It may run nvidia-smi.
 
@@ -262,8 +277,9 @@ class EngineFactory:
                 sleepers_of(config, self._kind),
                 gpu_memory(settings, largest_gpu_bytes()),
             )
-        devices = groups[slot % len(groups)] if len(groups) > 1 else ()
-        return GpuShare(float(given), devices)
+        devices = groups[slot % len(groups)]
+        self._gpu_shares[slot] = GpuShare(float(given), devices)
+        return GpuShare(float(given), devices if len(groups) > 1 else ())
 
     def _make_vllm(self, base: str, adapters: tuple[str, ...], slot: int) -> SwappingEngine:
         # The import takes seconds, and only a pool with real engines needs it.

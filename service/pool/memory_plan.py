@@ -51,7 +51,7 @@ class EnginePlan:
         adapters: The other experts of the engine.
         weight_bytes: Bytes of the weights.
         adapter_bytes: Bytes of the adapters.
-        kv_bytes: Bytes of the KV cache; 0 where vLLM decides.
+        kv_bytes: Bytes of the KV caches of all workers; 0 where vLLM decides.
         kv_tokens: Tokens that the KV cache holds; 0 where vLLM decides.
         overhead_bytes: Bytes of the engine's process without a model.
         draft_bytes: Bytes of the model that drafts tokens.
@@ -479,14 +479,25 @@ def _check_kv_cache(base: str, pool: PoolConfig, info: ModelInfo) -> None:
     kv_bytes = pool.vllm.kv_cache_bytes or 0
     element = kv_element_bytes(pool, _element_bytes(info, pool.vllm.dtype))
     context = pool.vllm.max_model_len or info.max_context_tokens
-    least = info.least_kv_bytes(context, element)
+    parts = _kv_parts(pool, info)
+    least = math.ceil(info.least_kv_bytes(context, element) / parts)
     if kv_bytes and kv_bytes < least:
-        fits = _longest(info, kv_bytes, element, context)
+        fits = _longest(info, kv_bytes * parts, element, context)
         raise ConfigError(
             f"pools: vllm.kv_cache_bytes holds {fits} tokens of {base!r}, fewer than one "
             f"request of max_model_len {context} may need; give it at least "
             f"{least} bytes, or set vllm.max_model_len to at most {fits}"
         )
+
+
+def _kv_parts(pool: PoolConfig, info: ModelInfo) -> int:
+    """Return the number of workers among which the keys and values of one token are divided.
+
+    `vllm.kv_cache_bytes` is that of one worker. Tensor parallel workers divide the heads, and have
+    copies where there are fewer heads than workers; pipeline parallel ones divide the layers.
+    """
+    workers = pool.vllm.tensor_parallel_size
+    return min(workers, info.kv_heads) * pool.vllm.parallel("pipeline_parallel_size")
 
 
 def _plan_unit(
@@ -512,7 +523,7 @@ def _plan_unit(
     infos = [inspect(name) for name in adapters]
     parameters = sum(info.parameters for info in infos if isinstance(info, AdapterInfo))
     ranks = pool.vllm.parallel("data_parallel_size")  # each has its own weights and KV cache
-    kv_bytes = (pool.vllm.kv_cache_bytes or 0) * ranks
+    kv_bytes = (pool.vllm.kv_cache_bytes or 0) * pool.vllm.engine_gpus
     offloaded = offloaded_bytes(pool, weights * ranks)
     plan = EnginePlan(
         base=base,
@@ -533,7 +544,9 @@ def _plan_unit(
             )
         kv_bytes = share - plan.total_bytes
     per_token = info.kv_bytes_per_token(kv_element_bytes(pool, element))
-    return replace(plan, kv_bytes=kv_bytes, kv_tokens=kv_bytes // per_token)
+    # Each data parallel rank holds tokens of its own.
+    tokens = kv_bytes * _kv_parts(pool, info) * ranks // (pool.vllm.engine_gpus * per_token)
+    return replace(plan, kv_bytes=kv_bytes, kv_tokens=tokens)
 
 
 def _longest(info: ModelInfo, kv_bytes: int, element: int, context: int) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 from service.config import Config
 from service.errors import CoeError
+from service.gpu_devices import gpu_memory, visible_gpus
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
 from service.moe.virtual_expert_profiles import profile_bytes
+from service.pool.gpu_memory_monitor import GpuMemoryMonitor, GpuState
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.rpc.server import PoolApp
@@ -37,6 +40,10 @@ class PoolProcess:
         self.pool_metrics.follow(self.pool)
         self._config = config
         self._weights: dict[str, int] = {}
+        self._gpu_monitor = GpuMemoryMonitor(
+            lambda: visible_gpus(gpu_memory(), os.environ),
+            lambda: self._builder.engines.reserved_gpu_shares(),
+        )
         self.app = PoolApp(self.pool, self, secret, config.server.max_body_bytes)
         self._node = node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
 
@@ -90,8 +97,24 @@ class PoolProcess:
             return None
         return self._weights[expert]
 
+    async def gpus(self) -> list[dict[str, Any]]:
+        return [state.to_wire() for state in await self._gpu_states()]
+
+    async def _gpu_states(self) -> tuple[GpuState, ...]:
+        on_gpu = self._config.pools[self.pool.kind].gpus > 0
+        return await self._gpu_monitor.states() if on_gpu else ()
+
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
         return await self.pool_metrics.routing_stats(self.pool.held_name(expert))
 
     async def metrics(self) -> str:
+        for state in await self._gpu_states():
+            memory = state.memory
+            self.pool_metrics.set_gpu_memory(
+                str(memory.index),
+                total=memory.total_bytes,
+                used=memory.used_bytes,
+                free=memory.free_bytes,
+                reserved=state.reserved_bytes,
+            )
         return await self.pool_metrics.text({"pool": f"{self.pool.kind}-{self.pool.boot}"})

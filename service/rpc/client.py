@@ -176,6 +176,15 @@ class PoolLink:
         details: dict[str, Any] = orjson.loads(await self._get("/experts"))
         return details
 
+    async def gpus(self) -> list[dict[str, Any]]:
+        """Fetch the memory of the pool's GPUs: total, used, free and reserved bytes.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        found: list[dict[str, Any]] = orjson.loads(await self._get("/gpus"))
+        return found
+
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
         """Load, evict, pin or unpin an expert.
 

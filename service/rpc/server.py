@@ -71,6 +71,9 @@ class PoolReports(Protocol):
     def experts(self) -> dict[str, Any]:
         """Details of each expert's residency, as JSON."""
 
+    async def gpus(self) -> list[dict[str, Any]]:
+        """Memory of the replica's GPUs, as JSON: total, used, free and reserved bytes."""
+
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
         """Return the statistics of the gates of a mixture of experts.
 
@@ -103,6 +106,7 @@ class PoolApp:
             ("GET", "snapshots"): self._stream_snapshots,
             ("GET", "metrics"): self._send_metrics,
             ("GET", "experts"): self._send_experts,
+            ("GET", "gpus"): self._send_gpus,
             ("GET", "used"): self._send_used,
             ("GET", "moe-statistics"): self._send_moe_statistics,
             ("POST", "demand"): self._record_demand,
@@ -160,6 +164,9 @@ class PoolApp:
 
     async def _send_experts(self, _: str, _receive: Receive, reply: _Reply) -> None:
         await reply.json(self._reports.experts())
+
+    async def _send_gpus(self, _: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(await self._reports.gpus())
 
     async def _send_used(self, request_id: str, _receive: Receive, reply: _Reply) -> None:
         await reply.json(await self._pool.used(request_id))

@@ -245,6 +245,13 @@ SWAP_METHOD = gauge(
     "Always 1: the method of the pool's swaps, and what its choice is founded on. No sample where "
     "nothing is swapped.",
 )
+GPU_MEMORY = gauge(
+    "coe_gpu_memory_bytes",
+    Side.POOL,
+    ("gpu", "state"),
+    "Memory of the pool's GPUs, read at most every five seconds: total, used and free as the "
+    "driver counts them for all processes, and reserved by this pool's engines. Nothing on CPUs.",
+)
 CANARY_FAILURES = counter(
     "coe_canary_failures_total",
     Side.POOL,
@@ -474,6 +481,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         EXPERT_STATE,
         EXPERT_WEIGHT_BYTES,
         SWAPS,
+        GPU_MEMORY,
         SWAP_METHOD,
         CANARY_FAILURES,
     ),

@@ -78,6 +78,11 @@ class PoolMetrics:
         """Read this pool's state whenever metrics are read."""
         self.registry.on_read(lambda: self._read(pool))
 
+    def set_gpu_memory(self, gpu: str, **sizes: int) -> None:
+        """Set the bytes of one GPU's memory, by state."""
+        for state, size in sizes.items():
+            self.registry.put(metric_declarations.GPU_MEMORY, size, gpu, state)
+
     def _read(self, pool: PoolStats) -> None:
         put, now = self.registry.put, pool.snapshot()
         # Drop the experts that a config change has removed.

@@ -12,6 +12,7 @@ import pytest
 
 from service.config import Config
 from service.gateway.console import event_stream as feeds
+from service.gpu_devices import GpuMemory
 from tests.support.in_process_service import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 
 TWO = simulated(
@@ -84,6 +85,32 @@ async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
         ]
         assert state["totals"]["requests"] == 1
         assert "private" not in json.dumps([route, state])
+
+
+async def test_events_and_metrics_have_the_memory_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = GpuMemory(4, "GPU-4", "H200", 140 << 30, 60 << 30, 79 << 30)
+    monkeypatch.setattr("service.pool.pool_process.gpu_memory", lambda: (memory,))
+    given = TWO.model_dump(mode="json", exclude_defaults=True)
+    given["pools"]["cpu"]["gpus"] = 1
+    async with (
+        run_gateway(Config.model_validate(given)) as s,
+        s.get("/console/events") as reply,
+    ):
+        received = events(reply)
+        state = (await first(received, "hello"))["state"]
+        while not state["pools"][0]["gpus"]:
+            state = await first(received, "state")
+        (gpu,) = state["pools"][0]["gpus"]
+        assert (gpu["index"], gpu["used_bytes"]) == (4, 60 << 30)
+        text = await s.pools["cpu"].process.metrics()
+        for kind, size in {"total": 140, "used": 60, "free": 79, "reserved": 0}.items():
+            (line,) = [
+                line
+                for line in text.splitlines()
+                if line.startswith("coe_gpu_memory_bytes{") and f'state="{kind}"' in line
+            ]
+            assert 'gpu="4"' in line
+            assert float(line.split()[-1]) == size << 30
 
 
 async def test_request_history_has_failed_and_no_malformed_requests() -> None:

@@ -16,6 +16,7 @@ from service.classifier.static_embedding_table import built_in_table
 from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.engine.engine_interface import RoutingSample
+from service.telemetry import metric_declarations
 from tests.integration.test_recipes import Cast
 from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
 from tests.support.polling import until
@@ -97,9 +98,17 @@ def routers_choose(s: RunningGateway) -> None:
     s.pools["cpu"].process.pool_metrics.on_routing_sample(sample)
 
 
+def a_gpu_is_counted(s: RunningGateway) -> None:
+    """As in a pool on GPUs whose engine swaps by sleeping."""
+    metrics = s.pools["cpu"].process.pool_metrics
+    metrics.set_gpu_memory("0", total=24 << 30, used=20 << 30, free=3 << 30, reserved=19 << 30)
+    metrics.registry.put(metric_declarations.SWAP_METHOD, 1, "sleep", "record")
+
+
 async def round_of_traffic(s: RunningGateway) -> None:
     """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
     routers_choose(s)
+    a_gpu_is_counted(s)
     for model in ("general", "math", "auto", "auto/math"):
         for stream in (True, False):
             async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:

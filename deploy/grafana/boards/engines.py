@@ -37,7 +37,7 @@ ENGINES = Board(
                     (
                         Query(
                             rate("coe_tokens_total", "expert, type", EXPERT),
-                            "{{expert}} {{kind}}",
+                            "{{expert}} {{type}}",
                         ),
                     ),
                     "short",

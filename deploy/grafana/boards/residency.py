@@ -45,6 +45,40 @@ RESIDENCY = Board(
             ),
         ),
         (
+            "GPUs",
+            (
+                Chart(
+                    "Memory of the GPUs",
+                    (
+                        Query(
+                            "max by (instance, gpu, state) "
+                            '(coe_gpu_memory_bytes{state!="reserved"})',
+                            "GPU {{gpu}} {{state}}",
+                        ),
+                        Query(
+                            'sum by (instance, gpu) (coe_gpu_memory_bytes{state="reserved"})',
+                            "GPU {{gpu}} reserved",
+                        ),
+                    ),
+                    "bytes",
+                    about="Total, used and free as the driver counts them for all processes; "
+                    "reserved by engines of pools. Nothing on CPUs.",
+                ),
+                Chart(
+                    "Methods of swaps",
+                    (
+                        Query(
+                            "count by (method, source) (coe_swap_method_info)",
+                            "{{method}} ({{source}})",
+                        ),
+                    ),
+                    "short",
+                    "states",
+                    "Pools by the method of their swaps, and what its choice is founded on.",
+                ),
+            ),
+        ),
+        (
             "Swaps",
             (
                 Chart(

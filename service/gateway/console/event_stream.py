@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from service.config import Config
 from service.errors import OverCapacityError, PoolUnavailableError
 from service.gateway.console.expert_views import describe_experts, describe_pools
 from service.gateway.console.request_history import RequestHistory
+from service.rpc.client import PoolLink
 from service.rpc.pool_directory import PoolDirectory
 
 log = logging.getLogger("coe.api")
@@ -81,6 +82,7 @@ class EventStream:
         self._listeners: set[asyncio.Queue[bytes | None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._details: dict[str, dict[str, dict[str, Any]]] = {}
+        self._gpus: dict[str, list[dict[str, Any]]] = {}
         self._rates: dict[tuple[str, str], float] = {}
         self._counted: deque[tuple[float, dict[tuple[str, str], int]]] = deque(maxlen=_OVER)
         self._history = history
@@ -120,7 +122,7 @@ class EventStream:
     def state(self) -> dict[str, Any]:
         """The current state, as JSON."""
         now_s = time.time()
-        pools = describe_pools(self._views(), self._details, self._rates)
+        pools = describe_pools(self._views(), self._details, self._rates, self._gpus)
         remotes = {
             name: {"state": "failed", "reason": why} if why else {"state": "device"}
             for name, why in self._remotes().items()
@@ -198,6 +200,7 @@ class EventStream:
             elif not isinstance(reply, PoolUnavailableError):
                 raise reply
         self._details = details
+        self._gpus = await self._gpus_of(links)
         counted = {
             (boot, name): int(expert.get("tokens", 0))
             for boot, experts in details.items()
@@ -213,6 +216,23 @@ class EventStream:
             self._rates[key] = rate
             by_expert[key[1]] = round(by_expert.get(key[1], 0.0) + rate, 1)
         self._history.append({"at_s": round(time.time(), 1), "tokens_per_s": by_expert})
+
+    async def _gpus_of(self, links: Sequence[PoolLink]) -> dict[str, list[dict[str, Any]]]:
+        """Fetch the memory of GPUs from the pools that have any, by boot id."""
+        pools = self._config.pools
+        asked = [
+            link
+            for link in links
+            if (pool := pools.get(link.address.kind)) is not None and pool.gpus > 0
+        ]
+        replies = await asyncio.gather(*(link.gpus() for link in asked), return_exceptions=True)
+        found = {}
+        for link, reply in zip(asked, replies, strict=True):
+            if isinstance(reply, list):
+                found[link.address.boot] = reply
+            elif not isinstance(reply, PoolUnavailableError):
+                raise reply
+        return found
 
     def _tell(self, data: bytes | None) -> None:
         for queue in self._listeners:

@@ -37,6 +37,7 @@ def describe_pools(
     views: Iterable[PoolView],
     details: Mapping[str, Mapping[str, Mapping[str, Any]]],
     rates: Mapping[tuple[str, str], float],
+    gpus: Mapping[str, list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
     """The pools with their experts, as JSON.
 
@@ -44,9 +45,13 @@ def describe_pools(
         views: The state of every pool.
         details: Details of experts, by boot id and expert.
         rates: Tokens per second, by (boot id, expert).
+        gpus: Memory of the GPUs, by boot id; nothing of pools on CPU.
     """
     return [
-        _pool(view, {} if view.boot is None else details.get(view.boot, {}), rates)
+        {
+            **_pool(view, {} if view.boot is None else details.get(view.boot, {}), rates),
+            "gpus": [] if view.boot is None else gpus.get(view.boot, []),
+        }
         for view in views
     ]
 

@@ -70,6 +70,42 @@ def inspect(base: ModelInfo | None = None, tuned: AdapterInfo | None = None) -> 
     return found.__getitem__
 
 
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "workers", "parts"),
+    [
+        (1, 1, 1, 1, 1),
+        (2, 1, 1, 2, 2),
+        (4, 1, 1, 4, 4),
+        (8, 1, 1, 8, 4),  # four heads of keys: two workers hold the same
+        (2, 2, 1, 4, 4),
+        (1, 1, 4, 4, 4),  # ranks hold tokens of their own
+        (2, 1, 2, 4, 4),
+    ],
+)
+def test_plan_kv_cache_is_that_of_one_worker_as_vllm_counts_it(
+    tensor: int, pipeline: int, data: int, workers: int, parts: int
+) -> None:
+    args = {"pipeline_parallel_size": pipeline, "data_parallel_size": data}
+    given = config(
+        {"gpus": workers},
+        tensor_parallel_size=tensor,
+        args={name: size for name, size in args.items() if size > 1},
+    )
+    (engine,) = plan_pool(given, "cpu", inspect(), gpu_bytes=80 * 1024**3).engines
+    assert engine.kv_bytes == workers * 128 * MIB
+    assert engine.kv_tokens == parts * 128 * MIB // (2 * 8 * 4 * 64 * 4)
+
+
+def test_plan_context_must_fit_the_part_of_the_kv_cache_that_a_worker_holds() -> None:
+    token_bytes = 2 * 8 * 4 * 64 * 4
+    half = {"kv_cache_bytes": 1024 * token_bytes, "max_model_len": 2048}
+    with pytest.raises(ConfigError, match=f"at least {2048 * token_bytes} bytes"):
+        plan_pool(config({"gpus": 1}, **half), "cpu", inspect(), gpu_bytes=80 * 1024**3)
+    two = config({"gpus": 2}, **half, tensor_parallel_size=2)
+    (engine,) = plan_pool(two, "cpu", inspect(), gpu_bytes=80 * 1024**3).engines
+    assert engine.kv_tokens == 2048
+
+
 def test_plan_on_cpu_adds_up_weights_kv_caches_and_processes() -> None:
     plan = plan_pool(config(), "cpu", inspect())
     (engine,) = plan.engines

@@ -558,4 +558,10 @@ async def test_engines_get_the_share_of_the_gpus_that_the_memory_plan_says(
     assert [one and one.device_ids for one in found] == devices
     for one in found:
         assert (one and one.utilization) == (share and pytest.approx(share, abs=2e-4))
+    reserved: dict[int, float] = {}
+    for one in filter(None, found):
+        for gpu in one.device_ids or range(config.pools["p"].vllm.engine_gpus):
+            reserved[gpu] = reserved.get(gpu, 0.0) + one.utilization
+    assert built.engines.reserved_gpu_shares() == pytest.approx(reserved)
+    assert all(sum_of_shares <= 0.92 + 1e-9 for sum_of_shares in reserved.values())
     await built.stop(0)

@@ -61,6 +61,10 @@ class Pool:
         self.asked.append(("experts",))
         return {"e": {}}
 
+    async def gpus(self) -> list[dict[str, Any]]:
+        self.asked.append(("gpus",))
+        return [{"index": 0, "reserved_bytes": 1}]
+
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
         self.asked.append(("moe_statistics", expert))
         return {"layers": 2}
@@ -105,6 +109,7 @@ async def send_request(
         ("GET", "/snapshots", b"", ("snapshots",), b"{}\n"),
         ("GET", "/metrics", b"", ("metrics",), b"figure 1\n"),
         ("GET", "/experts", b"", ("experts",), b'{"e":{}}'),
+        ("GET", "/gpus", b"", ("gpus",), b'[{"index":0,"reserved_bytes":1}]'),
         ("GET", "/used/a-again1", b"", ("used", "a-again1"), b"[3,4]"),
         ("GET", "/moe-statistics/org/e", b"", ("moe_statistics", "org/e"), b'{"layers":2}'),
         ("POST", "/demand", b'{"e":1}', ("demand", {"e": 1.0}), b"{}"),
@@ -139,7 +144,9 @@ async def test_pool_app_wrong_request_gets_one_error(
     assert pool.asked == []
 
 
-@pytest.mark.parametrize("path", ["/snapshots", "/metrics", "/experts", "/used/a", "/v1/models"])
+@pytest.mark.parametrize(
+    "path", ["/snapshots", "/metrics", "/experts", "/gpus", "/used/a", "/v1/models"]
+)
 async def test_pool_app_without_the_cluster_s_secret_refuses(path: str) -> None:
     pool = Pool()
     assert (await send_request(pool, "GET", path, secret="other"))[0] == 401

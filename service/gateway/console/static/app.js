@@ -2,7 +2,7 @@
 
 import { addSample, rebuildChart, startChart } from "./chart.js";
 import { byId, el, setOrder } from "./dom.js";
-import { drawExperts, gather } from "./experts.js";
+import { drawExperts, drawGpus, gather, gatherGpus } from "./experts.js";
 import { follow } from "./feed.js";
 import { drawFlow } from "./flow.js";
 import { drawFrontier, startFrontier } from "./frontier.js";
@@ -22,6 +22,7 @@ function status(kind, text) {
 function draw() {
   const all = gather(experts, state);
   drawExperts(all);
+  drawGpus(gatherGpus(state));
   drawTotals(state, all);
   drawFlow(state.flows, experts);
   drawFrontier(state.flows, state.budgets);

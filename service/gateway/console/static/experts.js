@@ -24,6 +24,27 @@ export function gather(experts, state) {
   });
 }
 
+// The GPUs of all pools, each once: pools that share one both count it, and their shares add up.
+export function gatherGpus(state) {
+  const found = new Map();
+  for (const pool of state.pools) {
+    for (const gpu of pool.gpus || []) {
+      const before = found.get(gpu.uuid);
+      found.set(gpu.uuid, { ...gpu, reserved_bytes: gpu.reserved_bytes + (before?.reserved_bytes || 0) });
+    }
+  }
+  return [...found.values()].sort((a, b) => a.index - b.index);
+}
+
+export function drawGpus(gpus) {
+  const list = byId("gpus");
+  list.hidden = !gpus.length;
+  list.replaceChildren(...gpus.map((gpu) => el("li", {},
+    el("span", { class: "meter" }, el("b", { style: { width: `${(100 * gpu.used_bytes) / gpu.total_bytes}%` } })),
+    el("span", {}, `GPU ${gpu.index}, ${gpu.name}: `, el("b", {}, bytes(gpu.used_bytes)), ` used of ${bytes(gpu.total_bytes)} · `,
+      el("b", {}, bytes(gpu.reserved_bytes)), " reserved · ", el("b", {}, bytes(gpu.free_bytes)), " free"))));
+}
+
 export function drawExperts(all) {
   const list = byId("experts");
   const focused = document.activeElement?.closest?.("#experts button");

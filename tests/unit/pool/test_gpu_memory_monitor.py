@@ -1,0 +1,56 @@
+"""What a pool tells of its GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from service.gpu_devices import GpuMemory
+from service.pool.gpu_memory_monitor import FRESH_S, GpuMemoryMonitor
+
+GIB = 1024**3
+
+
+def memory(index: int, used: int) -> GpuMemory:
+    return GpuMemory(index, f"GPU-{index}", "H200", 100 * GIB, used * GIB, (99 - used) * GIB)
+
+
+class Driver:
+    """Counts its readings; memory grows with each."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def read(self) -> tuple[GpuMemory, ...]:
+        self.readings += 1
+        return (memory(4, self.readings), memory(5, 2))
+
+
+async def test_states_have_the_drivers_sizes_and_the_shares_of_engines() -> None:
+    monitor = GpuMemoryMonitor(Driver().read, lambda: {0: 0.46, 1: 0.92})
+    first, second = await monitor.states()
+    assert (first.memory.index, first.reserved_bytes) == (4, 46 * GIB)
+    assert (second.memory.index, second.reserved_bytes) == (5, 92 * GIB)
+    assert first.to_wire() == {
+        "index": 4,
+        "uuid": "GPU-4",
+        "name": "H200",
+        "total_bytes": 100 * GIB,
+        "used_bytes": GIB,
+        "free_bytes": 98 * GIB,
+        "reserved_bytes": 46 * GIB,
+    }
+
+
+async def test_states_read_the_driver_once_for_all_who_ask_within_five_seconds() -> None:
+    driver, now_s = Driver(), [100.0]
+    monitor = GpuMemoryMonitor(driver.read, dict, lambda: now_s[0])
+    await asyncio.gather(*(monitor.states() for _ in range(10)))
+    assert driver.readings == 1
+    now_s[0] += FRESH_S - 0.01
+    await monitor.states()
+    assert driver.readings == 1
+    now_s[0] += 0.02
+    (first, _) = await monitor.states()
+    assert driver.readings == 2
+    assert first.memory.used_bytes == 2 * GIB
+    assert first.reserved_bytes == 0
