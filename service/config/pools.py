@@ -44,8 +44,8 @@ class EngineOptions(Section):
     )
     kv_cache_bytes: Bytes | None = Field(
         None,
-        description="KV cache of each worker of an engine, in bytes. Needed on CPU; on a GPU the default is "
-        "vLLM's own share of the free memory.",
+        description="KV cache of each worker of an engine, in bytes. Needed on CPU; on a GPU the "
+        "default is vLLM's own share of the free memory.",
     )
     max_num_seqs: int = Field(32, ge=1, description="Sequences in one batch.")
     max_num_queued_reqs: int = Field(
