@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from service import __version__, host_memory
 from service.config import Config, PoolConfig
-from service.engine.swap_proof import proof_to_json
+from service.engine.swap_proof import SwapProof, proof_to_json
 from service.engine.swap_proof_store import (
     SwapProofStore,
     cpu_name,
@@ -30,6 +32,7 @@ from service.pool.swap_method import resolve_swap_method
 
 _PACKAGES = ("torch", "transformers", "ray", "safetensors", "triton", "flashinfer-python")
 _RECORDS = 8
+_PATH = re.compile(r"(?<![\w:/])~?/[^\s'\",:;)]+")
 _POOL_FIELDS = (
     "engine",
     "slots",
@@ -78,8 +81,18 @@ def report_of(config: Config | None) -> dict[str, Any]:
             "driver": driver_version(),
         },
         "config": _config(config) if config is not None else None,
-        "records": [json.loads(proof_to_json(proof)) for proof in store.all()[:_RECORDS]],
+        "records": [_record(proof) for proof in store.all()[:_RECORDS]],
     }
+
+
+def _record(proof: SwapProof) -> dict[str, Any]:
+    """Return a record whose reasons name no folder. They may quote an exception."""
+    findings = {
+        part: replace(finding, reason=_PATH.sub("(path)", finding.reason))
+        for part, finding in proof.findings.items()
+    }
+    record: dict[str, Any] = json.loads(proof_to_json(replace(proof, findings=findings)))
+    return record
 
 
 def _shared_memory_bytes() -> int | None:

@@ -24,6 +24,7 @@ from service.cli.doctor.trial_verdicts import (
     TrialOutcome,
     findings_of,
     prepare_fault,
+    root_cause,
 )
 from service.engine.swap_proof import PARTS, ProofFinding, Verdict, one_line
 
@@ -150,7 +151,8 @@ class _Runner:
             finally:
                 _kill_group(process)
         lines = tuple(findings.lines())
-        return TrialOutcome(parts, lines, end, _last_words(log))
+        text = _read(log)
+        return TrialOutcome(parts, lines, end, _last_line(text), root_cause(text))
 
     def _wait(self, process: subprocess.Popen[bytes], findings: TrialLog) -> TrialEnd:
         """Wait for the end of a trial, and tell its steps."""
@@ -203,9 +205,12 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_words(log: Path) -> str:
-    """Return the last line of a trial's log that is not empty."""
+def _read(log: Path) -> str:
     with contextlib.suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return one_line(next((line for line in reversed(lines) if line.strip()), ""))
+        return log.read_text(encoding="utf-8", errors="replace")
     return ""
+
+
+def _last_line(text: str) -> str:
+    """Return the last line that is not empty."""
+    return one_line(next((line for line in reversed(text.splitlines()) if line.strip()), ""))

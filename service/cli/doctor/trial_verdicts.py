@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,6 +11,10 @@ from service.cli.doctor.trial_spec import TrialLine
 from service.engine.swap_proof import PARTS, ProofFinding, Verdict, one_line
 
 TIME_RAN_OUT = "time ran out"
+# vLLM's words where the engine core failed, and the prefix of its log lines.
+_POINTER = "See root cause above"
+_LOG_PREFIX = re.compile(r"^\([^)]*\) (?:\w+ [\d-]+ [\d:]+ \[[^\]]*\] )?")
+_EXCEPTION = re.compile(r"^[\w.]*(?:Error|Exception)(?:: |$)")
 
 
 class TrialEnd(StrEnum):
@@ -30,12 +35,14 @@ class TrialOutcome:
         lines: Its findings.
         end: How its process ended.
         last_words: The last line of its log, for a process that died.
+        root_cause: The first exception in its log, or an empty string.
     """
 
     parts: tuple[str, ...]
     lines: Sequence[TrialLine]
     end: TrialEnd
     last_words: str = ""
+    root_cause: str = ""
 
 
 def findings_of(outcomes: Iterable[TrialOutcome]) -> dict[str, ProofFinding]:
@@ -51,7 +58,7 @@ def findings_of(outcomes: Iterable[TrialOutcome]) -> dict[str, ProofFinding]:
                 figures.setdefault(line.part, {}).update(line.figures)
             elif line.kind == "verdict" and line.part in PARTS:
                 verdict = Verdict.PROVEN if line.ok else Verdict.FAILED
-                verdicts[line.part] = verdict, "" if line.ok else one_line(line.reason)
+                verdicts[line.part] = verdict, "" if line.ok else _reason(line, outcome.root_cause)
         for part in outcome.parts:
             if part not in verdicts:
                 verdicts[part] = _without_verdict(outcome)
@@ -59,6 +66,23 @@ def findings_of(outcomes: Iterable[TrialOutcome]) -> dict[str, ProofFinding]:
         part: ProofFinding(verdict, reason, figures.get(part, {}))
         for part, (verdict, reason) in verdicts.items()
     }
+
+
+def _reason(line: TrialLine, root_cause: str) -> str:
+    """Return why a part failed. Where vLLM only points to its log, the log's first error counts."""
+    if not root_cause or _POINTER not in line.reason:
+        return one_line(line.reason)
+    step, _, _ = line.reason.partition(": ")
+    return one_line(f"{step}: {root_cause}")
+
+
+def root_cause(log: str) -> str:
+    """Return the first exception in the log of a trial and of its engine core, without a prefix."""
+    for line in log.splitlines():
+        text = _LOG_PREFIX.sub("", line).strip()
+        if _EXCEPTION.match(text) and _POINTER not in text:
+            return one_line(text)
+    return ""
 
 
 def _without_verdict(outcome: TrialOutcome) -> tuple[Verdict, str]:

@@ -10,6 +10,7 @@ import pytest
 
 from service.cli.doctor.issue_report import report_of
 from service.config import Config
+from service.engine.swap_proof import ProofFinding, Verdict
 from service.engine.swap_proof_store import SwapProofStore
 from tests.support.tiny_dense_family import base
 from tests.unit.engine.test_swap_proof import PROVEN, proof
@@ -58,7 +59,8 @@ def whole_config(root: Path) -> Config:
 def test_report_has_facts_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET.upper(), "another secret")
     base(tmp_path / SECRET / "a")
-    SwapProofStore(tmp_path / SECRET).write(proof(inplace=PROVEN))
+    failed = ProofFinding(Verdict.FAILED, f"OSError: '{tmp_path}/x' is full, {tmp_path}")
+    SwapProofStore(tmp_path / SECRET).write(proof(inplace=PROVEN, sleep=failed))
     report = report_of(whole_config(tmp_path))
     text = json.dumps(report)
     assert SECRET not in text.lower()
@@ -79,6 +81,7 @@ def test_report_has_facts_and_no_secret(tmp_path: Path, monkeypatch: pytest.Monk
     assert experts["r"] == {"form": "remote"}
     (record,) = report["records"]
     assert record["findings"]["inplace"]["verdict"] == "proven"
+    assert record["findings"]["sleep"]["reason"] == "OSError: '(path)' is full, (path)"
 
 
 def test_report_needs_no_config_and_no_weights(tmp_path: Path) -> None:

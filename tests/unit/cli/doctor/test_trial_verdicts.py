@@ -11,6 +11,7 @@ from service.cli.doctor.trial_verdicts import (
     figure_rows,
     findings_of,
     prepare_fault,
+    root_cause,
 )
 from service.engine.swap_proof import ProofFinding, Verdict
 
@@ -66,6 +67,41 @@ def test_findings_join_the_figures_of_all_trials() -> None:
     figures = {"swap_s": 3.0, "fill_s": 2.0, "weight_bytes": 5e9}
     assert found == {"inplace": ProofFinding(Verdict.PROVEN, "", figures)}
     assert figure_rows(found) == [("inplace", "proven", "fill 2 s, swap 3 s, weight 5.000 GB")]
+
+
+LOG = """(MainProcess pid=1) WARNING 11-30 16:05:18 [vllm.py:725] Model Runner V2 requires Triton
+(EngineCore pid=2) ERROR 11-30 16:05:20 [core.py:1510] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-30 16:05:20 [core.py:1510]     raise ValueError("no")
+(EngineCore pid=2) ERROR 11-30 16:05:20 [core.py:1510] torch.OutOfMemoryError: CUDA out of memory
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (LOG, "torch.OutOfMemoryError: CUDA out of memory"),
+        (LOG.splitlines()[-1], ""),
+        ("AssertionError\nValueError: later", "AssertionError"),
+        ("an Error: in a sentence\n", ""),
+        ("", ""),
+    ],
+)
+def test_root_cause_is_the_first_exception_of_the_log(log: str, cause: str) -> None:
+    assert root_cause(log) == cause
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("starting an engine: it failed. See root cause above.", "starting an engine: E: no room"),
+        ("starting an engine: a plain reason", "starting an engine: a plain reason"),
+    ],
+)
+def test_findings_quote_the_log_where_vllm_points_to_it(reason: str, told: str) -> None:
+    line = TrialLine("verdict", "inplace", reason=reason)
+    given = TrialOutcome(("inplace",), (line,), TrialEnd.DONE, "", "E: no room")
+    assert findings_of([given])["inplace"].reason == told
 
 
 @pytest.mark.parametrize(
