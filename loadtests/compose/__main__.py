@@ -184,8 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     words.add_argument(
         "--wait-s",
         type=float,
-        default=0.05,
-        help="mean wait of --service that the composition's report allows, and 0.05 s",
+        help="longest mean wait of --service; default: what swaps take by the config, and 0.05 s",
     )
     given = words.parse_args(argv)
     if (given.service is None) != (given.config is None):

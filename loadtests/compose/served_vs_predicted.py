@@ -1,9 +1,9 @@
 """What a running service really gives, beside what its config predicts.
 
 The prediction is that of the router's map for these very prompts, with every expert idle; the
-composition's report says how long swaps make them wait. The tasks must be other ones than those
-that the map was fitted on. Measured figures differ from the truth by chance, and so does the map,
-which was fitted on few rows: both go into the interval.
+composition's bound on swaps (`composition_problem`) says how long they wait at most. The tasks must
+be other ones than those that the map was fitted on. Measured figures differ from the truth by
+chance, and so does the map, which was fitted on few rows: both go into the interval.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from loadtests.lib.targets_and_report import Report, TargetCheck
 from router_models.outcome_recording.task_reader import Task, read_tasks
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact
+from service.cli.http_client import admin
 from service.config import Config, load_config
 from service.default_prices import with_default_prices
 from service.gateway.routing.quality_cost_frontier import frontier_of
@@ -37,6 +38,8 @@ Floats = NDArray[np.float64]
 TASKS = Path(__file__).with_name("held_out_tasks.jsonl")
 _COVERED = 1.96
 _TIMEOUT_S = 560
+# One request at a time waits for no other one. A snapshot may be old by as much.
+_QUEUE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,36 @@ def within(name: str, interval: Estimate, measured: float) -> TargetCheck:
     return TargetCheck(f"{name}, predicted {low} to {high}", interval.value, measured, inside)
 
 
+def swap_wait(config: Config, recipes: Sequence[Recipe], swap_s: Mapping[str, float]) -> float:
+    """The bound on the mean wait for swaps of these recipes, in s, as compositions have it.
+
+    In a slot, the first units are at home. A request for another one waits for the swap to it and
+    for the swap back; a cascade's later experts count as if they were always asked.
+
+    Args:
+        config: The config.
+        recipes: The recipe of each request.
+        swap_s: The time of a swap to each expert, as the pools measured it.
+    """
+    waits: dict[str, float] = {}
+    for kind, pool in config.pools.items():
+        groups = config.groups(kind)
+        turns = pool.slots is not None and pool.slots < len(groups)
+        home = groups[: pool.slots] if turns else groups
+        at_home = {expert for group in home for unit in group for expert in unit}
+        back_s = max((swap_s.get(expert, 0.0) for expert in at_home), default=0.0)
+        for expert in config.local_experts(kind):
+            owner = config.owner_of(expert)
+            wait = 0.0 if owner in at_home else swap_s.get(owner, 0.0) + back_s
+            waits[expert] = min(wait, waits.get(expert, wait))
+    # Members are asked at once: the slowest one counts.
+    return sum(
+        max((waits.get(e, 0.0) for e in recipe.members), default=0.0)
+        + sum(waits.get(e, 0.0) for e in recipe.later)
+        for recipe in recipes
+    ) / max(1, len(recipes))
+
+
 def queue_wait(text: str) -> tuple[float, float]:
     """The sum of the waits in pools' queues, swaps included, in s, and their number."""
     total = count = 0.0
@@ -133,7 +166,7 @@ def queue_wait(text: str) -> tuple[float, float]:
 
 
 def measure_served(
-    report: Report, url: str, config: Path, tasks: Path, preset: str, wait_s: float
+    report: Report, url: str, config: Path, tasks: Path, preset: str, wait_s: float | None
 ) -> None:
     """Ask a running service the tasks one after the other, and compare.
 
@@ -143,13 +176,17 @@ def measure_served(
         config: The config that it runs from.
         tasks: The tasks.
         preset: The suffix of `auto`.
-        wait_s: The mean wait that the composition's report states.
+        wait_s: The longest mean wait; None takes the bound on swaps, and `_QUEUE_S` for queues.
     """
     chosen = read_tasks([tasks])
-    predicted = predict(load_config(config), chosen, preset)
+    served = load_config(config)
+    predicted = predict(served, chosen, preset)
     model = f"auto:{preset}" if preset else "auto"
     for name in dict.fromkeys(expert for recipe in predicted.recipes for expert in recipe.experts):
         _warm(url, name)
+    takes_turns = any(pool.slots is not None for pool in served.pools.values())
+    swaps_s = swap_wait(served, predicted.recipes, _swap_times(url) if takes_turns else {})
+    wait_s = swaps_s + _QUEUE_S if wait_s is None else wait_s
     before = queue_wait(_metrics(url))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.jsonl"
@@ -179,6 +216,7 @@ def measure_served(
         "score": float(score.mean()),
         "predicted_cost": float(predicted.cost.mean()),
         "cost": float(cost.mean()),
+        "predicted_wait_s": swaps_s,
         "wait_s": wait,
     }
 
@@ -193,6 +231,16 @@ def _warm(url: str, expert: str) -> None:
     )
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
         pass
+
+
+def _swap_times(url: str) -> dict[str, float]:
+    """The time of a swap to each expert, by the service's pools."""
+    pools = admin(url, "GET", "/admin/experts")["pools"]
+    return {
+        name: float(state.get("swap_s") or 0.0)
+        for states in pools.values()
+        for name, state in states.items()
+    }
 
 
 def _metrics(url: str) -> str:

@@ -159,7 +159,9 @@ async def _record(
             listed = {}
         settings = replace(settings, experts=_experts(settings.experts, listed))
         wanted = [*settings.experts, *([settings.judge] if settings.judge else ())]
-        if listed and (unknown := [name for name in wanted if name not in listed]):
+        # Presets and categories of `auto` are not listed.
+        names = {name: "auto" if name.startswith(("auto:", "auto/")) else name for name in wanted}
+        if listed and (unknown := [name for name in wanted if names[name] not in listed]):
             raise OutcomeError(
                 f"{endpoint.url} has no {', '.join(unknown)}; it has {', '.join(listed)}"
             )

@@ -19,6 +19,7 @@ from loadtests.compose.served_vs_predicted import (
     predict,
     quality_interval,
     queue_wait,
+    swap_wait,
     within,
 )
 from loadtests.lib.targets_and_report import Report
@@ -99,6 +100,35 @@ def test_queue_wait_adds_pools_and_experts() -> None:
     assert queue_wait("") == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("pools", "asked", "wait_s"),
+    [
+        ({"cpu": {}}, ["a", "b", "c"], 0.0),
+        # `a` is at home, and the swap back to it takes 1 s.
+        ({"cpu": {"slots": 1}}, ["a"], 0.0),
+        ({"cpu": {"slots": 1}}, ["b"], 3.0),
+        ({"cpu": {"slots": 1}}, ["a", "b", "c", "b"], (0 + 3 + 5 + 3) / 4),
+        ({"cpu": {"slots": 2}}, ["b", "c"], (0 + 6) / 2),
+        ({"cpu": {"slots": 1}, "other": {"experts": ["c"]}}, ["c"], 0.0),
+        ({"cpu": {"slots": 1}}, ["vote"], 5.0),
+        ({"cpu": {"slots": 1}}, ["cascade"], 3.0 + 5.0),
+    ],
+)
+def test_swap_wait_is_that_of_guests_there_and_back(
+    pools: dict[str, dict[str, object]], asked: list[str], wait_s: float
+) -> None:
+    data = {
+        "experts": {name: {"model": name} for name in "abc"},
+        "pools": {kind: {"engine": "simulated", **pool} for kind, pool in pools.items()},
+    }
+    known = {name: Recipe("single", (name,)) for name in "abc"}
+    known["vote"] = Recipe("vote", ("a", "b", "c"))
+    known["cascade"] = Recipe("cascade", ("a", "b"), ("c",))
+    swap_s = {"a": 1.0, "b": 2.0, "c": 4.0}
+    found = swap_wait(Config.model_validate(data), [known[name] for name in asked], swap_s)
+    assert found == pytest.approx(wait_s)
+
+
 async def test_measure_served_asks_a_running_service_and_reports(tmp_path: Path) -> None:
     lines = TASKS.read_text().splitlines()
     tasks, path = tmp_path / "tasks.jsonl", tmp_path / "coe.yaml"
@@ -115,7 +145,7 @@ async def test_measure_served_asks_a_running_service_and_reports(tmp_path: Path)
     path.write_text(yaml.safe_dump(data))
     report = Report("compose")
     async with run_gateway(Config.model_validate(data)) as s:
-        await asyncio.to_thread(measure_served, report, s.url, path, tasks, "", 1.0)
+        await asyncio.to_thread(measure_served, report, s.url, path, tasks, "fast", 1.0)
     facts = report.facts["served"]
     assert facts["tasks"] == 16
     assert facts["cost"] > 0
