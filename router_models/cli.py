@@ -103,6 +103,8 @@ def group() -> None:
 @_shared
 @click.option("--folds", type=click.IntRange(0, 50), default=0, help="Judge out of K folds.")
 @click.option("--seed", type=int, default=0, help="Draws the folds.")
+@click.option("--encoder", help="A sentence encoder: a folder or a stored model's name.")
+@click.option("--no-static", is_flag=True, help="Leave the static table out.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME@VERSION folder.")
 def fit(**options: Any) -> None:
     """Fit a router and write it as an artifact."""

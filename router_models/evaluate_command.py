@@ -17,6 +17,7 @@ from router_models.two_stage_fit import Predicted, Problem
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import Artifact, load_artifact
+from service.classifier.static_embedding_table import StaticTable, built_in_table
 from service.errors import ArtifactError
 
 FOLDS = 5
@@ -60,7 +61,7 @@ def run(
             f"all {len(table)} rows were used in the fit: "
             f"fitted again in {FOLDS} folds, each row judged by a fit that did not see it"
         )
-        problem = Problem(table, _settings(loaded))
+        problem = Problem(table, _settings(loaded), static_table(loaded))
         judged, played, labels = table, problem.played, problem.labels
         predicted = problem.out_of_fold(FOLDS)
     else:
@@ -79,7 +80,7 @@ def run(
 
 def predict(loaded: Artifact, found: ExpertMap, table: Table) -> Predicted:
     """Return the artifact's predictions for every row, computed as the service does."""
-    classifier = Classifier.from_artifact(loaded)
+    classifier = Classifier.from_artifact(loaded, static_table(loaded))
     posterior, quality, cost = [], [], []
     for prompt in table.prompts:
         assessment = classifier.assess(prompt)
@@ -88,6 +89,11 @@ def predict(loaded: Artifact, found: ExpertMap, table: Table) -> Predicted:
         quality.append(estimate.quality)
         cost.append(estimate.cost)
     return Predicted(np.array(posterior), np.array(quality), np.array(cost))
+
+
+def static_table(loaded: Artifact) -> StaticTable | None:
+    """The static table, if the artifact has a head on it."""
+    return built_in_table() if "static" in loaded.section("classifier") else None
 
 
 def _map(loaded: Artifact, table: Table) -> ExpertMap:

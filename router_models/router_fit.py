@@ -6,7 +6,7 @@ python -m router_models.cli fit --outcomes F --costs COSTS.json --out NAME@1
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_models.category_fit import encode, fit_head, head_tensors
 from router_models.fit_settings import Settings
 from router_models.frontier_evaluation import (
     compared_lines,
@@ -23,7 +24,7 @@ from router_models.frontier_evaluation import (
     with_errors,
 )
 from router_models.linear_models import calibration_error
-from router_models.outcome_reader import Table, costs_of, read_outcomes
+from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes
 from router_models.preset_choice import (
     judge_own,
     least_costs,
@@ -34,7 +35,11 @@ from router_models.preset_choice import (
 )
 from router_models.two_stage_fit import Fitted, Predicted, Problem
 from service.classifier.hashed_ngrams import FeatureSpec
+from service.classifier.linear_heads import PROBE_TEXT
 from service.classifier.router_artifact import Artifact, save_artifact
+from service.classifier.static_embedding_table import built_in_table
+from service.encoder.onnx_encoder import OnnxEncoder
+from service.models.encoder_store import require_encoder
 
 Say = Callable[[str], None]
 
@@ -49,21 +54,35 @@ def run(
     budgets: Sequence[float] | None = None,
     seed: int = 0,
     settings: Settings | None = None,
+    encoder: str | None = None,
+    no_static: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
     """Fit on all usable rows, write the artifact `out`, return its metrics.
 
-    With `folds` > 1 the metrics are out of fold: every row is judged by a
-    router fitted on the other folds. Raises OutcomeError or ArtifactError.
+    The classifier has the stages of the shipped routers: n-grams, a head on the static table unless
+    `no_static`, and a head on an `encoder` where one is named. Where clusters stand for categories,
+    it has n-grams alone.
+
+    With `folds` > 1 the metrics are out of fold: every row is judged by a router fitted on the
+    other folds. The encoder is asked for unsure prompts only, and is not judged.
+
+    Raises:
+        OutcomeError: The outcomes can't be used.
+        ArtifactError: The static table or the encoder can't be used, or `out` is no name.
+        ModelStoreError: There is no such encoder.
     """
     settings = replace(settings or Settings(), seed=seed)
     table, skipped = read_outcomes(outcomes, costs_of(costs, outcomes), experts)
     for line in skipped.lines():
         say(line)
     say(f"{len(table)} prompts, {len(table.experts)} experts")
-    problem = Problem(table, settings)
+    problem = Problem(table, settings, None if no_static else built_in_table())
     if problem.clustered:
-        say(f"no categories are given: {len(problem.labels)} clusters stand for them")
+        say(f"no categories are given: {len(problem.labels)} clusters stand for them, by n-grams alone")
+        if encoder is not None:
+            raise OutcomeError("--encoder: the outcomes have no categories for it to tell apart")
+    loaded = None if encoder is None else OnnxEncoder(require_encoder(encoder))
     say(f"{len(problem.labels)} categories, {len(problem.played.recipes)} recipes tried")
     metrics: dict[str, Any] = {"rows": len(table)}
     if folds > 1:
@@ -81,7 +100,7 @@ def run(
         {"file": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
         for f in [*outcomes, *([costs] if costs is not None else [])]
     ]
-    artifact = write(problem, fitted, out, data, metrics)
+    artifact = write(problem, fitted, out, data, metrics, loaded)
     say(f"wrote {artifact.path}: {len(fitted.map.kept)} recipes kept")
     return metrics
 
@@ -162,6 +181,7 @@ def write(
     out: Path,
     data: list[dict[str, str]],
     metrics: dict[str, Any],
+    encoder: OnnxEncoder | None = None,
 ) -> Artifact:
     """Write the artifact: classifier, factors, map, recipes, and hashes of the rows fitted on."""
     s, stage, found = problem.settings, fitted.stage1, fitted.map
@@ -190,6 +210,16 @@ def write(
         "map.direct_cost_slope": found.direct.cost_slope.astype(np.float32),
         "fit.rows": prompt_hashes([problem.table.prompts[i] for i in fitted.train]),
     }
+    later: dict[str, Any] = {}
+    if problem.static is not None and fitted.head is not None:
+        tensors |= head_tensors("static", fitted.head.head)
+        later["static"] = {
+            "table_sha256": problem.static.digest,
+            "dims": problem.static.dims,
+            "min_similarity": fitted.head.head.min_similarity,
+        }
+    if encoder is not None:
+        tensors |= _encoder_stage(problem, fitted, encoder, later)
     manifest: dict[str, Any] = {
         "categories": list(problem.labels),
         "experts": list(problem.table.experts),
@@ -199,6 +229,7 @@ def write(
             "factors": factors,
             "calibration": {"method": "matrix, within the weights", "temperature": 1.0},
             "thresholds": {"min_confidence": s.min_confidence, "max_novelty": fitted.max_novelty},
+            **later,
         },
         "map": {
             "recipes": [problem.played.recipes[r].to_json() for r in found.kept],
@@ -211,6 +242,26 @@ def write(
         "metrics": metrics,
     }
     return save_artifact(out, manifest, tensors, card(out.name, manifest, problem.table))
+
+
+def _stages(classifier: Mapping[str, Any]) -> str:
+    names = {"static": "the static table", "encoder": "the sentence encoder"}
+    found = ["hashed character and word n-grams", *(names[k] for k in names if k in classifier)]
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def _encoder_stage(
+    problem: Problem, fitted: Fitted, encoder: OnnxEncoder, section: dict[str, Any]
+) -> dict[str, NDArray[Any]]:
+    """Fit the head on the encoder; its part of the manifest is put into `section`."""
+    train = fitted.train
+    vectors = encode(encoder, [problem.table.prompts[i] for i in train])
+    inner = problem.fold_of(problem.settings.inner_folds, "inner")[train]
+    found = fit_head(
+        fitted.log_posterior, vectors, problem.category(train), inner, np.ones(len(train))
+    ).head
+    section["encoder"] = {"dims": encoder.dims, "min_similarity": found.min_similarity}
+    return {**head_tensors("encoder", found), "encoder.probe": encoder.encode([PROBE_TEXT])[0]}
 
 
 def card(name: str, manifest: dict[str, Any], table: Table) -> str:
@@ -226,8 +277,8 @@ def card(name: str, manifest: dict[str, Any], table: Table) -> str:
         judged += "\n\n" + preset_text(metrics["presets"], metrics.get("least_costs"))
     return f"""# {name}: which recipe is worth its price for a prompt
 
-A router fitted by `coe router fit`: a classifier and factors of difficulty over
-hashed character and word n-grams, and a map of {len(manifest["map"]["recipes"])} recipes
+A router fitted by `coe router fit`: a classifier over {_stages(manifest["classifier"])}, factors
+of difficulty over n-grams, and a map of {len(manifest["map"]["recipes"])} recipes
 over {len(manifest["categories"])} categories.
 
 Experts: {", ".join(table.experts)}.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from scipy import sparse
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
+from router_models.category_fit import HeadFit, fit_head
 from router_models.expert_map_fit import MapFit, fit_map
 from router_models.fit_settings import Settings
 from router_models.linear_models import (
@@ -28,12 +29,13 @@ from router_models.linear_models import (
     fit_logistic,
     known_bitmap,
     novelty,
-    softmax,
 )
 from router_models.outcome_reader import NO_ANSWER, Table
 from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.ridge_regression import TextKernel
 from service.broker.reference_cost import best_shares
+from service.classifier.linear_heads import log_softmax
+from service.classifier.static_embedding_table import StaticTable
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -79,6 +81,10 @@ class Fitted:
     known: NDArray[np.uint8]
     """The bitmap of the marks of these rows."""
     max_novelty: float
+    head: HeadFit | None = None
+    """The head on the static table, joined with the n-grams; None where there is none."""
+    log_posterior: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    """Log probabilities of these rows out of fold, (rows, labels), by all stages so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +100,17 @@ class Predicted:
 
 
 class Problem:
-    """A table with its features, categories and recipes: fitted as a whole or in folds."""
+    """A table with its features, categories and recipes: fitted as a whole or in folds.
 
-    def __init__(self, table: Table, settings: Settings) -> None:
+    Args:
+        table: The outcomes.
+        settings: Settings of the fit.
+        static: The static table. With it the first stage is that of the shipped routers, n-grams
+            and a head on the table. Clusters that stand for categories are those of n-grams, which
+            therefore decide alone.
+    """
+
+    def __init__(self, table: Table, settings: Settings, static: StaticTable | None = None) -> None:
         self.table = table
         self.settings = settings
         self.corpus: Corpus = featurize(table.prompts, settings.spec)
@@ -116,6 +130,12 @@ class Problem:
         at = {label: i for i, label in enumerate(self.labels)}
         self._category = np.array([at.get(c or "", -1) for c in table.categories])
         self.targets = _targets(table)
+        self.static = None if self.clustered else static
+        self.vectors = (
+            None
+            if self.static is None
+            else np.stack([self.static.embed(prompt) for prompt in table.prompts])
+        )
 
     def category(self, rows: Rows) -> Rows:
         """The category of each of `rows`, found from these rows alone.
@@ -163,10 +183,17 @@ class Problem:
             strange[outside] = self.novelty(train[outside], self.known(train[inside]))
         matrix, bias = _calibration(outputs, onehot, s)
         stage = _stage1(kernel, train, onehot, factor, s).calibrated(matrix, bias)
+        log_posterior = log_softmax(outputs @ matrix + bias)
+        head: HeadFit | None = None
+        if self.vectors is not None:
+            head = fit_head(
+                log_posterior, self.vectors[train], category, inner, np.ones(len(train))
+            )
+            log_posterior = head.held_out
         fitted_map = fit_map(
             self.played.rows(train),
             category,
-            softmax(outputs @ matrix + bias),
+            np.exp(log_posterior),
             unseen,
             factor,
             s,
@@ -176,7 +203,7 @@ class Problem:
         # Texts without spaces between words have more grams that nobody used before.
         ordinary = float(np.quantile(strange, _ORDINARY_SHARE))
         max_novelty = float(np.clip(ordinary, s.min_max_novelty, _MOST_NOVELTY))
-        return Fitted(train, stage, fitted_map, self.known(train), max_novelty)
+        return Fitted(train, stage, fitted_map, self.known(train), max_novelty, head, log_posterior)
 
     def known(self, rows: Rows) -> NDArray[np.uint8]:
         """The bitmap of the marks of `rows`."""
@@ -189,8 +216,16 @@ class Problem:
     def predict(self, fitted: Fitted, rows: Rows) -> Predicted:
         """Return the predictions of `fitted` for `rows`."""
         outputs, factors = _apply(self.kernel, fitted.train, fitted.stage1, rows)
-        posterior = softmax(outputs)
-        novel = self.novelty(rows, fitted.known) > fitted.max_novelty
+        log_posterior = log_softmax(outputs)
+        strange = self.novelty(rows, fitted.known)
+        if self.vectors is not None and fitted.head is not None:
+            head, most = fitted.head.head, fitted.max_novelty
+            for i, vector in enumerate(self.vectors[rows]):
+                if vector.any():
+                    log_posterior[i] = head.log_posterior(vector, log_posterior[i])
+                strange[i] = min(strange[i], head.novelty(vector, most))
+        posterior = np.exp(log_posterior)
+        novel = strange > fitted.max_novelty
         quality, cost = fitted.map.estimate(posterior, factors, novel)
         shape = (len(rows), len(self.played.recipes))
         full_quality, full_cost = np.full(shape, -np.inf), np.zeros(shape)

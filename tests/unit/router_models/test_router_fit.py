@@ -24,6 +24,7 @@ from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.router_artifact import load_artifact
+from service.classifier.static_embedding_table import built_in_table
 from service.config.router_presets import PresetsConfig
 from service.errors import ArtifactError
 
@@ -102,7 +103,7 @@ def test_fit_artifact_loads_in_the_service(folder: Path) -> None:
 
 def test_fit_and_service_compute_the_same_quality(folder: Path) -> None:
     table, _ = read_outcomes([folder / "train.jsonl"], COSTS)
-    problem = Problem(table, SETTINGS)
+    problem = Problem(table, SETTINGS, built_in_table())
     inside = problem.predict(problem.fit(np.arange(len(table))), np.arange(len(table)))
     artifact = load_artifact(folder / "toy@1")
     found = ExpertMap.from_artifact(artifact)
@@ -111,6 +112,29 @@ def test_fit_and_service_compute_the_same_quality(folder: Path) -> None:
     assert outside.posterior == pytest.approx(inside.posterior, abs=5e-3)
     assert outside.quality == pytest.approx(inside.quality[:, kept], abs=5e-3)
     assert outside.cost == pytest.approx(inside.cost[:, kept], abs=5e-2)
+
+
+def test_fit_has_the_stages_of_shipped_routers(folder: Path, tmp_path: Path) -> None:
+    """Words that no prompt of the fit has are told apart by their meaning."""
+    artifact = load_artifact(folder / "toy@1")
+    assert artifact.section("classifier")["static"]["table_sha256"] == built_in_table().digest
+    both = Classifier.from_artifact(artifact, built_in_table())
+    ngrams = Classifier.from_artifact(artifact)
+    sums, tales = "multiply the digits, subtract", "a fairy tale of a princess and a wizard"
+    for text, category in ((sums, "sums"), (tales, "tales")):
+        found = both.read(text)
+        assert found.stage == "static"
+        assert both.labels[int(found.posterior.argmax())] == category
+        assert found.novelty < ngrams.read(text).novelty
+    router_fit.run(
+        outcomes=[folder / "train.jsonl"],
+        costs=folder / "costs.json",
+        out=tmp_path / "bare@1",
+        settings=replace(SETTINGS, inner_folds=2),
+        no_static=True,
+        say=lambda line: None,
+    )
+    assert "static" not in load_artifact(tmp_path / "bare@1").section("classifier")
 
 
 def test_fit_unusual_prompt_gets_the_direct_estimate(folder: Path) -> None:
