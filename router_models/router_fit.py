@@ -79,7 +79,7 @@ def run(
     say(f"{len(table)} prompts, {len(table.experts)} experts")
     problem = Problem(table, settings, None if no_static else built_in_table())
     if problem.clustered:
-        say(f"no categories are given: {len(problem.labels)} clusters stand for them, by n-grams alone")
+        say(f"no categories are given: {len(problem.labels)} clusters stand for them")
         if encoder is not None:
             raise OutcomeError("--encoder: the outcomes have no categories for it to tell apart")
     loaded = None if encoder is None else OnnxEncoder(require_encoder(encoder))

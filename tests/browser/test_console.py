@@ -8,6 +8,7 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
+import yaml
 from playwright.async_api import Browser, Page, expect
 
 from service.config import Config
@@ -142,6 +143,35 @@ async def test_console_shows_what_quality_costs(chromium: Browser, theme: str) -
         # From now on the mix is that of the traffic.
         await expect(page.locator("#frontier-mix")).to_contain_text("1 prompt")
         assert await faults(page) == []
+        seen.clean()
+
+
+async def test_console_shows_the_demo_s_frontier_and_where_its_presets_stand(
+    chromium: Browser,
+) -> None:
+    """The demo's config, whose adapters a simulated engine stands in for."""
+    given = yaml.safe_load((ROOT / "deploy" / "config" / "demo.yaml").read_text())
+    folder = ROOT / "router_models"
+    price = {"prompt": 0.1345, "completion": 0.1345}
+    for one in given["experts"].values():
+        if "adapter" in one:
+            one["adapter"] = str(folder / "experts" / "artifacts" / Path(one["adapter"]).name)
+        if "defaults" not in one:
+            one["price"] = price
+    given |= {"pools": {"cpu": {"engine": "simulated"}}, "server": {}}
+    given["router"]["artifact"] = str(folder / "artifacts" / "demo@2")
+    config = Config.model_validate(given)
+    async with run_gateway(config) as s, watched(chromium, s.url) as seen:
+        await seen.page.goto(s.url + "/console")
+        rows = seen.page.locator("#presets tr")
+        await expect(rows).to_have_count(3)
+        points = await seen.page.locator("#frontier .frontier").get_attribute("points")
+        assert points is not None
+        assert len(set(points.split())) >= 3
+        # Two rings: `auto:fast` asks `brief` for questions of fact, `auto` and `auto:best` don't.
+        await expect(seen.page.locator("#frontier .preset")).to_have_count(2)
+        await expect(rows.nth(0)).to_contain_text("brief")
+        await expect(rows.nth(1)).not_to_contain_text("brief")
         seen.clean()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -162,3 +163,30 @@ def test_presets_are_points_of_the_frontier_in_their_order(name: str) -> None:
     for (worse, cheaper), (better, dearer) in ((points[0], points[1]), (points[1], points[2])):
         assert better >= worse - 1e-9
         assert dearer >= cheaper - 1e-12
+
+
+@pytest.mark.parametrize("name", ["demo", "compose"])
+def test_demo_has_a_frontier_on_which_its_presets_stand_apart(name: str) -> None:
+    config = shipped(name)
+    setup = RoutingSetup(config)
+    found = frontier_of(config, setup)
+    rows = np.arange(len(found.categories))
+
+    def point(weight: float) -> tuple[float, float]:
+        at = found.chosen(weight)
+        return (
+            round(float(found.share @ found.quality[rows, at]), 6),
+            round(float(found.share @ found.cost[rows, at]) * 1e6, 6),
+        )
+
+    points = sorted({point(float(weight)) for weight in WEIGHTS})
+    assert len(points) >= 3
+    # No point is dominated: what is better costs more.
+    for (worse, cheaper), (better, dearer) in itertools.pairwise(points):
+        assert better > worse
+        assert dearer > cheaper
+    presets = found.presets
+    assert point(presets.fast.cost_weight) < point(presets.auto.cost_weight)
+    # The map says that nothing needs the base model, and the check of the config tells it.
+    (told,) = [line for line in routing_warnings(config, setup) if "fallback" in line]
+    assert "'general'" in told
