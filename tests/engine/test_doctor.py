@@ -1,0 +1,42 @@
+"""`coe doctor` where a GPU is pretended: up to the first kernel."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from service.cli.doctor.proving import prove
+from service.cli.doctor.subjects import default_subject
+from service.engine.swap_proof import Verdict
+from tests.support.engine.real_engines import ENVIRONMENT
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+# Three minutes are the command's own limit; a busy machine may get more.
+_LIMIT_S = 280.0
+
+
+def test_doctor_on_a_pretended_gpu_tells_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The core inherits the pretended platform.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    told: list[str] = []
+    found = prove(
+        default_subject(on_gpu=True),
+        quick=True,
+        deadline_s=time.monotonic() + _LIMIT_S,
+        tell=told.append,
+        launcher=(sys.executable, "-m", "tests.support.engine.pretended_gpu_trial"),
+        folder=tmp_path,
+    )
+    assert found.keys() == {"inplace"}
+    assert found["inplace"].verdict is Verdict.FAILED, found
+    # The core is as far as its worker's look for a device.
+    assert found["inplace"].reason.startswith("starting an engine: AssertionError: "), found
+    assert "out of bounds for 0 devices" in found["inplace"].reason
+    assert any("bandwidth is unknown" in line for line in told)
