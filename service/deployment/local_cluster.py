@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from service.deployment.service_stop_signal import EndOfService
 from service.torch_build import torch_build
 
 _EXIT_TIMEOUT_S = 3.0
+# Time beyond the drain in which replicas stop their engines, in s.
+_DELETE_S = 20.0
 
 
 class LocalCluster:
@@ -128,10 +131,12 @@ class LocalCluster:
                 self._end_of_service.announce()
         # Where Ray was never started, Serve would start it in order to shut it down.
         if ray.is_initialized():
-            with contextlib.suppress(Exception):
-                # First the application alone: `shutdown` stops HAProxy at the same time, and every
-                # running stream with it.
-                serve.delete(APP)
+            # First the application alone: `shutdown` stops HAProxy at the same time, and every
+            # running stream with it. Serve would wait for a hanging replica for as long as a
+            # removed one may drain.
+            deleting = threading.Thread(target=_delete_application, daemon=True)
+            deleting.start()
+            deleting.join(self._config.server.drain_s + _DELETE_S)
             with contextlib.suppress(Exception):
                 serve.shutdown()
             ray.shutdown()
@@ -141,3 +146,8 @@ class LocalCluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=_EXIT_TIMEOUT_S)
+
+
+def _delete_application() -> None:
+    with contextlib.suppress(Exception):
+        serve.delete(APP)

@@ -151,3 +151,39 @@ async def test_removed_replica_ends_its_streams_and_gets_neither_requests_nor_de
         assert left.process.pool.queued() <= had
         assert {*await asyncio.gather(*waiting)} == {60}
         assert left.process.pool.queued() == 0
+
+
+async def test_replaced_pool_sends_requests_to_the_one_that_comes() -> None:
+    async with site() as s:
+        (old,) = s.pools
+        running = asyncio.create_task(s.ask("hot", tokens=60))
+        await until(lambda: old.process.pool.queued() == 1, "it runs")
+        old.process.pool.refuse_new(replaced=True)
+        # The gateway may not know of it yet, and there is no other pool.
+        waiting = [asyncio.create_task(s.ask("hot")) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in waiting)
+        await s.add()
+        assert await asyncio.gather(*waiting) == [TOKENS] * 4
+        assert await running == 60
+
+
+async def test_expert_that_moves_to_another_kind_takes_its_requests_along() -> None:
+    after = CONFIG.model_dump(exclude_unset=True)
+    main = after["pools"]["main"]
+    after["pools"] = {"main": {**main, "experts": ["calm"]}, "own": {**main, "experts": ["hot"]}}
+    moved = Config.model_validate(after)
+    async with site() as s:
+        (old,) = s.pools
+        # Two run, and the others wait in the pool that loses the expert.
+        crowd = [asyncio.create_task(s.ask("hot", tokens=40)) for _ in range(6)]
+        await until(lambda: old.process.pool.queued() == 6, "a queue")
+        await old.process.reload(moved)
+        await s.gateway.reload(moved)
+        late = asyncio.create_task(s.ask("hot"))
+        await asyncio.sleep(0.2)
+        own = await s.stack.enter_async_context(run_pool(moved, "own"))
+        s.know([old, own])
+        assert await asyncio.gather(*crowd) == [40] * 6
+        assert await late == TOKENS
+        assert await s.ask("calm") == TOKENS
