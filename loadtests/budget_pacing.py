@@ -21,7 +21,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.broker.ledger import Ledger, UsageBound
+from service.broker.limit_and_budget_ledger import Ledger, UsageBound
 from service.broker.selection import Selection
 from service.config import Config
 from service.errors import RateLimitExceededError

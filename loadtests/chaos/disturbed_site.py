@@ -23,7 +23,7 @@ import orjson
 import psutil
 
 from loadtests.lib.child_processes import admin_key_of, fetch, running
-from service.broker.ledger import Ledger
+from service.broker.limit_and_budget_ledger import Ledger
 from service.config import Config
 from service.errors import StoreUnavailableError
 from service.gateway.store_setup import open_store

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.rpc.cluster_secret import admin_key_path
+from service.rpc.local_paths import admin_key_path
 
 _POLL_S = 0.25
 _STOP_S = 90.0

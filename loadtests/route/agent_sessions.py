@@ -32,9 +32,9 @@ from service.config import Config
 from service.default_prices import with_default_prices
 from service.gateway.request.parsing import parse_request
 from service.gateway.request_record import RequestRecord
+from service.gateway.routing.candidate_planner import selection_request
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.routing_setup import RoutingSetup
-from service.gateway.routing.semantic_router import selection_request
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.routing.session_memory import SessionMemory
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
@@ -268,7 +268,7 @@ class Arm:
         self._events: list[tuple[float, int, str, Conversation, str]] = []
         self._count = 0
         routing = RoutingSetup(config)
-        self._router, self._catalog = routing.router, routing.catalog
+        self._planner, self._catalog = routing.planner, routing.catalog
         self._cost_model = routing.cost_model
         self._table = PoolStateTable(self._catalog.index)
         self._affinity = PrefixAffinity()
@@ -320,7 +320,7 @@ class Arm:
         headers = {} if script.header is None else {b"x-session-id": script.header.encode()}
         request = parse_request(script.path, conversation.body(), headers, 120_000, Tenant("t"))
         session = await self._sessions.find(request)
-        plan = self._router.plan(request, session=session)
+        plan = self._planner.plan(request, session=session)
         wanted = selection_request(
             self._cost_model, request, plan, prefix_cache=self._affinity.hint(request)
         )

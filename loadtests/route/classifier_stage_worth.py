@@ -206,7 +206,7 @@ async def _rate(setup: RoutingSetup, texts: Iterator[str], seconds: float) -> fl
         while time.monotonic() < end_s:
             body = {"model": "auto", "messages": [{"role": "user", "content": next(texts)}]}
             request = parse_request("/v1/chat/completions", orjson.dumps(body), {}, 60_000)
-            await setup.router.plan_by_all_stages(request)
+            await setup.planner.plan_by_all_stages(request)
             done += 1
             await asyncio.sleep(0)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from service.cli.event_client import api_headers, events, open_stream
 from service.cli.http_client import url_option
+from service.cli.sse_client import api_headers, events, open_stream
 from service.errors import CoeError
 
 _STEPS = ("route", "queue", "swap", "prefill", "decode")

@@ -27,7 +27,7 @@ def admin(url: str, method: str, path: str, body: dict[str, Any] | None = None) 
     Raises:
         CoeError: There is no admin key, or the call failed.
     """
-    from service.rpc.cluster_secret import admin_key_path
+    from service.rpc.local_paths import admin_key_path
 
     if not (headers := admin_headers(url)):
         if not is_loopback(url):
@@ -47,7 +47,8 @@ def admin_headers(url: str) -> dict[str, str]:
 
     The key comes from $COE_ADMIN_KEY, or, for a service on this machine, from this user's file.
     """
-    from service.rpc.cluster_secret import admin_key_path, read_secret
+    from service.rpc.cluster_secret import read_secret
+    from service.rpc.local_paths import admin_key_path
 
     key = os.environ.get(_ADMIN_KEY)
     if not key and is_loopback(url):

@@ -76,7 +76,7 @@ async def _plan(routing: RoutingSetup, request: InferenceRequest) -> RoutePlan:
     await routing.stages.start(SharedEncoders())
     try:
         await routing.stages.wait_prepared(_ENCODER_START_S)
-        return await routing.router.plan_by_all_stages(request)
+        return await routing.planner.plan_by_all_stages(request)
     finally:
         await routing.stages.stop()
 
@@ -89,9 +89,9 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.default_prices import with_default_prices
     from service.gateway.request.expert_defaults import RequestDefaults
     from service.gateway.request.parsing import parse_request
+    from service.gateway.routing.candidate_planner import selection_request
     from service.gateway.routing.decision_explanation import explain
     from service.gateway.routing.routing_setup import RoutingSetup
-    from service.gateway.routing.semantic_router import selection_request
 
     config = with_default_prices(load_config(path))
     raw = json.dumps(body).encode()

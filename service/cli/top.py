@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import click
 
-from service.cli.event_client import events, open_stream
 from service.cli.http_client import admin_headers, url_option
+from service.cli.sse_client import events, open_stream
 from service.cli.table_output import size
 from service.errors import CoeError
 

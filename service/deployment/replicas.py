@@ -35,7 +35,8 @@ from service.gpu_devices import gpus
 from service.models.model_store import model_root
 from service.pool.pool_process import PoolProcess
 from service.rpc import pool_address_registry
-from service.rpc.cluster_secret import node_folder, read_secret
+from service.rpc.cluster_secret import read_secret
+from service.rpc.local_paths import node_folder
 from service.telemetry.json_logging import ENGINE_LOGS, set_up_logs
 from service.telemetry.node_scrape_target import own_folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from service.rpc import pool_address_registry
-from service.rpc.client import PoolAddress
+from service.rpc.pool_link import PoolAddress
 
 
 class DiscoveryRequestRouter(RequestRouter):

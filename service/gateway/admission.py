@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from service.broker.ledger import Ledger, Reservation, UsageBound
+from service.broker.limit_and_budget_ledger import Ledger, Reservation, UsageBound
 from service.broker.savings import Saving
 from service.broker.token_prices import Price, cost, prices_of
 from service.config import Config
@@ -34,7 +34,7 @@ from service.gateway.auth import Authenticator
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
-from service.gateway.response_sends import UsageMeter
+from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import ClientDisconnectedError
 from service.http.openai_errors import status_of
 from service.http.prompt_endpoints import TABLE, UNCHARGED

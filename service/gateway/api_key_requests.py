@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.broker.ledger import limits_of
+from service.broker.limit_and_budget_ledger import limits_of
 from service.config import Config, LimitsConfig
 from service.config.schema import unknown_tenant
 from service.config.section_base import Name

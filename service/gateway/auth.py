@@ -10,7 +10,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from service.broker.ledger import limits_of
+from service.broker.limit_and_budget_ledger import limits_of
 from service.config import Config, KeyConfig, TenantConfig
 from service.config.server import LOOPBACK
 from service.config.tenants import known_tenant

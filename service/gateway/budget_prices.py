@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.broker.budget_pacing import BudgetPacer, BudgetSnapshot
-from service.broker.ledger import BudgetState, Ledger
+from service.broker.limit_and_budget_ledger import BudgetState, Ledger
 from service.broker.selection import Selection
 from service.errors import StoreUnavailableError
 from service.store.record_names import join_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import random
 from typing import Any
 
-from service.broker.ledger import Ledger
+from service.broker.limit_and_budget_ledger import Ledger
 from service.broker.savings import Saving, SavingsTotal
 from service.config import Config
 from service.default_prices import with_default_prices
@@ -28,8 +28,9 @@ from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen_interface import Screen
 from service.gateway.request.expert_defaults import RequestDefaults
-from service.gateway.request.validation import RequestValidator
-from service.gateway.request_record import ExpertCall, RequestObservers
+from service.gateway.request.request_intake import RequestIntake
+from service.gateway.request_record import ExpertCall
+from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.quality_cost_frontier import frontier_of
@@ -183,8 +184,8 @@ class ConfiguredGateway:
             config=config,
             state=state,
             admission=self._admission,
-            validator=RequestValidator(config, Guard(config, resources.screens), self._registry),
-            router=routing.router,
+            intake=RequestIntake(config, Guard(config, resources.screens), self._registry),
+            planner=routing.planner,
             executor=RecipeExecutor(
                 self.dispatcher,
                 routing.catalog,
@@ -231,8 +232,8 @@ class ConfiguredGateway:
     def _inference_handler(self) -> InferenceHandler:
         services, resources = self.services, self._resources
         return InferenceHandler(
-            validator=services.validator,
-            router=services.router,
+            intake=services.intake,
+            planner=services.planner,
             cache=ResponseCache(services.config, resources.volatile, self._registry),
             admission=self._admission,
             executor=services.executor,

@@ -16,9 +16,9 @@ from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
 from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
-from service.gateway.request.validation import RequestValidator
+from service.gateway.request.request_intake import RequestIntake
+from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.feedback_learning import FeedbackService
-from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.state_across_reloads import GatewayState
 from service.rpc.cluster_secret import same
@@ -40,8 +40,8 @@ class GatewayServices:
         config: The config that they answer by.
         state: Counters and learned values, which outlive the config.
         admission: Identifies tenants, and reserves what a request may use.
-        validator: Reads and checks requests.
-        router: Finds the candidates for a request.
+        intake: Reads, checks and parses requests.
+        planner: Finds the candidates for a request, and what is expected of each.
         executor: Chooses among the candidates and runs the choice.
         sessions: Finds and records the sessions of conversations.
         feedback: Counts votes on replies.
@@ -57,8 +57,8 @@ class GatewayServices:
     config: Config
     state: GatewayState
     admission: Admission
-    validator: RequestValidator
-    router: SemanticRouter
+    intake: RequestIntake
+    planner: CandidatePlanner
     executor: RecipeExecutor
     sessions: SessionService
     feedback: FeedbackService

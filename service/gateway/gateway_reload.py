@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from service.broker.ledger import Ledger
+from service.broker.limit_and_budget_ledger import Ledger
 from service.config import Config
 from service.encoder.shared_encoders import SharedEncoders
 from service.engine.remote_engine import RemoteEngine

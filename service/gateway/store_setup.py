@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from service.config import Config
 from service.errors import ConfigError
 from service.gateway.auth import any_key
-from service.rpc.cluster_secret import admin_key_path, keys_path
+from service.rpc.local_paths import admin_key_path, keys_path
 from service.store.api_keys import FileKeyRepository, KeyRepository, KeyService, StoreKeyRepository
 from service.store.memory_store import MemoryStore
 from service.store.store_interface import Store

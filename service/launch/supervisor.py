@@ -28,7 +28,8 @@ from service.errors import CoeError, StoreUnavailableError
 from service.gateway.cross_site_guard import CrossOriginRules
 from service.launch import ray_environment
 from service.launch.startup_server import StartupServer
-from service.rpc.cluster_secret import admin_key_path, make_secret, node_folder, read_secret
+from service.rpc.cluster_secret import make_secret, read_secret
+from service.rpc.local_paths import admin_key_path, node_folder
 
 if TYPE_CHECKING:
     from service.deployment.local_cluster import LocalCluster

@@ -1,6 +1,6 @@
 """Makes the engines of one pool from its config.
 
-Only this module and `factory` depend on both the config and the engine classes.
+Only this module depends on both the config and the engine classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from service.engine.gpu_share import GpuShare
 from service.engine.lazy_engine import LazyEngine
 from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
 from service.engine.simulated_engine import SimulatedEngine
-from service.engine.sleep_mode import Sleeper, SleepingEngines
+from service.engine.sleeping_engines import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
 from service.gpu_devices import largest_gpu_bytes
 from service.models import ModelInfo, inspect_model

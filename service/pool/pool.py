@@ -28,8 +28,9 @@ from service.errors import (
     UnknownEndpointError,
     UnknownModelError,
 )
+from service.pool.abandoned_calls import AbandonedCalls
 from service.pool.autoscaling_load import LoadMeter, PoolLoad, SlotLoad, pool_load
-from service.pool.call_records import AbandonedCalls, Acknowledgements, TimedSend
+from service.pool.call_acknowledgements import Acknowledgements
 from service.pool.host_memory_division import claims, divide, least
 from service.pool.requested_name_send import RenamedSend
 from service.pool.slot_units import Unit
@@ -37,6 +38,7 @@ from service.pool.slots.base_slot import BaseSlot, LeaseRevokedError
 from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
+from service.pool.timed_send import TimedSend
 from service.pool.unit_placement import next_move
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_latency import ExpertLatency, measured_speeds

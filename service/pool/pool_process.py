@@ -16,7 +16,7 @@ from service.moe.virtual_expert_profiles import profile_bytes
 from service.pool.gpu_memory_monitor import GpuMemoryMonitor, GpuState
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
-from service.rpc.server import PoolApp
+from service.rpc.pool_asgi_app import PoolApp
 from service.telemetry import metric_declarations
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.telemetry_setup import node_target, traces_of

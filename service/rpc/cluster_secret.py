@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import secrets
-import tempfile
 from pathlib import Path
 
 HEADER = "x-coe-secret"
@@ -28,17 +26,6 @@ def make_secret(path: Path) -> str:
     return secret
 
 
-def admin_key_path() -> Path:
-    """Path of this machine's admin key: `$COE_HOME/admin-key`, or `~/.config/coe/admin-key`."""
-    home = os.environ.get("COE_HOME")
-    return (Path(home) if home else Path.home() / ".config" / "coe") / "admin-key"
-
-
-def keys_path() -> Path:
-    """Default path of this machine's hashed API keys."""
-    return admin_key_path().with_name("keys.jsonl")
-
-
 def read_secret(path: Path) -> str:
     """Read a secret from a file.
 
@@ -54,9 +41,3 @@ def read_secret(path: Path) -> str:
 def same(given: bytes, secret: bytes) -> bool:
     """Compare two secrets in constant time."""
     return hmac.compare_digest(given, secret)
-
-
-def node_folder(secret: str) -> Path:
-    """Folder of the metrics sockets of a cluster's processes on this node."""
-    digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"coe-{os.getuid()}-{digest}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from service.rpc.client import PoolAddress
+from service.rpc.pool_link import PoolAddress
 
 Listener = Callable[[list[PoolAddress]], None]
 

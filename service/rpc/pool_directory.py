@@ -11,7 +11,7 @@ from contextlib import suppress
 import aiohttp
 
 from service.errors import PoolUnreachableError, UnknownModelError
-from service.rpc.client import PoolAddress, PoolLink, new_session
+from service.rpc.pool_link import PoolAddress, PoolLink, new_session
 from service.rpc.snapshot import GONE_S
 
 _MOST_POOLS = 64

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.doctor.proving import prove
-from service.cli.doctor.subjects import default_subject
+from service.cli.doctor.layouts_to_try import default_subject
+from service.cli.doctor.trial_runner import prove
 from service.engine.swap_proof import Verdict
 from tests.support.engine.real_engines import ENVIRONMENT
 

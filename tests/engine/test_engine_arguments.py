@@ -15,7 +15,7 @@ import pytest
 from service.config import Config, VllmOptions
 from service.config.vllm_args import OWNED, PASSED
 from service.engine.gpu_share import GpuShare
-from service.engine.vllm import handle
+from service.engine.vllm import async_llm_handle
 from service.engine.vllm.argument_check import check_arguments
 from service.errors import ConfigError
 
@@ -37,7 +37,7 @@ STRUCTURED: dict[str, Any] = {
 
 @cache
 def _parser() -> Any:
-    return handle._argument_parser()
+    return async_llm_handle._argument_parser()
 
 
 def _value_of(name: str) -> Any:
@@ -55,7 +55,7 @@ def _value_of(name: str) -> Any:
         return "else"
     for value in ((action.default or 0) + 3, 0.25, "7") if _is_simple(action) else ():
         try:
-            handle._parsed(_parser(), {name: value})
+            async_llm_handle._parsed(_parser(), {name: value})
         except ValueError:
             continue
         return value
@@ -75,7 +75,7 @@ def test_every_argument_of_vllm_is_owned_or_passes() -> None:
 
 
 def test_service_sets_no_argument_that_passes() -> None:
-    tree = ast.parse(Path(handle.__file__).read_text())
+    tree = ast.parse(Path(async_llm_handle.__file__).read_text())
     assigned = {
         target.attr
         for node in ast.walk(tree)
@@ -94,7 +94,7 @@ def test_service_sets_no_argument_that_passes() -> None:
 def test_the_operators_share_of_a_gpu_goes_before_the_computed_one(
     given: dict[str, float], expected: float
 ) -> None:
-    settings = handle.LaunchSettings(
+    settings = async_llm_handle.LaunchSettings(
         model=".",
         served_name="a",
         options=VllmOptions(args=given),
@@ -102,7 +102,7 @@ def test_the_operators_share_of_a_gpu_goes_before_the_computed_one(
         enforce_eager=True,
         gpu_share=GpuShare(0.25),
     )
-    assert handle._frontend_args(settings).gpu_memory_utilization == expected
+    assert async_llm_handle._frontend_args(settings).gpu_memory_utilization == expected
 
 
 @pytest.mark.parametrize("name", sorted(PASSED))
@@ -110,7 +110,7 @@ def test_argument_reaches_the_engine_as_vllm_reads_it(name: str) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     value = _value_of(name)
-    parsed = handle._parsed(_parser(), {name: value})
+    parsed = async_llm_handle._parsed(_parser(), {name: value})
     made = getattr(AsyncEngineArgs.from_cli_args(Namespace(**{**vars(parsed), "model": "."})), name)
     if isinstance(value, dict) and not isinstance(made, dict):
         # vLLM makes an object of a mapping.
@@ -135,7 +135,7 @@ def test_argument_reaches_the_engine_as_vllm_reads_it(name: str) -> None:
     ],
 )
 def test_wrong_value_gets_vllm_s_own_message(args: dict[str, Any], words: str | None) -> None:
-    faults = handle.argument_faults(args)
+    faults = async_llm_handle.argument_faults(args)
     if words is None:
         assert faults == {}
     else:

@@ -97,7 +97,7 @@ async def test_gpu_engines_of_one_pool_share_one_file_per_expert() -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 async def test_gpu_engines_of_two_families_sleep_in_turn(level: int, tmp_path: Path) -> None:
-    from service.engine.sleep_mode import SleepingEngines
+    from service.engine.sleeping_engines import SleepingEngines
     from service.engine.vllm.engine import VllmEngine, VllmModel
 
     other = tmp_path / "other"
@@ -128,7 +128,7 @@ def test_gpu_swap_every_byte_arrives_where_the_graphs_read_it(tmp_path: Path) ->
     import torch
 
     from service.engine.shared_memory_tensors import write_file
-    from service.engine.vllm.worker.pinned_weights import copy_all, copy_to, describe, pinned
+    from service.engine.vllm.worker.pinned_swap_extension import copy_all, copy_to, describe, pinned
 
     live = {"w": torch.zeros(1 << 20, device="cuda"), "b": torch.zeros(7, device="cuda")}
     made = {name: torch.randn_like(tensor) for name, tensor in live.items()}

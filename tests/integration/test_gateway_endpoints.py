@@ -179,7 +179,7 @@ async def test_unexpected_exception_is_a_500_without_its_text(
         status, _, answer = await s.ask(chat())
         assert (status, answer["error"]["type"]) == (500, "server_error")
         assert "private" not in answer["error"]["message"]
-        monkeypatch.setattr(s.gateway.current.services.router, "plan", broken)
+        monkeypatch.setattr(s.gateway.current.services.planner, "plan", broken)
         status, _, answer = await s.ask(chat())
         assert (status, answer["error"]["code"]) == (500, "internal_error")
         assert "private" not in str(answer)
@@ -216,7 +216,7 @@ async def test_exception_in_routing_is_a_500_and_is_logged_without_its_text(
         raise RuntimeError("hello there")
 
     async with run_gateway(ONE) as s:
-        monkeypatch.setattr(s.gateway.current.services.router, "plan", plan)
+        monkeypatch.setattr(s.gateway.current.services.planner, "plan", plan)
         for path in ("/v1/route", CHAT):
             status, headers, answer = await s.ask(chat("hello there"), path)
             assert (status, answer["error"]["code"]) == (500, "internal_error"), path

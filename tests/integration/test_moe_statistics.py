@@ -93,7 +93,7 @@ async def test_moe_show_command_prints_and_draws(
     key = tmp_path / "admin-key"
     key.write_text(ADMIN_KEY)
     key.chmod(0o600)
-    monkeypatch.setattr("service.rpc.cluster_secret.admin_key_path", lambda: key)
+    monkeypatch.setattr("service.rpc.local_paths.admin_key_path", lambda: key)
     picture = tmp_path / "map.png"
 
     def run(url: str, *words: str) -> Any:

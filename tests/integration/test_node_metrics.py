@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.rpc.cluster_secret import node_folder
+from service.rpc.local_paths import node_folder
 from service.telemetry import node_scrape_target
 from service.telemetry.node_scrape_target import NodeTarget
 from tests.support.polling import until

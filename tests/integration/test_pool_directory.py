@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from service.rpc import client
+from service.rpc import pool_link
 from service.rpc.call_headers import Call
-from service.rpc.client import PoolAddress, PoolLink
 from service.rpc.pool_directory import PoolDirectory
+from service.rpc.pool_link import PoolAddress, PoolLink
 from service.rpc.snapshot import Snapshot, encode
 from tests.support.in_process_service import serving
 from tests.support.polling import until
@@ -40,8 +40,8 @@ class Node:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits 15 s for a pool that says nothing."""
-    monkeypatch.setattr(client, "GONE_S", 0.1)
-    monkeypatch.setattr(client, "_SILENT_S", 0.3)
+    monkeypatch.setattr(pool_link, "GONE_S", 0.1)
+    monkeypatch.setattr(pool_link, "_SILENT_S", 0.3)
 
 
 def call(seq: int) -> Call:

@@ -12,7 +12,7 @@ import pytest
 
 from service.engine.engine_interface import EngineRequest, Send
 from service.errors import EngineDeadError
-from service.rpc.client import PoolAddress
+from service.rpc.pool_link import PoolAddress
 from tests.support.in_process_service import (
     CHAT,
     SECRET,

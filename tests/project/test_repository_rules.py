@@ -38,10 +38,10 @@ TOP = {
 # Each may be imported in these modules of the service, and nowhere else in it.
 ONLY_IN = {
     "vllm": {
-        "service/engine/vllm/handle.py",
+        "service/engine/vllm/async_llm_handle.py",
         "service/engine/vllm/worker/expert_grammars.py",
         "service/engine/vllm/worker/second_model.py",
-        "service/engine/vllm/worker/merged_worker.py",
+        "service/engine/vllm/worker/merged_expert_worker.py",
         "service/engine/vllm/worker/gate_capture.py",
         "service/engine/vllm/worker/gate_access.py",
         "service/engine/vllm/worker/gate_choice_recorder.py",
@@ -49,7 +49,7 @@ ONLY_IN = {
         "service/engine/vllm/worker/model_access.py",
         "service/engine/vllm/worker/eager_steering.py",
         "service/engine/vllm/worker/swap_extension.py",
-        "service/engine/vllm/worker/weight_packing.py",
+        "service/engine/vllm/worker/pack_while_loading.py",
         "service/engine/vllm/worker/gpu_worker.py",
     },
     "ray": {

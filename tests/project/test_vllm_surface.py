@@ -81,7 +81,7 @@ ASSIGNED = {
     "target.cpu_linear": None,
     "weight.weight_loader": None,
 }
-# Attributes that we read of `AsyncLLM`, in `handle.py`.
+# Attributes that we read of `AsyncLLM`, in `async_llm_handle.py`.
 READ_OF_LLM = {
     "collective_rpc",
     "encode",
@@ -206,7 +206,7 @@ def _assigned() -> set[str]:
 
 
 def _read_of_llm() -> set[str]:
-    tree = ast.parse((OURS / "handle.py").read_text())
+    tree = ast.parse((OURS / "async_llm_handle.py").read_text())
     return {
         node.attr
         for node in ast.walk(tree)
@@ -233,7 +233,7 @@ def test_engine_front_end_imports_vllm_in_one_file() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm"
     }
-    assert importing == {"handle.py", "worker"}
+    assert importing == {"async_llm_handle.py", "worker"}
 
 
 # --- the installed vLLM

@@ -16,7 +16,7 @@ from service.broker.pool_state import PoolStateTable, PoolView
 from service.config import SimulatedOptions
 from service.engine.engine_interface import EngineReport, LoadResult, SwapResult
 from service.engine.simulated_engine import SimulatedEngine
-from service.engine.sleep_mode import SleepingEngines
+from service.engine.sleeping_engines import SleepingEngines
 from service.errors import CoeError, ExpertFailedError
 from service.pool.pool import Pool
 from service.pool.slot_units import Unit, UnitState
@@ -228,9 +228,11 @@ def test_estimates_of_sleeping_engines_are_one_start_and_then_a_wake() -> None:
         clock = FastTime(asyncio.get_running_loop())
         with pytest.MonkeyPatch.context() as patch:
             on_clock(patch, lambda: clock.now_s)
-            from service.engine import sleep_mode
+            from service.engine import sleeping_engines
 
-            patch.setattr(sleep_mode, "time", type("Clock", (), {"monotonic": lambda: clock.now_s}))
+            patch.setattr(
+                sleeping_engines, "time", type("Clock", (), {"monotonic": lambda: clock.now_s})
+            )
             units = {name: (name,) for name in "ab"}
             built: list[CostlyEngine] = []
 

@@ -21,7 +21,7 @@ from service.gateway.dependencies import Reload
 from service.gateway.gateway_reload import GatewayRuntime
 from service.pool import engine_factory
 from service.pool.pool_process import PoolProcess
-from service.rpc.client import PoolAddress
+from service.rpc.pool_link import PoolAddress
 from service.rpc.snapshot import Snapshot
 from tests.support.polling import until
 

@@ -12,7 +12,7 @@ from service.cli.check import CONFIG
 from service.cli.table_output import table
 
 if TYPE_CHECKING:
-    from service.cli.doctor.subjects import TrialSubject
+    from service.cli.doctor.layouts_to_try import TrialSubject
     from service.config import Config
     from service.engine.swap_proof import SwapProof
 
@@ -51,7 +51,7 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
     """Try each layout within one time limit, and write its record."""
     import time
 
-    from service.cli.doctor.proving import prove, with_left_out
+    from service.cli.doctor.trial_runner import prove, with_left_out
     from service.engine.swap_proof import SwapProof, merged_proof
     from service.engine.swap_proof_store import SwapProofStore, this_machine
     from service.errors import CoeError
@@ -94,7 +94,7 @@ def _subjects(config: Config | None) -> list[TrialSubject]:
     Raises:
         ConfigError: No expert of the config can be tried.
     """
-    from service.cli.doctor.subjects import default_subject, subjects_of
+    from service.cli.doctor.layouts_to_try import default_subject, subjects_of
     from service.engine.swap_proof_store import vllm_build
     from service.errors import ConfigError
     from service.gpu_devices import gpus

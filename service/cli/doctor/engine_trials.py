@@ -37,7 +37,7 @@ from service.engine.engine_interface import (
 )
 from service.engine.gpu_share import GpuShare
 from service.engine.shared_weight_cache import SharedWeightCache
-from service.engine.sleep_mode import SleepingEngines
+from service.engine.sleeping_engines import SleepingEngines
 from service.engine.steering_data import SteeredLayer, Steering
 from service.engine.swap_proof import one_line
 from service.engine.vllm.engine import VllmEngine, VllmModel

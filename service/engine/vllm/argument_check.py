@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.config import Config
-from service.engine.vllm.handle import argument_faults
+from service.engine.vllm.async_llm_handle import argument_faults
 from service.errors import ConfigError
 
 _TIMEOUT_S = 300.0

@@ -1,7 +1,7 @@
 """The vLLM engine: an `AsyncLLM` in this process, answering through vLLM's own OpenAI layer.
 
 Requests go into vLLM's ASGI application without a socket in between. vLLM's EngineCore is a child
-process of this process. All calls of vLLM go through `service.engine.vllm.handle`.
+process of this process. All calls of vLLM go through `service.engine.vllm.async_llm_handle`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from service.engine.engine_interface import (
 )
 from service.engine.gpu_share import GpuShare
 from service.engine.steering_data import RECORD_CHOICES_KEY
-from service.engine.vllm.expert_stats import EngineStats
-from service.engine.vllm.grammar_trials import GrammarTrials
-from service.engine.vllm.handle import (
+from service.engine.vllm.async_llm_handle import (
     AdapterError,
     LaunchSettings,
     OpenAiApp,
@@ -39,6 +37,8 @@ from service.engine.vllm.handle import (
     track_request_ids,
     watch_refusal,
 )
+from service.engine.vllm.expert_stats import EngineStats
+from service.engine.vllm.grammar_trials import GrammarTrials
 from service.engine.vllm.routing_stats_poller import RoutingStatsPoller
 from service.errors import (
     BodyTooLargeError,
@@ -294,7 +294,7 @@ class VllmEngine:
         except Exception:
             if refusal.error is None:
                 raise
-            # `_Reply.fail` of rpc/server.py ends a started stream with this error.
+            # `_Reply.fail` of rpc/pool_asgi_app.py ends a started stream with this error.
             raise refusal.error from None
         finally:
             if self._routing_stats is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from service.engine.engine_interface import CANARY, EngineObserver, EngineTimings
-from service.engine.vllm.handle import FinishedRequest
+from service.engine.vllm.async_llm_handle import FinishedRequest
 
 # The number of requests whose expert is remembered. No engine has more requests in flight.
 _REMEMBERED = 8192

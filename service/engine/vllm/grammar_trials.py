@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker, Vocabulary
-from service.engine.vllm.handle import grammar_from_text
+from service.engine.vllm.async_llm_handle import grammar_from_text
 
 _CPU_S = 2.0
 # A body without these words has no grammar that vLLM parses before its reply begins.

@@ -33,8 +33,8 @@ from service.engine.engine_interface import (
 from service.engine.gpu_share import GpuShare
 from service.engine.shared_weight_cache import EngineShare, SharedWeightCache
 from service.engine.steering_data import MERGED_KEY, PLACES_KEY, Steering
+from service.engine.vllm.async_llm_handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.engine import GRAPH_STEERING_WORKER, VllmEngine, VllmModel, first_line
-from service.engine.vllm.handle import LaunchSettings, OpenAiApp, Rendering
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.errors import (
     CoeError,
@@ -51,8 +51,8 @@ _T = TypeVar("_T")
 log = logging.getLogger("coe.engine")
 
 _SWAP_EXTENSION = "service.engine.vllm.worker.swap_extension.SwapExtension"
-_PINNED_EXTENSION = "service.engine.vllm.worker.pinned_weights.PinnedExtension"
-_MERGED_WORKER = "service.engine.vllm.worker.merged_worker.MergedWorker"
+_PINNED_EXTENSION = "service.engine.vllm.worker.pinned_swap_extension.PinnedExtension"
+_MERGED_WORKER = "service.engine.vllm.worker.merged_expert_worker.MergedWorker"
 # A poll runs between two steps of the running model, on a GPU on all ranks.
 _POLL_S, _GPU_POLL_S = 0.01, 0.1
 _CHECK_ALIVE_S = 0.2

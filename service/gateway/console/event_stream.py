@@ -22,8 +22,8 @@ from service.config import Config
 from service.errors import OverCapacityError, PoolUnavailableError
 from service.gateway.console.expert_views import describe_experts, describe_pools
 from service.gateway.console.request_history import RequestHistory
-from service.rpc.client import PoolLink
 from service.rpc.pool_directory import PoolDirectory
+from service.rpc.pool_link import PoolLink
 
 log = logging.getLogger("coe.api")
 

@@ -59,12 +59,12 @@ from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_context, within_cost
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
-from service.gateway.response_sends import ResponseSend
+from service.gateway.response_send import ResponseSend
+from service.gateway.routing.candidate_planner import selection_request
 from service.gateway.routing.demand_reporter import DemandReporter
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.request_bounds import infeasible_error
 from service.gateway.routing.route_plan import RoutePlan
-from service.gateway.routing.semantic_router import selection_request
 from service.http.asgi_helpers import body_message, send_response, start_response
 from service.http.openai_errors import FAULT_HEADER
 from service.http.prompt_endpoints import TABLE
@@ -489,8 +489,8 @@ class Dispatcher:
                     places=request.sequences,
                 )
                 try:
-                    # POST to the pool's port; `rpc/server.py` there calls `Pool.run`. Leaving the
-                    # context cancels it.
+                    # POST to the pool's port. `rpc/pool_asgi_app.py` there calls `Pool.run`.
+                    # Leaving the context cancels the call.
                     async with link.call(call, body) as answer:
                         reply.record.calls.append(expert_call)
                         await self._forward(answer, request, limit, reply)

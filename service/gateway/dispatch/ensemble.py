@@ -25,7 +25,7 @@ from service.errors import CoeError, UnavailableError
 from service.gateway.dispatch.internal_expert_calls import BufferedSend
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
-from service.gateway.response_sends import NoAnswerError, ResponseSend
+from service.gateway.response_send import NoAnswerError, ResponseSend
 from service.gateway.routing.route_plan import RoutePlan
 from service.http.asgi_helpers import send_response
 from service.types import MAX_LATER, Recipe

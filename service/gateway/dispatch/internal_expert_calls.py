@@ -11,7 +11,7 @@ import numpy as np
 from service.engine.engine_interface import Message
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import RequestRecord
-from service.gateway.response_sends import ResponseSend
+from service.gateway.response_send import ResponseSend
 from service.gateway.routing.route_plan import RoutePlan
 from service.types import MAX_LATER
 

@@ -26,14 +26,14 @@ from service.gateway.dispatch.ensemble import EnsembleExecutor
 from service.gateway.dispatch.pool_errors import deadline_error
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
-from service.gateway.response_sends import ResponseSend
+from service.gateway.response_send import ResponseSend
+from service.gateway.routing.candidate_planner import selection_request
 from service.gateway.routing.decision_explanation import explain
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import within_bounds
 from service.gateway.routing.route_plan import RoutePlan
-from service.gateway.routing.semantic_router import selection_request
 from service.types import Recipe
 
 

@@ -16,7 +16,7 @@ import orjson
 from service.config.tenants import Priority
 from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
-from service.gateway.request.hosted_tools import leave_out_hosted_tools
+from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
 from service.http.prompt_endpoints import TABLE, Endpoint
 from service.http.token_usage import estimate_tokens

@@ -13,11 +13,11 @@ from service.gateway.admission import Admission, Entry
 from service.gateway.cache.response_cache import ResponseCache
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.request.parsing import InferenceRequest
-from service.gateway.request.validation import RequestValidator
-from service.gateway.request_record import RequestObservers, RequestScope
-from service.gateway.response_sends import ResponseSend
+from service.gateway.request.request_intake import RequestIntake
+from service.gateway.request_scope import RequestObservers, RequestScope
+from service.gateway.response_send import ResponseSend
+from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.route_plan import RoutePlan
-from service.gateway.routing.semantic_router import SemanticRouter
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
@@ -31,8 +31,8 @@ class InferenceHandler:
     """Answers requests that carry a prompt.
 
     Args:
-        validator: Reads and checks requests, and runs the tenant's guard.
-        router: Finds the candidates for a request.
+        intake: Reads, checks and parses requests, and runs the tenant's guard.
+        planner: Finds the candidates for a request, and what is expected of each.
         cache: The response cache.
         admission: Reserves what a request may use, and settles it.
         executor: Chooses among the candidates and runs the choice.
@@ -46,8 +46,8 @@ class InferenceHandler:
     def __init__(
         self,
         *,
-        validator: RequestValidator,
-        router: SemanticRouter,
+        intake: RequestIntake,
+        planner: CandidatePlanner,
         cache: ResponseCache,
         admission: Admission,
         executor: RecipeExecutor,
@@ -56,8 +56,8 @@ class InferenceHandler:
         observers: RequestObservers,
         behind_serve: bool,
     ) -> None:
-        self._validator = validator
-        self._router = router
+        self._intake = intake
+        self._planner = planner
         self._cache = cache
         self._admission = admission
         self._executor = executor
@@ -71,16 +71,14 @@ class InferenceHandler:
         # The scope also answers errors, in the client's dialect.
         async with RequestScope(self._observers, scope, send) as request_scope:
             record = request_scope.record
-            headers = self._validator.headers(scope["headers"])
+            headers = self._intake.headers(scope["headers"])
             # The request counts against request limits before its body is read. `_admit` reserves
             # tokens and cost later. The exit settles them.
             async with self._admission.enter(headers, record) as entry:
-                validated = await self._validator.validate(
-                    record.path, headers, entry.tenant, receive
-                )
+                validated = await self._intake.read(record.path, headers, entry.tenant, receive)
                 request = request_scope.add_request(validated)
                 session = await self._sessions.find(request)
-                plan = await self._router.plan_by_all_stages(request, session)
+                plan = await self._planner.plan_by_all_stages(request, session)
                 request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
                 watched = self._sessions.watch(session, record, send)
                 cached = await self._cache.begin(request, watched)

@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.errors import PoolUnavailableError
 from service.gateway.dependencies import Services, headers_of
-from service.rpc.client import PoolLink
+from service.rpc.pool_link import PoolLink
 from service.telemetry.prometheus_exposition import CONTENT_TYPE, join
 
 router = APIRouter()

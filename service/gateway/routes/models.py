@@ -14,7 +14,7 @@ from service.errors import UnknownEndpointError, UnknownModelError
 from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
 from service.gateway.folder_redaction import without_folders
 from service.gateway.request.parsing import AUTO, GENERAL
-from service.gateway.routing.semantic_router import PRESETS
+from service.gateway.routing.candidate_planner import PRESETS
 from service.types import NOBODY, Residency, Tenant
 
 router = APIRouter()

@@ -13,13 +13,13 @@ router = APIRouter()
 @router.post("/v1/route")
 async def route(request: Request, services: Services) -> Response:
     """Explain which candidate would answer this chat completion, and why."""
-    headers = services.validator.headers(request.scope["headers"])
+    headers = services.intake.headers(request.scope["headers"])
     async with services.admission.enter(headers, RequestRecord()) as entry:
-        validated = await services.validator.validate(
+        validated = await services.intake.read(
             "/v1/chat/completions", headers, entry.tenant, request.receive
         )
         session = await services.sessions.find(validated.request)
-        plan = await services.router.plan_by_all_stages(validated.request, session)
+        plan = await services.planner.plan_by_all_stages(validated.request, session)
         decision = services.executor.explain(validated.request, plan)
         entry.record.status = 200
     return json_response({**decision, "guard": validated.explained()})

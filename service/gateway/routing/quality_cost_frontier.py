@@ -20,8 +20,8 @@ from service.broker.reference_cost import best_shares
 from service.broker.token_prices import prices_of
 from service.config import Config
 from service.config.router_presets import PresetsConfig
+from service.gateway.routing.candidate_planner import chosen_by_auto
 from service.gateway.routing.routing_setup import RoutingSetup
-from service.gateway.routing.semantic_router import chosen_by_auto
 from service.types import Recipe
 
 # Tokens of the usual prompt and answer.

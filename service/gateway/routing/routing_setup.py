@@ -1,4 +1,4 @@
-"""Makes the semantic router of a config: its artifact, recipes, quality, prices and savings."""
+"""Makes the router of a config: artifact, recipes, quality, prices, savings and the planner."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from service.config.router import NO_ARTIFACT
 from service.config.schema import silent_member
 from service.errors import ArtifactError
 from service.gateway.request.parsing import GENERAL
+from service.gateway.routing.candidate_planner import CandidatePlanner, chosen_by_auto
 from service.gateway.routing.classifier_stages import PromptStages
 from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
-from service.gateway.routing.semantic_router import SemanticRouter, chosen_by_auto
 from service.http.token_usage import estimate_tokens
 from service.telemetry.metrics_registry import MetricsRegistry
 
@@ -95,7 +95,7 @@ class RoutingSetup:
         )
         self.savings = self._savings_model(config)
         assess = self.stages.assess if self.stages.classifies else None
-        self.router = SemanticRouter(
+        self.planner = CandidatePlanner(
             config,
             self.catalog,
             self.quality_model,

@@ -25,7 +25,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from service.engine.vllm.worker import cuda_runtime
-from service.engine.vllm.worker.pinned_weights import PinnedExtension, tensors_of
+from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension, tensors_of
 from tests.support.engine.dense_model import loaded
 
 _SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}

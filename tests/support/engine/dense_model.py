@@ -46,7 +46,7 @@ def dense_model(seed: int, layers: int = 3, width: int = 8) -> Any:
 
 def extension(model: Any, folder: Path, rank: int = 0, ranks: int = 1, experts: str = "abc") -> Any:
     """A GPU worker's extension, without a worker around it."""
-    from service.engine.vllm.worker.pinned_weights import PinnedExtension
+    from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension
 
     made = PinnedExtension()
     made.rank, made.device = rank, rank
@@ -62,12 +62,12 @@ def extension(model: Any, folder: Path, rank: int = 0, ranks: int = 1, experts: 
 
 def loads(monkeypatch: Any, models: dict[str, Any]) -> None:
     """Let every extension load these models' tensors, instead of files, by expert."""
-    from service.engine.vllm.worker import pinned_weights
+    from service.engine.vllm.worker import pinned_swap_extension
 
     def prepare(self: Any, expert: str, load: Any) -> Any:
-        return lambda: self._coe_hold(expert, pinned_weights.tensors_of(models[expert]))
+        return lambda: self._coe_hold(expert, pinned_swap_extension.tensors_of(models[expert]))
 
-    monkeypatch.setattr(pinned_weights.SwapExtension, "_coe_prepare_load", prepare)
+    monkeypatch.setattr(pinned_swap_extension.SwapExtension, "_coe_prepare_load", prepare)
 
 
 def loaded(one: Any, expert: str, folder: str = "nowhere") -> dict[str, Any]:

@@ -109,8 +109,8 @@ class FakeCuda(CudaRuntime):
 
 def install(monkeypatch: Any, runtime: FakeCuda) -> FakeCuda:
     """Make the worker's modules use it."""
-    from service.engine.vllm.worker import gate_choice_recorder, pinned_weights
+    from service.engine.vllm.worker import gate_choice_recorder, pinned_swap_extension
 
-    for module in (gate_choice_recorder, pinned_weights):
+    for module in (gate_choice_recorder, pinned_swap_extension):
         monkeypatch.setattr(module, "cuda_runtime", lambda: runtime)
     return runtime

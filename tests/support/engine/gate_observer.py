@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from service.engine.vllm.worker.gate_choice_recorder import ChoiceBuffer
-from service.engine.vllm.worker.pinned_weights import PinnedExtension
+from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension
 
 
 class SeeingExtension(PinnedExtension):

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.config import VllmOptions
 from service.engine.engine_interface import EngineRequest, Message
-from service.engine.vllm.handle import LaunchSettings
+from service.engine.vllm.async_llm_handle import LaunchSettings
 from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine, Weights
 from service.telemetry.pool_metrics import PoolMetrics
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from service.broker.ledger import Ledger
+from service.broker.limit_and_budget_ledger import Ledger
 from service.broker.savings import Saving
 from service.config import Config
 from service.errors import (

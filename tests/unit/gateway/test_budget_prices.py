@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from service.broker.ledger import Ledger, UsageBound
+from service.broker.limit_and_budget_ledger import Ledger, UsageBound
 from service.broker.selection import Selection
 from service.config import Config
 from service.errors import StoreUnavailableError

@@ -179,7 +179,7 @@ def test_presets_of_an_artifact_are_in_force_where_the_config_has_its_experts(
         data = {"model": "auto", "messages": [{"role": "user", "content": "What is 17 plus 25?"}]}
         asked = parse_request("/v1/chat/completions", json.dumps(data).encode(), {}, 1000)
         shown = frontier_of(config, setup).to_json(config)["presets"]["auto"]["cost_weight"]
-        planned = setup.router.plan(asked).cost_weight
+        planned = setup.planner.plan(asked).cost_weight
         assert planned == shown
         return planned
 

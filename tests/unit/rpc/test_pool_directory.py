@@ -12,8 +12,8 @@ import pytest
 
 from service.errors import PoolUnavailableError
 from service.rpc.call_headers import Call
-from service.rpc.client import PoolAddress, PoolLink, new_session
 from service.rpc.pool_directory import PoolDirectory
+from service.rpc.pool_link import PoolAddress, PoolLink, new_session
 from service.rpc.snapshot import ExpertState, Snapshot, decode, encode
 from service.types import Residency
 from tests.support.in_process_service import serving

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from service.engine.vllm.worker.model_access import is_attention, named_layers
-from service.engine.vllm.worker.weight_packing import (
+from service.engine.vllm.worker.pack_while_loading import (
     ScratchBuffers,
     packing_as_read,
     packing_tied_once,

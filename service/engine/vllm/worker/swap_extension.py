@@ -22,6 +22,7 @@ from service.engine.vllm.worker.eager_steering import SteeredGates
 from service.engine.vllm.worker.expert_grammars import ExpertGrammars
 from service.engine.vllm.worker.gate_capture import CaptureExtension
 from service.engine.vllm.worker.model_access import is_attention, named_layers
+from service.engine.vllm.worker.pack_while_loading import ScratchBuffers
 from service.engine.vllm.worker.second_model import SecondModel, check_alike
 from service.engine.vllm.worker.weight_memory import (
     check_room,
@@ -31,7 +32,6 @@ from service.engine.vllm.worker.weight_memory import (
     resident_bytes,
     tensor_bytes,
 )
-from service.engine.vllm.worker.weight_packing import ScratchBuffers
 from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
-from service.cli.doctor import proving
+from service.cli.doctor import trial_runner
 from service.engine import swap_proof_store
 from service.engine.swap_proof import ProofFinding, Verdict
 from service.engine.swap_proof_store import SwapProofStore, this_machine
@@ -33,7 +33,7 @@ def prove_with(monkeypatch: pytest.MonkeyPatch, **findings: ProofFinding) -> lis
         asked.append({"layout": subject.layout, **given})
         return dict(findings)
 
-    monkeypatch.setattr(proving, "prove", prove)
+    monkeypatch.setattr(trial_runner, "prove", prove)
     return asked
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.cli.doctor import engine_trials
-from service.cli.doctor.subjects import default_subject
+from service.cli.doctor.layouts_to_try import default_subject
 from service.cli.doctor.trial_process import PARTS_OF, main, run_trial
 from service.cli.doctor.trial_spec import TRIALS, TrialLog, TrialSpec
 from service.engine.swap_proof import PARTS

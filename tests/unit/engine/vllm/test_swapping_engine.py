@@ -25,8 +25,8 @@ torch = pytest.importorskip("torch")
 
 from service.engine.vllm import swapping_engine  # noqa: E402
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights  # noqa: E402
-from service.engine.vllm.worker import pinned_weights  # noqa: E402
-from service.engine.vllm.worker.pinned_weights import tensors_of  # noqa: E402
+from service.engine.vllm.worker import pinned_swap_extension  # noqa: E402
+from service.engine.vllm.worker.pinned_swap_extension import tensors_of  # noqa: E402
 from tests.support.engine import dense_model, fake_cuda  # noqa: E402
 
 RANKS = 2
@@ -108,7 +108,7 @@ class Stage:
         self.drops_at: set[int] = set()
         self._copies = itertools.count()
         self._counts = False
-        copy = pinned_weights._copy_pinned
+        copy = pinned_swap_extension._copy_pinned
 
         def counted(source: Any, offset: int, target: Any) -> None:
             assert self.cuda.has(source.data_ptr(), source.numel() * source.element_size())
@@ -121,7 +121,7 @@ class Stage:
             if number not in self.drops_at:
                 copy(source, offset, target)
 
-        monkeypatch.setattr(pinned_weights, "_copy_pinned", counted)
+        monkeypatch.setattr(pinned_swap_extension, "_copy_pinned", counted)
         self.models = [
             {name: dense_model.dense_model(10 * rank + i) for i, name in enumerate(NAMES)}
             for rank in range(RANKS)
@@ -134,7 +134,7 @@ class Stage:
         def prepare(worker: Any, expert: str, load: Any) -> Any:
             return lambda: worker._coe_hold(expert, tensors_of(self.models[worker.rank][expert]))
 
-        monkeypatch.setattr(pinned_weights.SwapExtension, "_coe_prepare_load", prepare)
+        monkeypatch.setattr(pinned_swap_extension.SwapExtension, "_coe_prepare_load", prepare)
         weights = {name: Weights("/none") for name in NAMES}
         self.engine = Engine(
             "a", weights, VllmOptions(), on_cpu=False, canary_interval=1, canaries={}

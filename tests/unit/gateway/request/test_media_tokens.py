@@ -29,8 +29,8 @@ from service.gateway.request.media_tokens import (
     media_tokens,
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.routing.candidate_planner import selection_request
 from service.gateway.routing.routing_setup import RoutingSetup
-from service.gateway.routing.semantic_router import selection_request
 from service.models.input_modalities import Senses, senses_of
 from service.rpc.snapshot import ExpertState, Snapshot, Speed
 from service.types import Residency
@@ -212,7 +212,7 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
     ]
     for size in (1_000, 300_000):
         request = request_for(picture(png(640, 480, size)), max_tokens=100)
-        plan = routing.router.plan(request)
+        plan = routing.planner.plan(request)
         standing = PoolStateTable(routing.catalog.index).to_matrix(views)
         weighed = select(
             routing.catalog, standing, selection_request(routing.cost_model, request, plan)
@@ -224,11 +224,11 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
 
 
 def test_selection_of_a_picture_request_without_a_vision_expert_raises() -> None:
-    router = RoutingSetup(composition(text={"model": "m"}, sees=SEES)).router
+    router = RoutingSetup(composition(text={"model": "m"}, sees=SEES)).planner
     router.plan(request_for(picture(), model="sees"))
     with pytest.raises(InvalidRequestError, match="expert 'text' can't do vision; it can do chat"):
         router.plan(request_for(picture(), model="text"))
-    blind = RoutingSetup(composition(text={"model": "m"})).router
+    blind = RoutingSetup(composition(text={"model": "m"})).planner
     with pytest.raises(
         InvalidRequestError, match="no expert can do chat, vision; the request holds images"
     ):
@@ -310,13 +310,13 @@ def test_auto_embeddings_of_several_embedding_experts_use_one_vector_space() -> 
     body = orjson.dumps({"model": "auto", "input": "x"})
     request = parse_request("/v1/embeddings", body, {}, 1000)
     for experts in ({"a": embeds(None)}, {"a": embeds("s"), "b": embeds("s")}):
-        plan = RoutingSetup(composition(chat={"model": "m"}, **experts)).router.plan(request)
+        plan = RoutingSetup(composition(chat={"model": "m"}, **experts)).planner.plan(request)
         assert plan.first == "a"
     with pytest.raises(ValueError, match=r"experts\.b\.space: 2 experts embed \(a, b\)"):
         composition(a=embeds("s"), b=embeds(None))
     with pytest.raises(ValueError, match="space is for experts with the capability embeddings"):
         composition(a={"model": "m", "space": "s"})
-    router = RoutingSetup(composition(a=embeds("s"), b=embeds("t"))).router
+    router = RoutingSetup(composition(a=embeds("s"), b=embeds("t"))).planner
     with pytest.raises(InvalidRequestError, match=r"name one \(s: a; t: b\)") as caught:
         router.plan(request)
     assert caught.value.param == "model"

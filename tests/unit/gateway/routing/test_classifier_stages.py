@@ -73,7 +73,7 @@ class Running:
         self.setup = RoutingSetup(config, metrics=self.meter)
 
     async def stage(self, text: str) -> str:
-        return (await self.setup.router.plan_by_all_stages(ask(text))).stage
+        return (await self.setup.planner.plan_by_all_stages(ask(text))).stage
 
     def encoder_count(self, outcome: str) -> float:
         return self.meter.value(metric_declarations.ROUTER_ENCODER_REQUESTS, outcome)
@@ -97,7 +97,7 @@ def with_encoder(folder: Path, name: str = "encoder", **more: Any) -> dict[str, 
 
 async def test_plan_unsure_prompt_is_decided_by_the_encoder(folder: Path) -> None:
     async with running(config(with_encoder(folder))) as router:
-        plan = await router.setup.router.plan_by_all_stages(ask("sue lawyer patent"))
+        plan = await router.setup.planner.plan_by_all_stages(ask("sue lawyer patent"))
         assert (plan.category, plan.stage) == ("law", "encoder")
         assert router.encoder_count("ok") == 1
         assert router.meter.value(metric_declarations.ROUTER_STAGES, "encoder") == 1
@@ -108,14 +108,14 @@ async def test_plan_sure_prompt_or_named_model_asks_no_encoder(folder: Path) -> 
         assert await router.stage(prompts("law", 1)[0]) == "static"
         for model in ("law", "auto/law", "auto:fast/law"):
             request = ask("anything at all", model)
-            assert not (await router.setup.router.plan_by_all_stages(request)).stage
+            assert not (await router.setup.planner.plan_by_all_stages(request)).stage
         assert router.encoder_count("ok") == 0
 
 
 async def test_prompt_that_all_stages_are_unsure_of_is_general(folder: Path) -> None:
     router = config(with_encoder(folder))
     setup = RoutingSetup(router)
-    plan = setup.router.plan(ask("zzzz qqqq 9999 xxxx"))
+    plan = setup.planner.plan(ask("zzzz qqqq 9999 xxxx"))
     assert (plan.category, plan.stage) == ("general", "general")
 
 
@@ -165,7 +165,7 @@ async def test_each_stage_can_be_left_out(folder: Path) -> None:
         (artifact, "static"),
     ):
         setup = RoutingSetup(config(router))
-        assert setup.router.plan(ask(prompts("law", 1)[0])).stage == stage
+        assert setup.planner.plan(ask(prompts("law", 1)[0])).stage == stage
     async with running(config({**with_encoder(folder), "static": False})) as running_router:
         assert await running_router.stage("lawyer court") == "encoder"
 
@@ -179,11 +179,11 @@ async def test_categories_with_examples_need_no_artifact_and_learn_by_the_encode
     }
     router = {"encoder": with_encoder(folder)["encoder"]}
     async with running(config(router, categories)) as running_router:
-        plan = await running_router.setup.router.plan_by_all_stages(ask("sue a lawyer patent"))
+        plan = await running_router.setup.planner.plan_by_all_stages(ask("sue a lawyer patent"))
         assert (plan.category, plan.stage) == ("law", "encoder")
     setup = RoutingSetup(config({}, categories))
     assert setup.stages.labels == ("general", "law", "food")
-    assert setup.router.plan(ask("garlic soup and noodles for dinner")).stage == "static"
+    assert setup.planner.plan(ask("garlic soup and noodles for dinner")).stage == "static"
 
 
 async def test_categories_with_examples_stand_beside_the_artifact(folder: Path) -> None:
@@ -201,8 +201,8 @@ async def test_categories_with_examples_stand_beside_the_artifact(folder: Path) 
     }
     setup = RoutingSetup(config({"artifact": str(folder / "mine@1")}, categories))
     assert setup.stages.labels[-1] == "travel"
-    assert setup.router.plan(ask("find me a hotel and a flight")).category == "travel"
-    assert setup.router.plan(ask(prompts("law", 1)[0])).category == "law"
+    assert setup.planner.plan(ask("find me a hotel and a flight")).category == "travel"
+    assert setup.planner.plan(ask(prompts("law", 1)[0])).category == "law"
 
 
 def test_artifact_keeps_the_vector_of_the_probe(folder: Path) -> None:

@@ -18,8 +18,8 @@ from service.errors import InvalidRequestError
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import parse_request
 from service.gateway.request.token_limits import within_cost
+from service.gateway.routing.candidate_planner import CandidatePlanner, selection_request
 from service.gateway.routing.quality_model import QualityModel
-from service.gateway.routing.semantic_router import SemanticRouter, selection_request
 
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
@@ -61,7 +61,7 @@ def test_bounds_the_selection_takes_what_the_gateway_can_hold_within_max_cost(
         ("a", "b"), ("general",), {"a": Price(*prices[:2]), "b": Price(*prices[2:])}
     )
     worth = QualityModel(config, catalog, ("general",))
-    plan = SemanticRouter(config, catalog, worth, None, cost_model.per_token).plan(request)
+    plan = CandidatePlanner(config, catalog, worth, None, cost_model.per_token).plan(request)
     defaults = RequestDefaults(config)
     wanted = selection_request(
         cost_model, request, plan, added=defaults.added(request, catalog.experts)

@@ -248,7 +248,7 @@ class Loads:
 def worker() -> Any:
     """A GPU's worker as vLLM makes it of ours and our extension."""
     from service.engine.vllm.worker.graph_steering import SteeringMixin
-    from service.engine.vllm.worker.pinned_weights import PinnedExtension
+    from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension
 
     return type("Worker", (SteeringMixin, Loads, PinnedExtension), {})()
 
@@ -256,7 +256,7 @@ def worker() -> Any:
 def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from service.engine.vllm.worker import graph_steering, pinned_weights
+    from service.engine.vllm.worker import graph_steering, pinned_swap_extension
     from service.engine.vllm.worker.gate_access import RoutedLayer
 
     router, logits = FusedTopKRouter(), some_logits()
@@ -267,7 +267,7 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     def odd(_: Any) -> None:
         raise ValueError("mlp has weights of FusedMoE; they can't be copied")
 
-    monkeypatch.setattr(pinned_weights, "check_plain", odd)
+    monkeypatch.setattr(pinned_swap_extension, "check_plain", odd)
     one = worker()
     one.load_model()
     assert one.coe_register_initial("base") == "mlp has weights of FusedMoE; they can't be copied"

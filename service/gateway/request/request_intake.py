@@ -1,4 +1,4 @@
-"""Validates a request: reads the body, checks every bound, parses it, and runs the guard."""
+"""Takes in a request: reads the body, checks limits, parses it, runs the guard, adds defaults."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from service.types import Tenant
 _LARGE_BYTES = 128 * 1024
 
 
-class RequestValidator:
-    """Reads and checks the requests of one gateway."""
+class RequestIntake:
+    """Takes in the requests of one gateway."""
 
     def __init__(self, config: Config, guard: Guard, registry: MetricsRegistry) -> None:
         self._server = config.server
@@ -46,7 +46,7 @@ class RequestValidator:
         self._limits.headers(pairs)
         return dict(pairs)
 
-    async def validate(
+    async def read(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
         """Read and parse a body, run the tenant's guard, and add the defaults of a named expert.

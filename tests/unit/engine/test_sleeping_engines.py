@@ -10,7 +10,7 @@ import pytest
 from service.config import SimulatedOptions
 from service.engine.engine_interface import EngineReport, EngineRequest, Message
 from service.engine.simulated_engine import SimulatedEngine
-from service.engine.sleep_mode import SleepingEngines, exact_pinned_blocks
+from service.engine.sleeping_engines import SleepingEngines, exact_pinned_blocks
 from service.errors import EngineDeadError, ExpertFailedError
 
 UNITS = {"a": ("a", "a-tuned"), "b": ("b",), "c": ("c",)}

@@ -46,9 +46,9 @@ from service.engine.vllm.worker.model_access import (
     weight_method,
     world_size,
 )
+from service.engine.vllm.worker.pack_while_loading import ScratchBuffers
 from service.engine.vllm.worker.second_model import SecondModel
 from service.engine.vllm.worker.swap_extension import PendingLoad, SwapExtension
-from service.engine.vllm.worker.weight_packing import ScratchBuffers
 from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 

@@ -18,10 +18,10 @@ from service.classifier.classifier import Assessment
 from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
+from service.gateway.routing.candidate_planner import PRESETS, CandidatePlanner, selection_request
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.routing.routing_setup import artifact_of, category_warnings
-from service.gateway.routing.semantic_router import PRESETS, SemanticRouter, selection_request
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(
@@ -50,14 +50,14 @@ def scores(category: str) -> CategoryScores:
     return CategoryScores(("general", category), (0.1, 0.9), category, 0.9, 0.0)
 
 
-def router(category: str | None, expected: Any = None) -> SemanticRouter:
+def router(category: str | None, expected: Any = None) -> CandidatePlanner:
     def assess(body: Mapping[str, Any]) -> Assessment:
         assert expected is None or body == expected
         assert category is not None
         return Assessment(scores(category), np.zeros(0))
 
     worth = QualityModel(CONFIG, BOOK, ("general", category) if category else ())
-    return SemanticRouter(CONFIG, BOOK, worth, assess if category else None, np.ones(3))
+    return CandidatePlanner(CONFIG, BOOK, worth, assess if category else None, np.ones(3))
 
 
 def plan(
@@ -171,7 +171,7 @@ def priced(model: str, scale: float, category: str = "math", tokens: int = 60) -
     prices = {name: Price(scale * size, scale * size) for name, size in SIZES.items()}
     cost_model = CostModel(BOOK.experts, ("general", "math"), prices)
     worth = QualityModel(CONFIG, BOOK, ("general", "math"))
-    found = SemanticRouter(CONFIG, BOOK, worth, None, cost_model.per_token)
+    found = CandidatePlanner(CONFIG, BOOK, worth, None, cost_model.per_token)
     data = {"model": f"{model}/{category}", "messages": [{"role": "user", "content": "x" * tokens}]}
     asked = parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000)
     return selection_request(cost_model, asked, found.plan(asked), budget_price=0.5)
@@ -266,7 +266,7 @@ def test_plan_leaves_experts_to_clients_that_name_them() -> None:
     def assess(_: Mapping[str, Any]) -> Assessment:
         return Assessment(scores("math"), np.zeros(0))
 
-    made = SemanticRouter(config, BOOK, worth, assess, np.ones(3))
+    made = CandidatePlanner(config, BOOK, worth, assess, np.ones(3))
     for model, expected in (
         ("auto", {"general"}),
         ("auto:best", {"general"}),

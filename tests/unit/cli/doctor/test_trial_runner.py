@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.doctor.proving import prove, with_left_out
-from service.cli.doctor.subjects import TrialSubject, default_subject
+from service.cli.doctor.layouts_to_try import TrialSubject, default_subject
+from service.cli.doctor.trial_runner import prove, with_left_out
 from service.engine.swap_proof import PARTS, ProofFinding, Verdict
 
 # Writes what a trial would write, and does what its name in the environment says.

@@ -30,7 +30,7 @@ from service.engine.engine_interface import Message, Send
 from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
 from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets
-from service.engine.sleep_mode import exact_pinned_blocks
+from service.engine.sleeping_engines import exact_pinned_blocks
 from service.errors import InvalidRequestError, OverCapacityError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from service.errors import CoeError, ConflictError
 from service.http.asgi_helpers import Message, Send, body_message, start_response
 from service.rpc.call_headers import Call
 from service.rpc.cluster_secret import HEADER
-from service.rpc.server import PoolApp
+from service.rpc.pool_asgi_app import PoolApp
 
 SECRET = "secret"
 CALL = Call("/v1/completions", "e", "id", 250, True, "gateway", 7)

@@ -31,7 +31,7 @@ def extension(model: Any, folder: Path, rank: int = 0) -> Any:
 
 
 def test_pinned_weights_swap_in_copies_all_but_attention_in_place(tmp_path: Path) -> None:
-    from service.engine.vllm.worker.pinned_weights import check_fits, copy_all, tensors_of
+    from service.engine.vllm.worker.pinned_swap_extension import check_fits, copy_all, tensors_of
 
     live, other = model(1), model(2)
     held = extension(other, tmp_path)._coe_hold("a", tensors_of(other))
@@ -49,7 +49,7 @@ def test_pinned_weights_engines_of_a_pool_map_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One engine has made it; another, of the same family, needs no loader."""
-    from service.engine.vllm.worker.pinned_weights import tensors_of
+    from service.engine.vllm.worker.pinned_swap_extension import tensors_of
 
     first, second = extension(model(1), tmp_path), extension(model(2), tmp_path)
     first.coe_register_initial("a")
@@ -80,7 +80,7 @@ def test_pinned_weights_engines_of_a_pool_map_one_file(
 
 
 def test_pinned_weights_file_differs_by_rank_and_layout(tmp_path: Path) -> None:
-    from service.engine.vllm.worker.pinned_weights import describe, tensors_of
+    from service.engine.vllm.worker.pinned_swap_extension import describe, tensors_of
 
     paths = {
         extension(made, tmp_path, rank)._coe_path("a", describe(tensors_of(made)))
@@ -116,7 +116,7 @@ def test_pinned_weights_without_room_fails_the_load_and_the_engine_goes_on(
 
 
 def test_pinned_weights_mismatched_tensors_are_named() -> None:
-    from service.engine.vllm.worker.pinned_weights import check_fits, tensors_of
+    from service.engine.vllm.worker.pinned_swap_extension import check_fits, tensors_of
 
     live = tensors_of(model(1))
     with pytest.raises(ValueError, match=r"table is torch\.float32"):
@@ -129,7 +129,7 @@ def test_pinned_weights_every_copy_is_from_one_registered_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA takes no range that spans two registrations."""
-    from service.engine.vllm.worker import host_registration, pinned_weights
+    from service.engine.vllm.worker import host_registration, pinned_swap_extension
 
     cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
     monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
@@ -148,24 +148,24 @@ def test_pinned_weights_every_copy_is_from_one_registered_piece(
     loads(monkeypatch, {"b": other})
     assert loaded(one, "b")["state"] == "host"
     held = one._coe().held["b"]
-    targets = pinned_weights.tensors_of(live)
-    pinned_weights.copy_all(held, {n: t.as_subclass(Looked) for n, t in targets.items()})
+    targets = pinned_swap_extension.tensors_of(live)
+    pinned_swap_extension.copy_all(held, {n: t.as_subclass(Looked) for n, t in targets.items()})
     assert len(copied) > 3 * 80 * 80 * 4 // fake_cuda.PAGE_BYTES
     assert all(cuda.has(address, size) for address, size in copied)
-    for name, tensor in pinned_weights.tensors_of(other).items():
+    for name, tensor in pinned_swap_extension.tensors_of(other).items():
         assert torch.equal(targets[name], tensor)
 
 
 def test_pinned_weights_for_a_transposed_parameter_arrive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.engine.vllm.worker import host_registration, pinned_weights
+    from service.engine.vllm.worker import host_registration, pinned_swap_extension
 
     fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
     monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
     held = dense_model.extension(model(1), tmp_path)._coe_hold("a", {"w": torch.randn(90, 70)})
     live = {"w": torch.zeros(70, 90).t()}
-    pinned_weights.copy_all(held, live)
+    pinned_swap_extension.copy_all(held, live)
     assert torch.equal(live["w"], held.tensors["w"])
 
 
@@ -238,7 +238,7 @@ def test_pinned_weights_of_the_first_expert_are_those_it_was_started_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are stored late, and come back bit for bit, however often others ran."""
-    from service.engine.vllm.worker.pinned_weights import tensors_of
+    from service.engine.vllm.worker.pinned_swap_extension import tensors_of
 
     live = dense_model.dense_model(1)
     first = {name: tensor.clone() for name, tensor in tensors_of(live).items()}

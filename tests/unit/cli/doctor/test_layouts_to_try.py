@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from service.cli.doctor.layouts_to_try import default_subject, subjects_of, trial_options
 from service.cli.doctor.random_models import LLAMA, MIXTRAL
-from service.cli.doctor.subjects import default_subject, subjects_of, trial_options
 from service.config import Config, VllmOptions
 from service.engine.swap_proof import WeightLayout
 from service.pool.swap_method import layout_of

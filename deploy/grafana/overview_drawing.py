@@ -1,4 +1,4 @@
-"""Draws the overview from a live Prometheus: `python -m deploy.grafana.overview_picture URL FILE`.
+"""Draws the overview from a live Prometheus: `python -m deploy.grafana.overview_drawing URL FILE`.
 
 The same queries as the dashboard's panels, drawn with matplotlib: a picture for the README
 where no Grafana is at hand.

@@ -1,7 +1,7 @@
 """Asks a running service for three minutes and draws its overview.
 
-`python -m deploy.grafana.record_overview http://127.0.0.1:8000 overview.png`, beside `make serve`
-and with Debian's prometheus installed.
+`python -m deploy.grafana.draw_overview_under_traffic http://127.0.0.1:8000 overview.png`, beside
+`make serve` and with Debian's prometheus installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import aiohttp
 
-from deploy.grafana.overview_picture import WINDOW_S, draw
+from deploy.grafana.overview_drawing import WINDOW_S, draw
 
 _USERS = 6
 _PROMPTS = (

@@ -1,4 +1,4 @@
-"""The semantic router: finds the candidates for a request, and the expected quality of each."""
+"""Plans a request: finds its candidates, and the expected quality of each. The broker chooses."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _held_by_request(needs: frozenset[str]) -> str:
     return f"; the request holds {' and '.join(found)}" if found else ""
 
 
-class SemanticRouter:
-    """Finds candidates by one config.
+class CandidatePlanner:
+    """Finds the candidates for requests by one config. `broker.selection` chooses among them.
 
     Args:
         config: The config.

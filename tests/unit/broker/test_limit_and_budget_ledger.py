@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.broker.ledger import BudgetState, Ledger, UsageBound
+from service.broker.limit_and_budget_ledger import BudgetState, Ledger, UsageBound
 from service.config import Config
 from service.errors import RateLimitExceededError
 from service.store.memory_store import MemoryStore

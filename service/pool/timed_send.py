@@ -1,39 +1,19 @@
-"""What a pool keeps of its calls: sequence numbers, times and tokens."""
+"""The ASGI send of a pool: times an answer, counts its tokens, and adds the headers with its times.
+
+It also commits the lease at the first message, and drops what a run sends whose lease was revoked.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 
 from service.engine.engine_interface import Message, Send
 from service.http.token_usage import reply_usage
 from service.pool.slots.base_slot import Lease
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
 from service.rpc.expert_latency import EngineStay, ExpertLatency, ResponseTimer
-
-# A gateway gets a new id at each start, and every snapshot carries all ids. Hence the bound.
-_MOST_GATEWAYS = 256
-
-
-class Acknowledgements:
-    """The last sequence numbers of the gateways that called most recently."""
-
-    def __init__(self) -> None:
-        self._last: OrderedDict[str, int] = OrderedDict()
-
-    def record(self, gateway: str, seq: int) -> None:
-        """Record a call's number. A lower number is ignored, because calls may overtake."""
-        self._last[gateway] = max(seq, self._last.get(gateway, 0))
-        self._last.move_to_end(gateway)
-        if len(self._last) > _MOST_GATEWAYS:
-            self._last.popitem(last=False)
-
-    def to_wire(self) -> dict[str, int]:
-        """Return the last sequence number of each gateway, by gateway id."""
-        return dict(self._last)
 
 
 class TimedSend:
@@ -121,62 +101,3 @@ class TimedSend:
         """Report the speed of the answer to its expert's latency."""
         if self._timer is not None:
             latency.learn(self._timer, prompt_tokens, alone=self._stay.alone)
-
-
-# A live gateway fetches its counts long before this many calls are kept.
-_MOST_ABANDONED = 4096
-# An engine stops a request in less time than this.
-_WAIT_S = 6.0
-
-
-class AbandonedCalls:
-    """The token counts of calls that ended without a complete answer, by request id."""
-
-    def __init__(self) -> None:
-        self._used: dict[str, tuple[int, int]] = {}
-        self._under_way: dict[str, asyncio.Event] = {}
-        self._running: set[str] = set()
-
-    @contextmanager
-    def call(self, request_id: str) -> Iterator[None]:
-        """Follow a call while it waits or runs in this pool."""
-        ended = self._under_way[request_id] = asyncio.Event()
-        try:
-            yield
-        except BaseException:
-            if request_id not in self._running:
-                # The engine never got the call, so no tokens will be recorded.
-                self.record(request_id, 0, 0)
-            raise
-        finally:
-            self._running.discard(request_id)
-            # A later call of the same id has an event of its own, which must stay.
-            if self._under_way.get(request_id) is ended:
-                del self._under_way[request_id]
-            ended.set()
-
-    def mark_running(self, request_id: str) -> None:
-        """Mark that an engine has the call now. The engine records its tokens."""
-        self._running.add(request_id)
-
-    def record(self, request_id: str, prompt_tokens: int, answer_tokens: int) -> None:
-        """Record the tokens of an abandoned call."""
-        self._used[request_id] = prompt_tokens, answer_tokens
-        if len(self._used) > _MOST_ABANDONED:
-            del self._used[next(iter(self._used))]
-
-    async def used(self, request_id: str) -> tuple[int, int] | None:
-        """Return the prompt and answer tokens of a call that its gateway has abandoned.
-
-        The method waits until the call has ended, because an engine needs a moment to stop it. It
-        returns the counts only once.
-
-        Returns:
-            The numbers of prompt and answer tokens, or None where they are unknown.
-        """
-        ended = self._under_way.get(request_id)
-        if ended is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_WAIT_S):
-                    await ended.wait()
-        return self._used.pop(request_id, None)

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from service.cli.doctor.layouts_to_try import TrialSubject
 from service.cli.doctor.random_models import CPU_SIZE, GPU_SIZE, SMALL, small_config
-from service.cli.doctor.subjects import TrialSubject
 from service.cli.doctor.trial_process import PARTS_OF
 from service.cli.doctor.trial_spec import TrialLine, TrialLog, TrialSpec
 from service.cli.doctor.trial_verdicts import (
