@@ -23,10 +23,13 @@ from service.classifier.artifact_presets import presets_of
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.hashed_ngrams import FeatureSpec
+from service.classifier.linear_heads import PROBE_TEXT
 from service.classifier.router_artifact import load_artifact
 from service.classifier.static_embedding_table import built_in_table
 from service.config.router_presets import PresetsConfig
+from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ArtifactError
+from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 
 COSTS = {"small": 1.0, "maths": 2.0, "large": 20.0}
 WORDS = {"sums": "add cows number total", "tales": "dragon castle king story"}
@@ -135,6 +138,48 @@ def test_fit_has_the_stages_of_shipped_routers(folder: Path, tmp_path: Path) -> 
         say=lambda line: None,
     )
     assert "static" not in load_artifact(tmp_path / "bare@1").section("classifier")
+
+
+def test_fit_with_an_encoder_adds_its_stage(tmp_path: Path) -> None:
+    """Its head is joined with the earlier stages, and known by the encoder's vector of a text."""
+    folder = make_encoder(tmp_path / "encoder")
+    made = [
+        {
+            "id": f"{subject}/{i}",
+            "prompt": text,
+            "category": subject,
+            "outcomes": {name: {"score": int(name == subject)} for name in SUBJECTS},
+        }
+        for subject in SUBJECTS
+        for i, text in enumerate(prompts(subject, 40))
+    ]
+    path, costs = tmp_path / "rows.jsonl", tmp_path / "costs.json"
+    path.write_text("\n".join(map(json.dumps, made)))
+    costs.write_text(json.dumps(dict.fromkeys(SUBJECTS, 1.0)))
+    words = ["fit", "--outcomes", str(path), "--costs", str(costs), "--encoder", str(folder)]
+    done = CliRunner().invoke(group, [*words, "--out", str(tmp_path / "mine@1")])
+    assert done.exit_code == 0, done.output
+    artifact, encoder = load_artifact(tmp_path / "mine@1"), OnnxEncoder(folder)
+    classifier = Classifier.from_artifact(artifact, built_in_table())
+    assert classifier.encoder is not None
+    assert classifier.encoder.probe == pytest.approx(encoder.encode([PROBE_TEXT])[0], abs=1e-5)
+    tests = [(subject, text) for subject in SUBJECTS for text in prompts(subject, 60)[40:]]
+    right = 0
+    for subject, text in tests:
+        found = classifier.read(text, encoder.encode([text])[0])
+        assert found.stage == "encoder"
+        right += classifier.labels[int(found.posterior.argmax())] == subject
+    assert right > 0.9 * len(tests)
+    assert "the sentence encoder" in (tmp_path / "mine@1" / "README.md").read_text()
+
+
+def test_fit_with_an_encoder_needs_categories(folder: Path, tmp_path: Path) -> None:
+    words = ["fit", "--outcomes", str(folder / "bare.jsonl"), "--costs", str(folder / "costs.json")]
+    encoder = make_encoder(tmp_path / "encoder")
+    words += ["--encoder", str(encoder), "--out", str(tmp_path / "mine@1")]
+    done = CliRunner().invoke(group, words)
+    assert done.exit_code == 1
+    assert "no categories" in done.output
 
 
 def test_fit_unusual_prompt_gets_the_direct_estimate(folder: Path) -> None:
