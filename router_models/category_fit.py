@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from router_models.labelled_prompt_reader import LabelledPrompt
 from router_models.linear_models import (
@@ -243,7 +242,7 @@ def fit_head(
             and labels. Where there are none, the rows out of fold choose the exponents.
     """
     labels, dims = earlier.shape[1], vectors.shape[1]
-    x = sparse.csr_matrix(_GAIN * vectors)
+    x = np.asarray(_GAIN * vectors, dtype=np.float32)
     target = np.eye(labels)[y]
 
     def held_out(l2: float) -> Floats:

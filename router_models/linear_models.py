@@ -78,7 +78,7 @@ def design(counts: sparse.csr_matrix, idf: NDArray[np.float32]) -> sparse.csr_ma
 
 
 def fit_logistic(
-    x: sparse.csr_matrix,
+    x: sparse.csr_matrix | NDArray[np.float32],
     target: Matrix,
     *,
     l2: float,
@@ -87,20 +87,24 @@ def fit_logistic(
 ) -> tuple[Matrix, Matrix]:
     """Multinomial logistic regression by L-BFGS.
 
-    `target` is (rows, labels), each row a distribution. Minimises the weighted
-    mean cross-entropy + l2/2 · |W|². Returns W (buckets, labels) and the bias
-    (labels,), which is not penalised.
+    `x` is (rows, buckets), sparse or dense. `target` is (rows, labels), each row a distribution.
+    Minimises the weighted mean cross-entropy + l2/2 · |W|². Returns W (buckets, labels) and the
+    bias (labels,), which is not penalised.
     """
     rows, columns = x.shape
     labels = target.shape[1]
     share = np.full(rows, 1 / rows) if row_weight is None else row_weight / row_weight.sum()
-    used = np.flatnonzero(np.bincount(x.indices, minlength=columns))
-    dense = x[:, used].astype(np.float32)
-    back = dense.T.tocsr()
+    if isinstance(x, np.ndarray):
+        used = np.arange(columns)
+        inputs, back = x, np.ascontiguousarray(x.T)
+    else:
+        used = np.flatnonzero(np.bincount(x.indices, minlength=columns))
+        inputs = x[:, used].astype(np.float32)
+        back = inputs.T.tocsr()
 
     def loss(flat: Matrix) -> tuple[float, Matrix]:
         weight = flat[:-labels].reshape(len(used), labels)
-        logits = dense @ weight.astype(np.float32) + flat[-labels:].astype(np.float32)
+        logits = inputs @ weight.astype(np.float32) + flat[-labels:].astype(np.float32)
         logits -= logits.max(axis=1, keepdims=True)
         odds = np.exp(logits.astype(np.float64))
         total = odds.sum(axis=1, keepdims=True)

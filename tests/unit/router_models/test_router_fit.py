@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from scipy import sparse
 
 from router_models import evaluate_command, router_fit
 from router_models.cli import group
@@ -376,3 +377,15 @@ def test_logistic_and_ridge_regression_recover_a_simple_rule() -> None:
     assert np.asarray(x[test] @ kernel.weight(train, direct)) == pytest.approx(
         kernel.predict(train, direct, test), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fit_logistic_of_dense_and_sparse_inputs_is_the_same(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(200, 8)).astype(np.float32)
+    target = np.eye(3)[(x @ draw.normal(size=(8, 3))).argmax(axis=1)]
+    weight = draw.random(200)
+    dense = fit_logistic(x, target, l2=1e-2, row_weight=weight)
+    thin = fit_logistic(sparse.csr_matrix(x), target, l2=1e-2, row_weight=weight)
+    for one, other in zip(dense, thin, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
