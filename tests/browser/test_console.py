@@ -12,6 +12,7 @@ import yaml
 from playwright.async_api import Browser, Page, expect
 
 from service.config import Config
+from service.gpu_devices import GpuMemory
 from tests.browser.conftest import Watched, watched
 from tests.support.in_process_service import ADMIN_KEY, chat, run_gateway
 
@@ -172,6 +173,28 @@ async def test_console_shows_the_demo_s_frontier_and_where_its_presets_stand(
         await expect(seen.page.locator("#frontier .preset")).to_have_count(2)
         await expect(rows.nth(0)).to_contain_text("brief")
         await expect(rows.nth(1)).not_to_contain_text("brief")
+        seen.clean()
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+async def test_console_shows_the_memory_of_gpus(
+    chromium: Browser, theme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tuple(
+        GpuMemory(i, f"GPU-{i}", "NVIDIA H200", 140 << 30, (60 + i) << 30, (79 - i) << 30)
+        for i in range(2)
+    )
+    monkeypatch.setattr("service.pool.pool_process.gpu_memory", lambda: memory)
+    given = TURNS.model_dump(mode="json", exclude_defaults=True)
+    given["pools"]["cpu"]["gpus"] = 1
+    config = Config.model_validate(given)
+    async with run_gateway(config) as s, watched(chromium, s.url, theme=theme) as seen:
+        page = await opened(seen, s.url)
+        await expect(page.locator("#gpus li")).to_have_count(2)
+        first = page.locator("#gpus li").first
+        await expect(first).to_contain_text("GPU 0, NVIDIA H200: 60 GiB used of 140 GiB")
+        await expect(first).to_contain_text("79 GiB free")
+        assert await faults(page) == []
         seen.clean()
 
 
