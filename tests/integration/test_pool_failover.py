@@ -250,11 +250,16 @@ async def test_deadline_ends_requests_on_the_engine_and_in_the_queue(stream: boo
 async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
     async with run_gateway(simulated({"cpu": {"decode_ms": 50}})) as s:
         headers = {"x-coe-deadline-ms": "500"}
+        status, _, _ = await s.ask(chat(max_tokens=20), headers=headers)
+        assert status == 504
         async with s.post(chat(stream=True, max_tokens=20), headers=headers) as reply:
             received = events(await reply.read())
         assert len(received) == 21
-        status, _, _ = await s.ask(chat(max_tokens=20), headers=headers)
-        assert status == 504
+        # Now it is known that the whole takes longer, whatever waits.
+        pool = s.pools["cpu"].process.pool
+        await until(lambda: "general" in pool.snapshot().idle_speeds, "its speed is known")
+        status, _, answer = await s.ask(chat(max_tokens=20), headers=headers)
+        assert (status, answer["error"]["code"]) == (400, "infeasible_bounds")
 
 
 async def test_client_disconnect_frees_its_place_at_every_stage() -> None:
