@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from service.engine.vllm.worker.cuda_runtime import CudaRuntime
@@ -40,6 +41,7 @@ class FakeCuda(CudaRuntime):
         registered: The sizes of registered ranges by address.
         devices: The device of the calling thread at each registration and at each set of copies.
         fails_at: The number of the registration that is refused, counted from 0.
+        maps: Whether the addresses are those of real memory.
         copies_fail: How many sets of copies fail at their end.
         in_copies: Whether copies are being made.
         behind: The copies behind kernels that were started.
@@ -51,6 +53,7 @@ class FakeCuda(CudaRuntime):
         self.calls = 0
         self.fails_at: int | None = None
         self.unregister_fails = False
+        self.maps = False
         self.copies_fail = 0
         self.in_copies = 0
         self.behind: list[FakeCopy] = []
@@ -76,6 +79,7 @@ class FakeCuda(CudaRuntime):
         self.registered[address] = size_bytes
 
     def unregister(self, address: int) -> None:
+        assert not self.maps or _is_mapped(address), "the memory is gone, and CUDA holds its pages"
         if self.unregister_fails:
             raise RuntimeError("shared memory could not be given back: CUDA error 1")
         if address not in self.registered:
@@ -111,6 +115,15 @@ def install(monkeypatch: Any, runtime: FakeCuda) -> FakeCuda:
     """Make the worker's modules use it."""
     from service.engine.vllm.worker import gate_choice_recorder, pinned_swap_extension
 
+    runtime.maps = True
+
     for module in (gate_choice_recorder, pinned_swap_extension):
         monkeypatch.setattr(module, "cuda_runtime", lambda: runtime)
     return runtime
+
+
+def _is_mapped(address: int) -> bool:
+    ranges = (
+        line.split(maxsplit=1)[0] for line in Path("/proc/self/maps").read_text().splitlines()
+    )
+    return any(int(a, 16) <= address < int(b, 16) for a, b in (r.split("-") for r in ranges))

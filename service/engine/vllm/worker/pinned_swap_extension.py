@@ -94,10 +94,11 @@ class PinnedWeights:
 
     def release(self) -> None:
         """Unpin the memory. It is freed when no object refers to it any more."""
-        self.tensors = {}
         registration, self.registration = self.registration, None
         if registration is not None:
             registration.release()
+        # Not before, because the last tensor unmaps the memory.
+        self.tensors = {}
 
 
 class PinnedExtension(SwapExtension):
