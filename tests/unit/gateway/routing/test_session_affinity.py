@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 
+from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.selection import select
+from service.config import Config
 from service.config.sessions import SessionsConfig
 from service.engine.engine_interface import Message
 from service.errors import StoreUnavailableError
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import RequestRecord
+from service.gateway.routing.candidate_planner import selection_request
+from service.gateway.routing.routing_setup import RoutingSetup
 from service.gateway.routing.session_affinity import NO_SESSION, SessionService
 from service.gateway.routing.session_memory import SessionMemory
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.store.volatile_store import MemoryVolatileStore
-from service.types import Tenant
+from service.types import Residency, Tenant
 from tests.support.polling import until
 
 CHAT = "/v1/chat/completions"
@@ -257,3 +265,59 @@ async def test_sessions_bad_store_is_no_error_and_no_wait(hangs: bool) -> None:
     await answer(sessions, asked(session="own"), "a", CALLS[0])
     assert await last(sessions, asked(SECOND, session="own")) == ("a", True)
     await asyncio.wait_for(sessions.stop(), 2)
+
+
+CONFIG = Config.model_validate(
+    {
+        "experts": {
+            name: {"model": "m", "quality": {"general": quality}, "price": {"prompt": 1}}
+            for name, quality in (("a", 0.8), ("b", 0.7), ("c", 0.4))
+        },
+        "router": {"artifact": "none"},
+        "pools": {"p": {"engine": "simulated"}},
+    }
+)
+
+
+def loaded(waits: tuple[int, ...]) -> list[PoolView]:
+    """Pools of one expert each, with so many requests before a new one."""
+    return [
+        PoolView(
+            name,
+            Snapshot(
+                boot=name,
+                kind="p",
+                experts={name: ExpertState(Residency.DEVICE)},
+                queues={name: Queue(waiting, 1)},
+                speeds={name: Speed(0.1, 0.02, 0.001)},
+            ),
+            0.0,
+            {},
+        )
+        for name, waiting in zip("abc", waits, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", [{}, {"session": "s"}, {"prompt_cache_key": "s"}])
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses"])
+async def test_sessions_first_turn_is_chosen_as_any_request_under_every_load(
+    path: str, name: dict[str, str]
+) -> None:
+    """Only a turn after an answer is held to its expert; the first weighs queues like any other."""
+    setup = RoutingSetup(CONFIG)
+    table = PoolStateTable(setup.catalog.index)
+    sessions, nobody = service(), service(enabled=False)
+    chosen = set()
+    for waits in itertools.product((0, 3, 40), repeat=3):
+        request = asked(path=path, **name)
+        found = []
+        for kept in (sessions, nobody):
+            plan = setup.planner.plan(request, session=await kept.find(request))
+            wanted = selection_request(setup.cost_model, request, plan)
+            found.append(select(setup.catalog, table.to_matrix(loaded(waits)), wanted))
+        first, any_request = found
+        assert np.array_equal(first.utility, any_request.utility)
+        assert np.array_equal(first.ideal, any_request.ideal)
+        assert first.session_outcome(0) is None
+        chosen.add(first.best())
+    assert len(chosen) == 3, "the load moves the choice"
