@@ -32,6 +32,9 @@ def check(path: Path, as_json: bool) -> None:
     prices, routing = _prices(config, priced), _routing(priced, check_artifacts(priced))
     if not as_json:
         _print_prices(prices)
+        if len(config.experts) > 1:
+            told = ", ".join(f"{n} {100 * cost:.3g} %" for n, cost in routing["presets"].items())
+            click.echo(f"a point of quality may cost, of the best expert's answer: {told}")
         for line in routing["warnings"]:
             click.echo(f"warning: {line}", err=True)
     build_fault = torch_fault(config)
@@ -169,12 +172,17 @@ def _prices(config: Config, priced: Config) -> dict[str, Any]:
 
 
 def _routing(priced: Config, setup: RoutingSetup) -> dict[str, Any]:
-    """Return what makes `auto` do less than it could."""
+    """Return what a point may cost in each preset, and what makes `auto` do less than it could."""
     from service.gateway.routing.quality_cost_frontier import routing_warnings
     from service.gateway.routing.routing_setup import category_warnings
 
     warnings = category_warnings(priced, setup.stages.labels)
-    return {"warnings": [*warnings, *routing_warnings(priced, setup)]}
+    presets = {"auto:fast": setup.presets.fast, "auto": setup.presets.auto}
+    presets["auto:best"] = setup.presets.best
+    return {
+        "presets": {name: preset.point_cost for name, preset in presets.items()},
+        "warnings": [*warnings, *routing_warnings(priced, setup)],
+    }
 
 
 def _print_prices(prices: dict[str, Any]) -> None:
