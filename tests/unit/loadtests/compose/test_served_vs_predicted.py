@@ -26,7 +26,7 @@ from loadtests.lib.targets_and_report import Report
 from router_models.outcome_recording.task_reader import read_tasks
 from service.config import Config, load_config
 from service.types import Recipe
-from tests.support.in_process_service import run_gateway
+from tests.support.in_process_service import ADMIN_KEY, run_gateway
 
 ROOT = Path(__file__).parents[4]
 A = Recipe("single", ("a",))
@@ -155,3 +155,29 @@ async def test_measure_served_asks_a_running_service_and_reports(tmp_path: Path)
     assert facts["predicted_score"] > 0.5
     assert not met["mean score"]
     assert met["mean wait in queues and for swaps"]
+
+
+async def test_swaps_in_a_slot_take_no_longer_than_the_composition_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pools' own planner and queues, with engines that take turns at a known time of a swap."""
+    monkeypatch.setenv("COE_ADMIN_KEY", ADMIN_KEY)
+    tasks, path = tmp_path / "tasks.jsonl", tmp_path / "coe.yaml"
+    lines = TASKS.read_text().splitlines()
+    # By turns, so that nearly every request needs a swap.
+    tasks.write_text("\n".join(lines[i] for at in range(5) for i in range(at, 64, 16)) + "\n")
+    names = ("general", "math", "intents", "code")
+    turns = {"fill_s": 0.01, "swap_s": 0.1, "tokens": 4, "decode_ms": 1}
+    data = {
+        "router": {"artifact": str(ROOT / "router_models" / "artifacts" / "demo@2")},
+        "experts": {name: {"model": name, "categories": [name]} for name in names},
+        "pools": {"cpu": {"engine": "simulated", "slots": 1, "simulated": turns}},
+    }
+    path.write_text(yaml.safe_dump(data))
+    report = Report("compose")
+    async with run_gateway(Config.model_validate(data)) as s:
+        await asyncio.to_thread(measure_served, report, s.url, path, tasks, "best", None)
+    facts = report.facts["served"]
+    assert 0.1 < facts["predicted_wait_s"] <= 0.25
+    assert 0.03 < facts["wait_s"] <= facts["predicted_wait_s"] + 0.05
+    assert report.reach[-1].ok
