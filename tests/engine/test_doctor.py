@@ -1,4 +1,4 @@
-"""`coe doctor` where a GPU is pretended: up to the first kernel."""
+"""`coe doctor` with real engines on a CPU, and up to the first kernel where a GPU is pretended."""
 
 from __future__ import annotations
 
@@ -16,6 +16,26 @@ from tests.support.engine.real_engines import ENVIRONMENT
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 # Three minutes are the command's own limit; a busy machine may get more.
 _LIMIT_S = 280.0
+
+
+def test_quick_doctor_proves_swaps_in_place_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    told: list[str] = []
+    found = prove(
+        default_subject(on_gpu=False),
+        quick=True,
+        deadline_s=time.monotonic() + _LIMIT_S,
+        tell=told.append,
+        folder=tmp_path,
+    )
+    assert found["inplace"].verdict is Verdict.PROVEN, (found, told)
+    for name in ("start_s", "fill_s", "swap_s", "fill_bytes_per_s", "memory_bytes_per_s"):
+        assert found["inplace"].figures[name] > 0
+    assert found["sleep"].verdict is Verdict.UNAVAILABLE
+    assert not list(tmp_path.iterdir()), "models stayed"
 
 
 def test_doctor_on_a_pretended_gpu_tells_what_failed(

@@ -79,9 +79,12 @@ def prove(
     except ValueError as error:
         return {**_none(wanted, one_line(error)), **untried}
     with (
-        tempfile.TemporaryDirectory(prefix="coe-doctor-", dir=folder) as root,
+        # Engines of a killed trial may still hold files for a moment.
+        tempfile.TemporaryDirectory(
+            prefix="coe-doctor-", dir=folder, ignore_cleanup_errors=True
+        ) as root,
         # A path of a socket has at most 107 bytes, and `folder` may be long.
-        tempfile.TemporaryDirectory(prefix="coe-") as sockets,
+        tempfile.TemporaryDirectory(prefix="coe-", ignore_cleanup_errors=True) as sockets,
     ):
         spec = TrialSpec(
             folder=root,
