@@ -338,7 +338,9 @@ class Arm:
         result.cost += float(selection.cost[best])
         conversation.price += wanted.cost_price * float(selection.cost[best])
         self._affinity.record_answer(request, expert, expert)
-        record = RequestRecord(expert=expert, recipe=expert, pool=expert, category=plan.category)
+        record = RequestRecord(
+            expert=expert, recipe=expert, pool=expert, category=plan.category, topics=plan.topics
+        )
         watched = self._sessions.watch(session, record, _drop)
         await watched({"type": "http.response.start", "status": 200, "headers": []})
         await watched({"type": "http.response.body", "body": orjson.dumps(conversation.reply())})

@@ -36,10 +36,13 @@ class Assessment:
         scores: The scores of the categories.
         factors: (factors,), estimates of how hard the prompt is for different experts. It is empty
             if the artifact only classifies.
+        last_turn: (labels,), likelihoods of the categories by a conversation's last turn alone, up
+            to a factor: flat where the turn has no content of its own. None if they are unknown.
     """
 
     scores: CategoryScores
     factors: Floats
+    last_turn: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ _POINTING = re.compile(
     re.IGNORECASE,
 )
 _NEGLIGIBLE = 0.02
+# A category is never wholly impossible.
+_LEAST = 1e-6
 # The later stage of two names the whole.
 _STAGES = ("encoder", "static", "ngrams")
 _MAX_COUNTED_WORDS = 200
@@ -106,6 +108,7 @@ def assess_turns(
     combined = np.zeros(0)
     novelty, left = 0.0, 1.0
     stages: set[str] = set()
+    last_turn = np.ones(labels)
     # The loop goes back from the last turn, until the weight left for earlier turns is negligible.
     for age, text in enumerate(reversed(last)):
         oldest = age == len(last) - 1
@@ -118,12 +121,12 @@ def assess_turns(
         if not alone and found.novelty > classifier.max_novelty and GENERAL in classifier.labels:
             posterior = np.zeros(labels)
             posterior[classifier.labels.index(GENERAL)] = 1.0
-        if oldest:
-            share = left
-        else:
-            half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
-            # A turn that fits any category ("what about the second one?") gets less weight.
-            share = left * words / (words + half) * _certainty(posterior) ** 0.5
+        half = _HALF_WORDS_POINTING if _POINTING.search(text[:200]) else _HALF_WORDS
+        if age == 0:
+            weight = 1.0 if oldest else words / (words + half)
+            last_turn = np.maximum(posterior, _LEAST) ** weight
+        # A turn that fits any category ("what about the second one?") gets less weight.
+        share = left if oldest else left * words / (words + half) * _certainty(posterior) ** 0.5
         turn = share * np.concatenate((posterior, found.factors))
         combined = combined + turn if len(combined) else turn
         novelty += share * found.novelty
@@ -136,7 +139,7 @@ def assess_turns(
     posterior = combined[:labels] / combined[:labels].sum()
     stage = next(name for name in _STAGES if name in stages)
     scores = classifier.decide(posterior, min(novelty / total, 1.0), stage)
-    return Assessment(scores, combined[labels:])
+    return Assessment(scores, combined[labels:], last_turn)
 
 
 def deciding_turn(turns: Sequence[str]) -> str:

@@ -16,11 +16,18 @@ class SessionsConfig(Section):
         "that called the tool, and other turns change the expert only for a gain.",
     )
     handover_cost: float = Field(
-        0.02,
+        0.03,
         ge=0,
         le=1,
         description="Quality by which another expert has to be better to take over a "
         "conversation, beside the prefix that it has to compute again.",
+    )
+    topic_persistence: float = Field(
+        0.5,
+        ge=0,
+        le=0.99,
+        description="How much the earlier turns of a conversation tell of the next one's category, "
+        "as the probability that the category stays. 0: each turn is classified by its text alone.",
     )
     max_age_s: int = Field(
         3600, ge=1, le=604_800, description="A session is forgotten so long after its last turn."

@@ -16,6 +16,7 @@ from service.broker.pool_state import BootId, Place
 from service.broker.savings import Comparison
 from service.broker.session_terms import SessionOutcome
 from service.broker.token_prices import Price, cost
+from service.classifier.topic_filter import Topics
 from service.http.openai_errors import codes_of_ours
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class RequestRecord:
         own_deadline: Whether the client has set a deadline of its own.
         category: The category of its prompt; empty until it was classified.
         confidence: How sure the classifier is, in [0, 1].
+        topics: What its conversation is about; empty where nothing was classified.
         routed: Whether candidates were found for it.
         expert: The expert that answered, or was asked last.
         recipe: The recipe that was chosen.
@@ -152,6 +154,7 @@ class RequestRecord:
     own_deadline: bool = False
     category: str = ""
     confidence: float = 0.0
+    topics: Topics = ()
     routed: bool = False
     expert: str = ""
     recipe: str = ""

@@ -98,6 +98,7 @@ class RequestScope:
         record = self.record
         record.routed = True
         record.category, record.confidence = plan.category, plan.confidence
+        record.topics = plan.topics
         record.route_ms = (ended_s - began_s) * 1000
         if record.trace is not None:
             record.trace.routed(plan.category, plan.confidence, began_s, ended_s - began_s)

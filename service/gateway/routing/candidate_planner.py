@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from service.broker.savings import RecipeEstimates
 from service.broker.selection import PrefixCacheHint, SelectionRequest
 from service.broker.session_terms import SessionTerms
 from service.classifier.classifier import Assessment
+from service.classifier.topic_filter import carried_over, with_topics
 from service.config import Config
 from service.config.router_presets import PresetConfig, PresetsConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
@@ -78,6 +80,7 @@ class CandidatePlanner:
         self._refine = refine
         self._presets = presets or config.router.presets
         self._handover_cost = config.router.sessions.handover_cost
+        self._persistence = config.router.sessions.topic_persistence
         self._rows = {recipe.ascii_name: row for row, recipe in enumerate(catalog.recipes)}
         self._per_token = per_token
         self._references: dict[bytes, Floats] = {}
@@ -156,7 +159,7 @@ class CandidatePlanner:
             return self._plan(
                 request, {category: 1.0}, category, 1.0, "named category", None, price, session
             )
-        assessment, posterior = self._classify(request, assessment)
+        assessment, posterior = self._classify(request, assessment, session)
         if assessment is None:
             return self._plan(
                 request, posterior, GENERAL, 0.0, "no classifier", None, price, session
@@ -176,13 +179,18 @@ class CandidatePlanner:
         )
 
     def _classify(
-        self, request: InferenceRequest, given: Assessment | None = None
+        self,
+        request: InferenceRequest,
+        given: Assessment | None = None,
+        session: SessionLookup = NO_SESSION,
     ) -> tuple[Assessment | None, dict[str, float]]:
         """The classifier's assessment, None without a classifier, and the posterior by category."""
         if self._assess is None:
             return None, {GENERAL: 1.0}
         assessment = given or self._assess(request.data)
-        scores = assessment.scores
+        scores = self._in_conversation(assessment, session)
+        if scores is not assessment.scores:
+            assessment = replace(assessment, scores=scores)
         # Where the classifier abstains, the prompt counts as general.
         sure = scores.category == scores.labels[_best(scores)]
         posterior = (
@@ -191,6 +199,16 @@ class CandidatePlanner:
             else {scores.category: 1.0}
         )
         return assessment, posterior
+
+    def _in_conversation(self, assessment: Assessment, session: SessionLookup) -> CategoryScores:
+        """The scores of a prompt, by its conversation where the session knows this one."""
+        scores, last_turn, last = assessment.scores, assessment.last_turn, session.last
+        if last is None or not session.certain or last_turn is None or not self._persistence:
+            return scores
+        if session.state.open:
+            # A tool's result adds nothing of the user's.
+            return carried_over(scores, last.topics)
+        return with_topics(scores, last_turn, last.topics, self._persistence)
 
     def _one_space(self, tenant: Tenant) -> None:
         """Refuse where the experts that a tenant may ask embed into several spaces.

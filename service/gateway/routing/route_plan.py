@@ -12,6 +12,7 @@ from service.broker.recipe_catalog import Ints
 from service.broker.savings import RecipeEstimates
 from service.broker.selection import PrefixCacheHint
 from service.broker.session_terms import SessionTerms
+from service.classifier.topic_filter import Topics, topics_of
 from service.types import CategoryScores
 
 
@@ -57,6 +58,13 @@ class RoutePlan:
     session: SessionTerms | None = None
     prefix_cache: PrefixCacheHint | None = None
     estimates: RecipeEstimates | None = None
+
+    @property
+    def topics(self) -> Topics:
+        """What the conversation is about up to this turn; empty where nothing was classified."""
+        if self.scores is None:
+            return ()
+        return topics_of(dict(zip(self.scores.labels, self.scores.probabilities, strict=True)))
 
     def only(self, keep: NDArray[np.bool_], reason: str | None = None) -> RoutePlan:
         """Keep some of the rows.

@@ -347,6 +347,7 @@ class SessionSend:
                 tokens=self._found.tokens,
                 at_s=0.0,
                 calls=tuple(self._calls),
+                topics=record.topics,
             ),
         )
 

@@ -15,10 +15,13 @@ from typing import Any
 import orjson
 
 from service.broker.pool_state import BootId
+from service.classifier.topic_filter import MAX_TOPICS, Topics
 from service.gateway.request.conversation_turns import TurnState
 
 MAX_TURNS = 8
 MAX_CALLS = 64
+# Values of a turn in a store, without its topics.
+_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class SessionTurn:
         tokens: Estimated tokens of the prompt.
         at_s: When it was answered, in seconds since 1970.
         calls: Digests of the ids of the tool calls in the answer.
+        topics: What the conversation is about up to this turn; empty if nothing was classified.
     """
 
     digest: str
@@ -44,20 +48,35 @@ class SessionTurn:
     tokens: int
     at_s: float
     calls: tuple[str, ...] = ()
+    topics: Topics = ()
 
     def to_json(self) -> list[Any]:
         """As in a store."""
         fields = (self.digest, self.expert, self.recipe, self.category, self.boot, self.tokens)
-        return [*fields, self.at_s, list(self.calls)]
+        return [*fields, self.at_s, list(self.calls), self.topics]
 
     @classmethod
     def from_json(cls, given: list[Any]) -> SessionTurn:
         """Parse from a store. Raises ValueError or TypeError."""
-        *names, boot, tokens, at_s, calls = given
+        *names, boot, tokens, at_s, calls = given[:_PARTS]
+        # Gateways of before write no topics.
+        topics = tuple((str(name), float(p)) for name, p in (given[_PARTS:] or [[]])[0])
         digest, expert, recipe, category = map(str, names)
         where = None if boot is None else str(boot)
         found = tuple(map(str, calls[:MAX_CALLS]))
-        return cls(digest, expert, recipe, category, where, int(tokens), float(at_s), found)
+        if not all(0 <= p <= 1 for _, p in topics):
+            raise ValueError("a topic's probability must be 0..1")
+        return cls(
+            digest,
+            expert,
+            recipe,
+            category,
+            where,
+            int(tokens),
+            float(at_s),
+            found,
+            topics[:MAX_TOPICS],
+        )
 
 
 Turns = tuple[SessionTurn, ...]

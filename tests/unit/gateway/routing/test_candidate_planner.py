@@ -15,6 +15,7 @@ from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import SelectionRequest
 from service.broker.token_prices import Price
 from service.classifier.classifier import Assessment
+from service.classifier.topic_filter import Topics
 from service.config import Config, RouterConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.parsing import parse_request
@@ -22,6 +23,8 @@ from service.gateway.routing.candidate_planner import PRESETS, CandidatePlanner,
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.routing.routing_setup import artifact_of, category_warnings
+from service.gateway.routing.session_affinity import SessionLookup
+from service.gateway.routing.session_memory import SessionTurn
 from service.types import CategoryScores, Recipe, Tenant
 
 CONFIG = Config.model_validate(
@@ -48,6 +51,39 @@ BOOK = RecipeCatalog(tuple(CONFIG.experts), [BOTH])
 
 def scores(category: str) -> CategoryScores:
     return CategoryScores(("general", category), (0.1, 0.9), category, 0.9, 0.0)
+
+
+def in_session(
+    last_turn: list[float], topics: Topics, *, certain: bool = True, is_open: bool = False
+) -> RoutePlan:
+    """The plan for a turn that is math by its text, in a conversation with these topics."""
+    found = CategoryScores(("code", "math"), (0.4, 0.6), "math", 0.6, 0.0)
+
+    def assess(body: Mapping[str, Any]) -> Assessment:
+        return Assessment(found, np.zeros(0), np.array(last_turn))
+
+    worth = QualityModel(CONFIG, BOOK, ("code", "math"))
+    data = {"model": "auto", "messages": [{"role": "user", "content": "x"}]}
+    asked = parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000)
+    state = replace(asked.turn, open=is_open)
+    turn = SessionTurn("d", "general", "general", "code", "boot", 10, 1.0, topics=topics)
+    session = SessionLookup("t", "n", state, turn, certain)
+    return CandidatePlanner(CONFIG, BOOK, worth, assess, np.ones(3)).plan(asked, session=session)
+
+
+def test_plan_doubtful_turn_of_a_conversation_is_classified_by_its_topics() -> None:
+    code: Topics = (("code", 1.0),)
+    assert in_session([0.4, 0.6], code).category == "code"
+    assert in_session([0.01, 0.99], code).category == "math"
+    # Another conversation of the same session says nothing of this one.
+    assert in_session([0.4, 0.6], code, certain=False).category == "math"
+    assert in_session([0.4, 0.6], ()).category == "math"
+
+
+def test_plan_tool_result_has_the_topics_of_its_conversation() -> None:
+    got = in_session([0.01, 0.99], (("code", 0.9), ("math", 0.1)), is_open=True)
+    assert got.category == "code"
+    assert dict(got.topics) == {"code": 0.9, "math": 0.1}
 
 
 def router(category: str | None, expected: Any = None) -> CandidatePlanner:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import orjson
 import pytest
 
 from service.gateway.request.conversation_turns import TurnState
@@ -86,3 +89,18 @@ def test_session_value_is_read_as_it_was_written() -> None:
 )
 def test_session_value_of_another_form_is_no_session(value: bytes | None) -> None:
     assert from_value(value) == ()
+
+
+def test_session_value_reads_topics_and_what_was_written_without_them() -> None:
+    told = replace(turn("x", 1.0, ("c",)), topics=(("math", 0.7), ("code", 0.2)))
+    assert from_value(to_value((told,))) == (told,)
+    before = orjson.loads(to_value((told,)))
+    del before[0][-1]
+    assert from_value(orjson.dumps(before)) == (replace(told, topics=()),)
+
+
+@pytest.mark.parametrize("topics", [3, "math", [["math"]], [["math", "x"]], [["math", 7]], None])
+def test_session_value_with_damaged_topics_is_no_session(topics: object) -> None:
+    given = orjson.loads(to_value((turn("x", 1.0),)))
+    given[0][-1] = topics
+    assert from_value(orjson.dumps(given)) == ()
