@@ -12,9 +12,11 @@ _TRUSTED = frozenset({"system", "developer"})
 # Fields that an expert reads. The application's developer writes the fields of `_OPERATOR`, so
 # their texts are trusted. The fields of `_PROMPT` hold the conversation.
 _OPERATOR = (
-    *("system", "instructions", "tools", "functions", "tool_choice", "response_format"),
+    *("system", "instructions", "tool_choice", "response_format"),
     *("structured_outputs", "output_format", "output_config", "text"),
 )
+# What tools are and take, often in the words of servers of others (Model Context Protocol).
+_TOOLS = ("tools", "functions")
 _PROMPT = ("messages", "input", "prompt", "suffix", "documents", "prediction")
 # Strings under these keys belong to the protocol, and are no text. This does not hold inside of the
 # objects under `_FREE`, such as a tool's arguments or a schema, because their keys are arbitrary.
@@ -89,7 +91,7 @@ def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
         InvalidRequestError: The prompt is nested too deep.
     """
     copy = dict(data)
-    for names, trusted in ((_OPERATOR, True), (_PROMPT, False)):
+    for names, trusted in ((_OPERATOR, True), (_TOOLS, False), (_PROMPT, False)):
         for name in names:
             if name in copy:
                 copy[name] = _any(copy[name], trusted, change, _DEEP)
@@ -115,7 +117,7 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
             if name in _PROTOCOL and isinstance(inner, str):
                 continue
             look = _all if name in _FREE and isinstance(inner, dict) else _any
-            copy[name] = look(inner, here, change, deep - 1)
+            copy[name] = look(inner, here and name not in _TOOLS, change, deep - 1)
         return copy
     return value
 
