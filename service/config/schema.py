@@ -36,7 +36,14 @@ from service.config.sessions import SessionsConfig
 from service.config.shadow import PromoteConfig, ShadowConfig
 from service.config.store import StoreConfig
 from service.config.telemetry import TelemetryConfig
-from service.config.tenants import BudgetConfig, KeyConfig, SpendConfig, TenantConfig, known_tenant
+from service.config.tenants import (
+    DEFAULT_TENANT,
+    BudgetConfig,
+    KeyConfig,
+    SpendConfig,
+    TenantConfig,
+    known_tenant,
+)
 from service.types import Recipe
 
 
@@ -223,10 +230,16 @@ def _check_tenants(config: Config) -> None:
             if name not in names:
                 raise ValueError(f"{place}.experts: {_unknown(name, names)}")
     of_tenants = [(f"keys.{n}", k.tenant) for n, k in config.keys.items()]
-    of_tenants += [(f"budgets.{n}", b.tenant) for n, b in config.budgets.items() if b.tenant]
     for place, tenant in of_tenants:
         if not known_tenant(tenant, config.tenants):
             raise ValueError(f"{place}.tenant: {unknown_tenant(tenant, config.tenants)}")
+    # Keys may have any tenant until some are listed. A budget of a misspelt one would bound nobody.
+    named = {DEFAULT_TENANT, *config.tenants, *(key.tenant for key in config.keys.values())}
+    for name, budget in config.budgets.items():
+        if budget.tenant is not None and budget.tenant not in named:
+            hint = "" if config.tenants else "; a tenant of stored keys has to be in `tenants`"
+            why = unknown_tenant(budget.tenant, named)
+            raise ValueError(f"budgets.{name}.tenant: {why}{hint}")
     if config.store.kind == "memory" and config.server.gateways.most_replicas > 1:
         raise ValueError(
             "server.gateways: several gateways need a shared store; set store.kind to redis"

@@ -153,6 +153,19 @@ def test_config_every_field_has_a_description() -> None:
             "coe.yaml: budgets.b.tenant: no tenant 'x'; tenants: acme, default",
         ),
         (
+            {"budgets": {"b": {"amount": 1, "period": "day", "tenant": "acme"}}},
+            "coe.yaml: budgets.b.tenant: no tenant 'acme'; tenants: default; "
+            "a tenant of stored keys has to be in `tenants`",
+        ),
+        (
+            {
+                "keys": {"k": {"tenant": "acme", "sha256": "0" * 64}},
+                "budgets": {"b": {"amount": 1, "period": "day", "tenant": "acne"}},
+            },
+            "coe.yaml: budgets.b.tenant: no tenant 'acne'; did you mean 'acme'? "
+            "tenants: acme, default; a tenant of stored keys has to be in `tenants`",
+        ),
+        (
             {"server": {"allow_unauthenticated": True, "require_keys": True}},
             "coe.yaml: server: allow_unauthenticated and require_keys exclude each other",
         ),
@@ -328,3 +341,20 @@ def test_config_duplicate_key_raises_with_its_line() -> None:
 )
 def test_config_misplaced_secret_is_not_echoed(given: dict[str, object]) -> None:
     assert "hush" not in "\n".join(faults(minimal(**given)))
+
+
+@pytest.mark.parametrize(
+    ("sections", "tenant"),
+    [
+        ({"tenants": {"acme": {}}}, "acme"),
+        ({"keys": {"k": {"tenant": "acme", "sha256": "0" * 64}}}, "acme"),
+        ({"tenants": {"acme": {}}}, "default"),
+        ({}, "default"),
+    ],
+)
+def test_config_budget_of_a_tenant_that_a_request_can_have_passes(
+    sections: dict[str, object], tenant: str
+) -> None:
+    budget = {"amount": 1, "period": "day", "tenant": tenant}
+    data = minimal(budgets={"b": budget}, **sections)
+    assert parse_config(yaml.safe_dump(data), "coe.yaml").budgets["b"].tenant == tenant
