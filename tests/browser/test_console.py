@@ -113,6 +113,52 @@ async def test_console_shows_budgets_and_what_is_left(chromium: Browser) -> None
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
+async def test_console_shows_what_was_saved(chromium: Browser, theme: str) -> None:
+    given = TURNS.model_dump(exclude_defaults=True)
+    for name, one in given["experts"].items():
+        price = 40 if name == "code" else 1
+        one |= {
+            "quality": {label: 0.9 if name == "code" else 0.5 for label in given["experts"]},
+            "price": {"prompt": price, "completion": price},
+        }
+    given["experts"]["math"]["quality"]["math"] = 0.88
+    given["savings"] = {"against": ["code"]}
+    config = Config.model_validate(given)
+    async with run_gateway(config) as s, watched(chromium, s.url, theme=theme) as seen:
+        page = await opened(seen, s.url)
+        card = page.locator("#savings-card")
+        await expect(card).to_be_hidden()
+        for _ in range(3):
+            status, headers, _ = await s.ask(chat(MATH, model="auto"))
+            assert (status, headers["x-coe-expert"]) == (200, "math")
+        # Who names an expert leaves nothing to save.
+        await s.ask(chat(MATH, model="general"))
+        await expect(card).to_be_visible()
+        await expect(card.locator(".budget")).to_have_count(1)
+        await expect(card).to_contain_text("code")
+        await expect(card).to_contain_text("3 requests")
+        async with s.get("/metrics") as reply:
+            text = await reply.text()
+
+        def total(name: str) -> float:
+            return sum(map(float, re.findall(rf"^{name}\{{.*\}} (\S+)", text, re.MULTILINE)))
+
+        cost, baseline = total("coe_savings_cost_total"), total("coe_savings_baseline_cost_total")
+        assert 0 < cost < baseline
+        await expect(card).to_contain_text(f"{100 * (1 - cost / baseline):.0f} % of the cost")
+        await expect(card).to_contain_text("−2.0 points")
+        await expect(card).not_to_contain_text("NaN")
+        # The meter is as long as the share says.
+        meter = card.locator(".meter")
+        whole, part = await meter.bounding_box(), await meter.locator("b").bounding_box()
+        assert whole is not None
+        assert part is not None
+        assert part["width"] / whole["width"] == pytest.approx(1 - cost / baseline, abs=0.03)
+        assert await faults(page) == []
+        seen.clean()
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
 async def test_console_shows_what_quality_costs(chromium: Browser, theme: str) -> None:
     given = TURNS.model_dump(exclude_defaults=True)
     figures = {"general": (0.5, 1), "math": (0.6, 2), "intents": (0.4, 1), "code": (0.9, 40)}
