@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from service.deployment.coalescing_protocol import CoalescingProtocol
+
 _PORTS = range(31100, 32000)
 
 
@@ -26,7 +28,7 @@ def server_config(app: Any) -> uvicorn.Config:
     """Return the uvicorn config of pools, and of gateways without Serve."""
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=CoalescingProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

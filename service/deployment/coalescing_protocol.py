@@ -1,0 +1,63 @@
+"""A uvicorn protocol that writes what one turn of the event loop sends with one system call.
+
+uvicorn writes a reply's headers, each piece of its body and its end one by one. Where they are sent
+without waiting in between, as for short answers and for the end of every stream, they would cost a
+system call each, and as many on the side that reads. A write to another process on the same machine
+takes about 14 µs, which is more than most steps of a request, see `docs/benchmarks/hot-path.md`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class CoalescingTransport:
+    """A transport that joins the writes of one turn of the event loop.
+
+    Args:
+        transport: Takes the joined writes, and everything else at once.
+        loop: The event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._waiting: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write at the end of this turn."""
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(data)
+
+    def close(self) -> None:
+        """Write what waits, and close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting and not self._transport.is_closing():
+            self._transport.write(waiting[0] if len(waiting) == 1 else b"".join(waiting))
+
+
+class CoalescingProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol over a coalescing transport."""
+
+    def connection_made(  # type: ignore[override]  # as in uvicorn
+        self, transport: asyncio.Transport
+    ) -> None:
+        joined = CoalescingTransport(transport, self.loop)
+        super().connection_made(cast(asyncio.Transport, joined))
+
+
+def use_by_default() -> None:
+    """Make it the protocol of servers that name none, such as the one around a Serve replica."""
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{CoalescingProtocol.__name__}"

@@ -1,0 +1,114 @@
+"""Writes of one turn of the event loop become one; their order and the ends stay."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import aiohttp
+import pytest
+import uvicorn
+from uvicorn.config import HTTP_PROTOCOLS
+
+from service.deployment.coalescing_protocol import (
+    CoalescingProtocol,
+    CoalescingTransport,
+    use_by_default,
+)
+from tests.support.in_process_service import serving
+
+
+class Wire:
+    """A transport that records what reaches it."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed, "nothing may be written after the end"
+        self.writes.append(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_extra_info(self, name: str) -> str:
+        return f"the wire's {name}"
+
+
+@pytest.fixture
+async def joined() -> tuple[CoalescingTransport, Wire]:
+    wire = Wire()
+    loop = asyncio.get_running_loop()
+    return CoalescingTransport(cast(asyncio.Transport, wire), loop), wire
+
+
+Joined = tuple[CoalescingTransport, Wire]
+
+
+async def test_writes_of_one_turn_are_one(joined: Joined) -> None:
+    transport, wire = joined
+    for piece in (b"head ", b"", b"body ", b"end"):
+        transport.write(piece)
+    assert wire.writes == []
+    await asyncio.sleep(0)
+    assert wire.writes == [b"head body end"]
+    transport.write(b"next")
+    await asyncio.sleep(0)
+    assert wire.writes == [b"head body end", b"next"]
+
+
+async def test_close_writes_what_waits_first(joined: Joined) -> None:
+    transport, wire = joined
+    transport.write(b"last ")
+    transport.write(b"words")
+    transport.close()
+    assert (wire.writes, wire.closed) == ([b"last words"], True)
+    await asyncio.sleep(0)
+    assert wire.writes == [b"last words"]
+
+
+async def test_writes_to_a_connection_that_has_ended_are_dropped(joined: Joined) -> None:
+    transport, wire = joined
+    transport.write(b"late")
+    wire.closed = True
+    await asyncio.sleep(0)
+    transport.write(b"later")
+    await asyncio.sleep(0)
+    assert wire.writes == []
+
+
+async def test_everything_else_is_the_transport_s_own(joined: Joined) -> None:
+    transport, _ = joined
+    assert transport.get_extra_info("socket") == "the wire's socket"
+    assert not transport.is_closing()
+
+
+@pytest.mark.parametrize("length", [None, 9], ids=["chunked", "with a length"])
+async def test_served_replies_are_whole_and_the_connection_is_kept(length: int | None) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % length)] if length else []
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for piece in (b"one", b"two"):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": b"six"})
+
+    async with serving(app) as served:
+        connector = aiohttp.TCPConnector(limit=1)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            for _ in range(3):
+                async with client.get(served.url) as reply:
+                    assert await reply.read() == b"onetwosix"
+
+
+def test_servers_that_name_no_protocol_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray Serve's: a release of uvicorn that chooses otherwise would lose it silently."""
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
+    use_by_default()
+    config = uvicorn.Config(lambda: None, factory=True, lifespan="off", log_config=None)
+    config.load()
+    assert config.http_protocol_class is CoalescingProtocol
