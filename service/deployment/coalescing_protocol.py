@@ -14,6 +14,10 @@ from typing import Any, cast
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+# More bytes than that are written at once, so that a sender that never waits still learns from the
+# transport that its client does not read.
+_MOST_BYTES = 2**16
+
 
 class CoalescingTransport:
     """A transport that joins the writes of one turn of the event loop.
@@ -27,15 +31,19 @@ class CoalescingTransport:
         self._transport = transport
         self._loop = loop
         self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        """Write at the end of this turn."""
+        """Write at the end of this turn, or when much is waiting."""
         if not self._waiting:
             self._loop.call_soon(self._flush)
         self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes > _MOST_BYTES:
+            self._flush()
 
     def close(self) -> None:
         """Write what waits, and close."""
@@ -43,7 +51,7 @@ class CoalescingTransport:
         self._transport.close()
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if waiting and not self._transport.is_closing():
             self._transport.write(waiting[0] if len(waiting) == 1 else b"".join(waiting))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -16,6 +17,7 @@ from service.deployment.coalescing_protocol import (
     use_by_default,
 )
 from tests.support.in_process_service import serving
+from tests.support.polling import until
 
 
 class Wire:
@@ -61,6 +63,18 @@ async def test_writes_of_one_turn_are_one(joined: Joined) -> None:
     assert wire.writes == [b"head body end", b"next"]
 
 
+async def test_much_is_written_within_the_turn(joined: Joined) -> None:
+    """Else a sender that never waits would fill the memory, whatever its client reads."""
+    transport, wire = joined
+    piece, count = bytes(1000), 1000
+    for number in range(count):
+        transport.write(piece)
+        assert (number + 1) * 1000 - sum(map(len, wire.writes)) < 100_000
+    await asyncio.sleep(0)
+    assert b"".join(wire.writes) == piece * count
+    assert len(wire.writes) < count / 50
+
+
 async def test_close_writes_what_waits_first(joined: Joined) -> None:
     transport, wire = joined
     transport.write(b"last ")
@@ -85,6 +99,29 @@ async def test_everything_else_is_the_transport_s_own(joined: Joined) -> None:
     transport, _ = joined
     assert transport.get_extra_info("socket") == "the wire's socket"
     assert not transport.is_closing()
+
+
+async def test_client_that_reads_nothing_stops_a_sender_that_never_waits() -> None:
+    sent = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while sent < 2**28:
+            await send({"type": "http.response.body", "body": bytes(2**10), "more_body": True})
+            sent += 2**10
+
+    async with serving(app) as served:
+        parts = urlsplit(served.url)
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**10)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until(lambda: sent > 0, "it begins")
+        before = -1
+        while before < sent:
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 2**26
+        writer.transport.abort()
 
 
 @pytest.mark.parametrize("length", [None, 9], ids=["chunked", "with a length"])
