@@ -124,8 +124,8 @@ class InferenceRequest:
     @property
     def answers(self) -> int:
         """The number of answers: choices times prompts."""
-        given = (self.data.get(name) for name in self._reads.choices)
-        return max([1, *(count for count in given if isinstance(count, int))]) * self.prompts
+        given = (self.data[name] for name in self._reads.choices if name in self.data)
+        return max((1, *(count for count in given if isinstance(count, int)))) * self.prompts
 
     @property
     def sequences(self) -> int:
@@ -137,9 +137,10 @@ class InferenceRequest:
 
     @property
     def bounds_choice(self) -> bool:
-        """Whether it bounds which experts may answer, how well, or at what cost."""
+        """Whether it bounds which experts may answer, how well, how soon, or at what cost."""
         return (
-            self.max_cost is not None
+            self.own_deadline
+            or self.max_cost is not None
             or self.min_quality > 0
             or self.allow is not None
             or bool(self.deny)

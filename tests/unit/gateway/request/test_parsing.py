@@ -312,3 +312,20 @@ def test_parse_request_counts_messages_before_anything_reads_them(
         monkeypatch.setattr(parsing, name, reads)
     with pytest.raises(InvalidRequestError, match="5 messages and parts of messages; at most 4"):
         parse_request(path, orjson.dumps(body), {}, 1000, max_messages=4)
+
+
+ONE_OF_EACH = {
+    "deadline_ms": 500,
+    "max_cost": 0.0,
+    "min_quality": 0.1,
+    "allow": ["general"],
+    "deny": ["math"],
+}
+
+
+@pytest.mark.parametrize("option", parsing._COE_OPTIONS)
+def test_bounds_choice_is_true_with_each_of_the_options_that_bound_it(option: str) -> None:
+    """Without bounds their check is skipped, so an option that is missed would do nothing."""
+    body: dict[str, Any] = {"model": "auto", "messages": HELLO}
+    assert not request_for(body).bounds_choice
+    assert request_for({**body, "coe": {option: ONE_OF_EACH[option]}}).bounds_choice
