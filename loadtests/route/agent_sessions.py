@@ -325,7 +325,7 @@ class Arm:
             self._cost_model, request, plan, prefix_cache=self._affinity.hint(request)
         )
         selection = select(self._catalog, self._table.to_matrix(list(self._views())), wanted)
-        best = selection.best()
+        best = selection.best_position()
         assert best is not None
         expert = self._catalog.recipes[int(plan.rows[best])].members[0]
         if (outcome := selection.session_outcome(best)) is not None:

@@ -76,7 +76,7 @@ def measure(report: Report, rounds: int) -> None:
             wish = SelectionRequest(
                 rows=rows,
                 quality=numbers.random(len(rows)),
-                reach=reach,
+                escalation_prob=reach,
                 tokens=numbers.random(EXPERTS) * 200,
                 cost=numbers.random(EXPERTS),
                 prompt_tokens=200,
@@ -89,7 +89,7 @@ def measure(report: Report, rounds: int) -> None:
                 views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
             begun = time.perf_counter()
             weighed = select(book, board.to_matrix(views), wish)
-            at_best = weighed.best()
+            at_best = weighed.best_position()
             times.append(1e3 * (time.perf_counter() - begun))
             assert at_best is not None
         measured = median(times[_WARM_UP:])

@@ -29,13 +29,13 @@ class RecipeEstimates:
 
     Attributes:
         quality: (recipes,), expected quality in [0, 1].
-        reach: (recipes, MAX_LATER), the probability that each later expert is called.
+        escalation_prob: (recipes, MAX_LATER), the probability that each later expert is called.
         possible: (recipes,), whether it may answer: its experts are able, allowed to the tenant,
             and within the request's own bounds.
     """
 
     quality: Floats
-    reach: Floats
+    escalation_prob: Floats
     possible: NDArray[np.bool_]
 
 
@@ -236,7 +236,7 @@ class SavingsModel:
                 continue
             calls = np.zeros(len(experts) + 1)
             np.add.at(calls, catalog.members[at], 1.0)
-            np.add.at(calls, catalog.later[at], estimates.reach[at])
+            np.add.at(calls, catalog.later[at], estimates.escalation_prob[at])
             calls = calls[:-1]
             price = _Price(
                 name,

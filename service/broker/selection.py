@@ -81,7 +81,7 @@ class SelectionRequest:
     Attributes:
         rows: (recipes,), the recipes to choose from, as rows of the catalog.
         quality: (recipes,), expected quality in [0, 1].
-        reach: (recipes, MAX_LATER), probability that each later expert is called.
+        escalation_prob: (recipes, MAX_LATER), probability that each later expert is called.
         tokens: (experts,), expected length of each expert's answer.
         cost: (experts,), expected cost of one call.
         prompt_tokens: Length of the prompt.
@@ -99,7 +99,7 @@ class SelectionRequest:
 
     rows: Ints
     quality: Floats
-    reach: Floats
+    escalation_prob: Floats
     tokens: Floats
     cost: Floats
     prompt_tokens: int = 0
@@ -116,8 +116,8 @@ class SelectionRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An expert in a pool.
+class ExpertInPool:
+    """One expert in one pool: a member of a candidate.
 
     Attributes:
         expert: The expert.
@@ -169,7 +169,7 @@ class Selection:
     exclusion: NDArray[np.int8]
     ideal: Floats
 
-    def best(self) -> int | None:
+    def best_position(self) -> int | None:
         """Position of the winner among `request.rows`; None if every recipe is excluded."""
         if not len(self.utility):
             return None
@@ -207,13 +207,13 @@ class Selection:
         """(recipes,), positions in `request.rows`, best first and excluded recipes last."""
         return np.argsort(-self.utility, kind="stable")
 
-    def candidate(self, expert: str) -> Candidate | None:
+    def expert_in_pool(self, expert: str) -> ExpertInPool | None:
         """The best pool for an expert; None if no pool can serve it."""
         column = self.catalog.index[expert]
         if not np.isfinite(self.wait[column]):
             return None
         row = int(self.pool[column])
-        return Candidate(
+        return ExpertInPool(
             expert,
             self.pools.boots[row],
             float(self.pools.eta[row, column]),
@@ -304,7 +304,7 @@ def select(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequest)
         selection = _select_among(catalog, pools, request, fresh)
         if not (usable & ~fresh).any():
             return selection
-        if selection.best() is not None:
+        if selection.best_position() is not None:
             if request.session is None or not request.session.locked or selection.locked:
                 return selection
             # A silent pool may still have the expert whose tool call is open.
@@ -528,8 +528,13 @@ def _recipe_totals(
     in_full = slowest + of_later[_TIME].sum(axis=1)
     deadline_time = np.where(single, first[members[:, 0]], in_full)
     # 0 · ∞ would be NaN, but an expert that is never called costs nothing.
-    np.multiply(of_later[:_FIRST], request.reach, out=of_later[:_FIRST], where=request.reach > 0)
-    of_later[:_FIRST][:, request.reach <= 0] = 0.0
+    np.multiply(
+        of_later[:_FIRST],
+        request.escalation_prob,
+        out=of_later[:_FIRST],
+        where=request.escalation_prob > 0,
+    )
+    of_later[:_FIRST][:, request.escalation_prob <= 0] = 0.0
     expected = of_later[:_FIRST].sum(axis=2)
     return _RecipeTotals(
         time=slowest + expected[_TIME],

@@ -8,7 +8,17 @@ from contextvars import ContextVar
 from typing import Any
 
 # The salt of the request that this task, or a task started by it, works on.
-CACHE_SALT: ContextVar[str] = ContextVar("cache_salt", default="")
+_CACHE_SALT: ContextVar[str] = ContextVar("cache_salt", default="")
+
+
+def set_cache_salt(salt: str) -> None:
+    """Set the salt of the request that this task, and tasks that it starts, work on."""
+    _CACHE_SALT.set(salt)
+
+
+def cache_salt() -> str:
+    """Return the salt of the request that this task works on; empty without one."""
+    return _CACHE_SALT.get()
 
 
 def with_salt(prompt: Any, salt: str) -> Any:

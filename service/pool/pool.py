@@ -411,18 +411,22 @@ class Pool:
             send = RenamedSend(send, call.expert)
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout_at(loop.time() + call.deadline_ms / 1000)
-        # The first message commits the lease and, for a stream, lifts the deadline.
+        # It passes messages on to the gateway. The first commits the lease, gets headers with the
+        # times and, for a stream, lifts the deadline; each is timed and its tokens are counted.
         reply = TimedSend(send, limit if call.stream else None)
         fault = "client_gone"
         try:
             with self._abandoned.call(call.request_id):
                 async with limit:
-                    again: LeaseRevokedError | None = None
+                    # A lease is revoked where the request waited and its expert moved to another
+                    # slot, or where it ran and was put back before its first byte. It then takes
+                    # another lease, and `revoked` keeps its place in the queue.
+                    revoked: LeaseRevokedError | None = None
                     while True:
                         try:
-                            await self._run_in(held, call, body, reply, again)
-                        except LeaseRevokedError as back:
-                            again = back
+                            await self._run_in(held, call, body, reply, revoked)
+                        except LeaseRevokedError as error:
+                            revoked = error
                         else:
                             break
             fault = ""
@@ -462,13 +466,13 @@ class Pool:
         call: Call,
         body: bytes,
         reply: TimedSend,
-        again: LeaseRevokedError | None,
+        revoked: LeaseRevokedError | None,
     ) -> None:
         slot = self.slot_of(held)
         name = call.expert if held != call.expert else None
         try:
             async with slot.lease(
-                held, call.prompt_tokens, call.tenant, again, call.places, name
+                held, call.prompt_tokens, call.tenant, revoked, call.places, name
             ) as lease:
                 if call.endpoint not in lease.report.endpoints:
                     raise UnknownEndpointError(

@@ -72,7 +72,7 @@ def test_select_single_experts_score_alike_with_and_without_recipes(
         wish = SelectionRequest(
             rows=book.everything[:rows],
             quality=np.array(quality[:rows]),
-            reach=np.full((rows, MAX_LATER), 0.5) * (book.later[:rows] < len(EXPERTS)),
+            escalation_prob=np.full((rows, MAX_LATER), 0.5) * (book.later[:rows] < len(EXPERTS)),
             tokens=np.full(3, 20.0),
             cost=np.array(cost),
             prompt_tokens=30,
@@ -102,7 +102,7 @@ def test_idle_times_are_what_the_selection_expects_of_an_idle_pool(
     wish = SelectionRequest(
         rows=book.everything,
         quality=np.ones(len(book.everything)),
-        reach=np.ones((len(book.everything), MAX_LATER)) * (book.later < len(EXPERTS)),
+        escalation_prob=np.ones((len(book.everything), MAX_LATER)) * (book.later < len(EXPERTS)),
         tokens=np.full(3, 20.0),
         cost=np.zeros(3),
         prompt_tokens=prompt_tokens,

@@ -40,7 +40,7 @@ def test_select_session_terms_hold_where_the_expert_can_answer(
     wish = SelectionRequest(
         rows=BOOK.everything,
         quality=np.array(quality),
-        reach=np.full((5, MAX_LATER), 0.5) * (BOOK.later < len(EXPERTS)),
+        escalation_prob=np.full((5, MAX_LATER), 0.5) * (BOOK.later < len(EXPERTS)),
         tokens=np.full(3, 20.0),
         cost=np.zeros(3),
         prompt_tokens=30,
@@ -52,12 +52,17 @@ def test_select_session_terms_hold_where_the_expert_can_answer(
     alone = select(
         BOOK,
         matrix,
-        replace(wish, rows=np.array([row]), quality=wish.quality[[row]], reach=wish.reach[[row]]),
+        replace(
+            wish,
+            rows=np.array([row]),
+            quality=wish.quality[[row]],
+            escalation_prob=wish.escalation_prob[[row]],
+        ),
     )
     locked = select(BOOK, matrix, replace(wish, session=SessionTerms(row, True)))
     sticky = select(BOOK, matrix, replace(wish, session=SessionTerms(row, False, cost)))
-    at = locked.best()
-    if free.best() is None:
+    at = locked.best_position()
+    if free.best_position() is None:
         assert at is None
         return
     assert at is not None
@@ -65,14 +70,14 @@ def test_select_session_terms_hold_where_the_expert_can_answer(
     assert outcome is not None
     if outcome.decision is SessionDecision.RELEASED:
         # Then the choice is the free one, and the expert was none of its options.
-        assert at == free.best()
+        assert at == free.best_position()
         assert free.exclusion[row]
     else:
         assert at == row
         assert outcome.decision is SessionDecision.LOCKED
-        assert alone.best() == 0
+        assert alone.best_position() == 0
     # A session that may hand over never gains less than the cost by it.
-    to = sticky.best()
+    to = sticky.best_position()
     assert to is not None
     if not sticky.exclusion[row] and to != row:
         assert free.utility[to] - free.utility[row] >= cost - 1e-9

@@ -25,7 +25,7 @@ import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from service.config import VllmOptions
-from service.engine.cache_salt import CACHE_SALT, with_salt
+from service.engine.cache_salt import cache_salt, with_salt
 from service.engine.engine_interface import Message, Send
 from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
@@ -608,14 +608,14 @@ class _RenderingClient:
     def generate(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         _note_request_id(args, kwargs)
         stream: AsyncGenerator[Any] = self._llm.generate(
-            with_salt(prompt, CACHE_SALT.get()), *args, **kwargs
+            with_salt(prompt, cache_salt()), *args, **kwargs
         )
         return stream
 
     def encode(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         _note_request_id(args, kwargs)
         stream: AsyncGenerator[Any] = self._llm.encode(
-            with_salt(prompt, CACHE_SALT.get()), *args, **kwargs
+            with_salt(prompt, cache_salt()), *args, **kwargs
         )
         return stream
 

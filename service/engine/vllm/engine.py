@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 from service.config import VllmOptions
-from service.engine.cache_salt import CACHE_SALT
+from service.engine.cache_salt import set_cache_salt
 from service.engine.deferred_response_start import DeferredStartSend
 from service.engine.engine_interface import (
     EngineObserver,
@@ -269,15 +269,17 @@ class VllmEngine:
         await self._trials.check_body(request.body, request.tenant)
         # vLLM sends 200 before it has an answer; this send holds it until the first bytes.
         reply = DeferredStartSend(send)
-        call = _Call(request)
-        refusal = watch_refusal()
+        asgi = _AsgiRequest(request)
         if self._stats is not None:
             self._stats.add_request(request.request_id, request.counted_as)
-        # vLLM's handlers run in this task and in tasks that they start.
-        CACHE_SALT.set(request.cache_salt)
+        # Three context variables: vLLM's handlers run in this task and in tasks that they start.
+        set_cache_salt(request.cache_salt)
+        refusal = watch_refusal()
         vllm_ids = track_request_ids()
+        # vLLM's own OpenAI app. It calls `AsyncLLM.generate`; `OpenAiApp` and `VllmHandle` in
+        # `async_llm_handle.py` say what is put around that.
         app = self._app_for(request.expert)
-        task = asyncio.ensure_future(app(call.scope, call.receive, reply))
+        task = asyncio.ensure_future(app(asgi.scope, asgi.receive, reply))
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -286,7 +288,7 @@ class VllmEngine:
             # vLLM runs handlers in separate tasks. It stops them only when it reads that the
             # client has left, and then it sends no answer.
             reply.discard()
-            call.gone.set()
+            asgi.gone.set()
             with contextlib.suppress(BaseException):
                 async with asyncio.timeout(5):
                     await task
@@ -364,7 +366,7 @@ class VllmEngine:
             await handle.shutdown()
 
 
-class _Call:
+class _AsgiRequest:
     """One request as an ASGI scope and receive channel."""
 
     def __init__(self, request: EngineRequest) -> None:

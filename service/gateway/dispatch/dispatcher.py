@@ -1,7 +1,9 @@
-"""Chooses among a request's candidates, calls one expert, and forwards the answer.
+"""Calls one expert of a request, forwards the answer, and chooses another expert after a fault.
 
-Before the first byte has gone to the client, it retries a failed call with the next best candidate.
-After that, a failure ends the stream with an SSE error event.
+`RecipeExecutor` chooses first, by `Dispatcher.select`; `broker.selection` has the formula. Until the
+first byte has gone to the client, a fault makes `dispatch` choose again, among the single experts
+and pools that are left. After that, a fault ends the stream with an SSE error event.
+`retry_decisions` defines error, fault, loss and failed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats, Place, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import Candidate, Selection, SelectionRequest, idle_times, select
+from service.broker.selection import ExpertInPool, Selection, SelectionRequest, idle_times, select
 from service.broker.unmet_demand import can_serve, failure_reason
 from service.engine.engine_interface import EngineRequest
 from service.errors import (
@@ -203,7 +205,7 @@ class Dispatcher:
             plan: Its candidates; only single experts among them are called.
             reply: Receives the answer.
             deadline_s: The deadline, by `time.monotonic`.
-            first: The selection for the first attempt, if it is known already.
+            first: The selection that the first attempt uses; None lets the dispatcher choose.
             recipe: The recipe that this call is part of; empty for none.
 
         Raises:
@@ -218,7 +220,7 @@ class Dispatcher:
                 # `losses` is shared by all calls of a recipe; another call may have added the
                 # second.
                 raise _died_twice_error()
-            option = self._next_candidate(request, single, record, fault, deadline_s, first)
+            option = self._next_option(request, single, record, fault, deadline_s, first)
             first = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
@@ -282,13 +284,13 @@ class Dispatcher:
         views = self.views()
         selection = self.weigh_candidates(request, plan, left_s=left_s, views=views)
         self.budget_prices.observe(request.tenant, selection)
-        at = selection.best()
-        if at is None:
+        position = selection.best_position()
+        if position is None:
             self._refuse_broken_bounds(selection)
             return selection
-        self._wake_better(plan, selection, at, views)
-        if wanted := selection.unmet_experts(at):
-            self._demand_reporter.add(wanted, selection.unmet_utility(at))
+        self._wake_better(plan, selection, position, views)
+        if wanted := selection.unmet_experts(position):
+            self._demand_reporter.add(wanted, selection.unmet_utility(position))
         return selection
 
     def _refuse_broken_bounds(self, selection: Selection) -> None:
@@ -312,7 +314,7 @@ class Dispatcher:
                 idle_times(self.catalog, selection.pools, request),
             )
 
-    def _next_candidate(
+    def _next_option(
         self,
         request: InferenceRequest,
         plan: RoutePlan,
@@ -320,8 +322,8 @@ class Dispatcher:
         fault: CoeError | None,
         deadline_s: float,
         first: Selection | None,
-    ) -> Candidate | None:
-        """Find the best candidate that is left; None if the request has to wait for a pool.
+    ) -> ExpertInPool | None:
+        """Find the best expert and pool that are left; None if the request has to wait for a pool.
 
         Raises:
             CoeError: No candidate is left, and waiting would not help.
@@ -331,7 +333,7 @@ class Dispatcher:
         tries = tries_per_pool(fault)
         # After a fault: first places tried less than once, then less than twice.
         bounds = range(min(1, len(record.tried)), tries + 1)
-        if first is not None and (found := self._best(first, record)) is not None:
+        if first is not None and (found := self._best_option(first, record)) is not None:
             return found
         views = self.views()
         # While a tool call is open, its expert is tried again before another one is.
@@ -344,7 +346,7 @@ class Dispatcher:
             )
             if only_locked and not selection.locked:
                 continue
-            if (found := self._best(selection, record)) is not None:
+            if (found := self._best_option(selection, record)) is not None:
                 return found
         experts = self._experts(plan)
         shut = self.breakers.blocked()
@@ -369,23 +371,25 @@ class Dispatcher:
                 )
         return None
 
-    def _best(self, selection: Selection, record: RequestRecord) -> Candidate | None:
-        at = selection.best()
-        if at is None:
+    def _best_option(self, selection: Selection, record: RequestRecord) -> ExpertInPool | None:
+        position = selection.best_position()
+        if position is None:
             return None
-        record.predicted_cost = float(selection.cost[at])
-        self.note_session(selection, at, record)
-        return selection.candidate(self.catalog.recipes[int(selection.request.rows[at])].members[0])
+        record.predicted_cost = float(selection.cost[position])
+        self.note_session(selection, position, record)
+        return selection.expert_in_pool(
+            self.catalog.recipes[int(selection.request.rows[position])].members[0]
+        )
 
-    def note_session(self, selection: Selection, at: int, record: RequestRecord) -> None:
+    def note_session(self, selection: Selection, position: int, record: RequestRecord) -> None:
         """Record how the conversation's session took part in a choice.
 
         Args:
             selection: The selection.
-            at: The position of the chosen recipe.
+            position: That of the chosen recipe in the selection.
             record: The request's record.
         """
-        terms, outcome = selection.request.session, selection.session_outcome(at)
+        terms, outcome = selection.request.session, selection.session_outcome(position)
         if terms is None or outcome is None:
             return
         if outcome.reason == Exclusion.CIRCUIT_OPEN.name.lower() and record.tried:
@@ -403,7 +407,7 @@ class Dispatcher:
         return [self.catalog.recipes[row].members[0] for row in plan.rows.tolist()]
 
     def _wake_better(
-        self, plan: RoutePlan, selection: Selection, at: int, views: list[PoolView]
+        self, plan: RoutePlan, selection: Selection, position: int, views: list[PoolView]
     ) -> None:
         """Wake a pool for the best expert that no pool holds, if it beats the selection."""
         if selection.locked or not (selection.exclusion == Exclusion.NO_POOL).any():
@@ -414,7 +418,7 @@ class Dispatcher:
             absent = [name for name in self.catalog.recipes[row].members if name not in there]
             if absent and (best is None or quality > best[0]):
                 best = quality, absent[0]
-        if best is not None and best[0] > selection.utility[at]:
+        if best is not None and best[0] > selection.utility[position]:
             self._wake(best[1])
 
     async def _wait_for_pool(self, plan: RoutePlan, deadline_s: float) -> None:
@@ -426,7 +430,7 @@ class Dispatcher:
 
     async def _attempt(
         self,
-        option: Candidate,
+        option: ExpertInPool,
         request: InferenceRequest,
         deadline_s: float,
         reply: ResponseSend,
@@ -514,7 +518,7 @@ class Dispatcher:
 
     def _record_abandoned(
         self,
-        option: Candidate,
+        option: ExpertInPool,
         request: InferenceRequest,
         attempt_id: str,
         reply: ResponseSend,
@@ -524,7 +528,7 @@ class Dispatcher:
         """Record an abandoned call, so that its tokens can be fetched or estimated later.
 
         Args:
-            option: The candidate that was called.
+            option: The expert that was called, and its pool.
             request: The request.
             attempt_id: The call's id in the engine.
             reply: The reply to the client.
@@ -593,7 +597,7 @@ class Dispatcher:
 
 
 def _traced(
-    trace: Trace | None, option: Candidate, request: InferenceRequest
+    trace: Trace | None, option: ExpertInPool, request: InferenceRequest
 ) -> AbstractContextManager[Mapping[str, str]]:
     """The W3C headers for the call: those of its span, or without tracing those of the client."""
     if trace is None:

@@ -248,7 +248,7 @@ class EnsembleExecutor:
 
     def _cut_short(self, expert: str, began_s: float) -> MemberAnswer:
         """Return the answer of a cancelled call, with an estimate of its tokens by its run time."""
-        option = self.selection.candidate(expert)
+        option = self.selection.expert_in_pool(expert)
         tokens = 0
         if option is not None:
             column = self.catalog.index[expert]
@@ -276,7 +276,7 @@ class EnsembleExecutor:
             self.plan,
             rows=np.array([row]),
             quality=np.ones(1),
-            reach=np.zeros((1, MAX_LATER)),
+            escalation_prob=np.zeros((1, MAX_LATER)),
             first=expert,
             session=None,
         )
@@ -327,7 +327,7 @@ class EnsembleExecutor:
 
     def _too_late_for(self, expert: str) -> bool:
         """Whether a call of one more expert would miss the deadline."""
-        option = self.selection.candidate(expert)
+        option = self.selection.expert_in_pool(expert)
         needed_s = option.wait_s + option.answer_s if option is not None else 0.0
         return time.monotonic() + needed_s > self.deadline_s
 

@@ -70,7 +70,7 @@ class SideCalls:
         plan = RoutePlan(
             rows=np.array([dispatcher.catalog.index[expert]]),
             quality=np.ones(1),
-            reach=np.zeros((1, MAX_LATER)),
+            escalation_prob=np.zeros((1, MAX_LATER)),
             first=expert,
             category="",
             confidence=1.0,

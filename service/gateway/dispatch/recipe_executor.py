@@ -1,6 +1,8 @@
-"""Runs the best recipe of a request: one expert, a cascade or a vote.
+"""Chooses the recipe of a request, and runs it: one expert, a cascade or a vote.
 
-Several experts go to `EnsembleExecutor`; one expert goes to the dispatcher.
+The first choice is made here, among all candidates, by `Dispatcher.select`. One expert goes to
+`Dispatcher.dispatch` with it (`first`). After a fault the dispatcher chooses again, among single
+experts only. Several experts go to `EnsembleExecutor`.
 """
 
 from __future__ import annotations
@@ -98,24 +100,25 @@ class RecipeExecutor:
         record.route_ms += select_s * 1000
         if record.trace is not None:
             record.trace.chose(select_began_s, select_s)
-        best = selection.best()
+        # A position counts the candidates of the plan, and a row the recipes of the catalog.
+        position = selection.best_position()
         recipe: Recipe | None = None
-        if best is not None:
-            recipe = catalog.recipes[int(plan.rows[best])]
-            dispatcher.note_session(selection, best, record)
-            record.predicted_s = float(selection.time[best])
-            record.predicted_cost = float(selection.cost[best])
+        if position is not None:
+            recipe = catalog.recipes[int(plan.rows[position])]
+            dispatcher.note_session(selection, position, record)
+            record.predicted_s = float(selection.time[position])
+            record.predicted_cost = float(selection.cost[position])
             contexts = [dispatcher.context(name) for name in recipe.experts]
             added = [dispatcher.defaults.system_bytes(request, name) for name in recipe.experts]
             request = within_cost(request, recipe.experts, self._cost_model, contexts, added)
         record.clipped = request.clipped
-        row = -1
+        answered_row = -1
         complete = False
         try:
             if recipe is None or recipe.kind == "single":
                 first = selection if recipe is not None else None
                 await dispatcher.dispatch(request, plan, reply, deadline_s, first=first)
-                row = catalog.index[record.expert]
+                answered_row = catalog.index[record.expert]
                 complete = record.outcome == "ok"
                 return
             ensemble = EnsembleExecutor(
@@ -139,22 +142,24 @@ class RecipeExecutor:
                     raise
                 # No member answered, so any single expert may answer instead.
                 await dispatcher.dispatch(request, singles, reply, deadline_s)
-                row = catalog.index[record.expert]
+                answered_row = catalog.index[record.expert]
                 complete = record.outcome == "ok"
                 return
             complete = record.outcome == "ok"
-            row = catalog.recipe_index[recipe]
+            answered_row = catalog.recipe_index[recipe]
             if recipe.later:
-                expected = plan.reach[best]
-                self._quality_model.observe_escalations(row, expected, ensemble.escalations)
+                expected = plan.escalation_prob[position]
+                self._quality_model.observe_escalations(
+                    answered_row, expected, ensemble.escalations
+                )
         finally:
-            if complete and row >= 0 and record.status == 200:
-                record.comparison = self._compare(unclipped, plan, row, record.expert)
+            if complete and answered_row >= 0 and record.status == 200:
+                record.comparison = self._compare(unclipped, plan, answered_row, record.expert)
             self._learn_lengths(plan, reply, complete=complete)
-            if row >= 0 and record.status == 200:
+            if answered_row >= 0 and record.status == 200:
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)
                 ids = (request.request_id, request.client_id)
-                self._feedback.record_answer(request.tenant, ids, plan.category, row)
+                self._feedback.record_answer(request.tenant, ids, plan.category, answered_row)
 
     def _compare(
         self, request: InferenceRequest, plan: RoutePlan, row: int, expert: str

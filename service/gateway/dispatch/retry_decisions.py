@@ -1,6 +1,13 @@
 """Decides whether to retry a failed call, and which error a request gets otherwise.
 
-The functions are pure. They take the state of attempts and pools, and return a decision.
+The functions are pure. They take the state of attempts and pools, and return a decision. Four words
+have one meaning each here and in the dispatcher:
+
+- An *error* is any `CoeError`, such as that of a refused body. Most go to the client at once.
+- A *fault* is the error of an attempt in one pool or at one endpoint, before anything was sent. The
+  request may go elsewhere, and the last fault is what the client gets if nothing else is left.
+- A *loss* is a fault by which an engine or a pool died while it had the request.
+- *Failed* is an attempt that ended with a fault, or an expert that could not be loaded.
 """
 
 from __future__ import annotations

@@ -247,23 +247,25 @@ class CandidatePlanner:
                 "logprobs",
                 param="model",
             )
-        at = self._catalog.recipe_index[recipe]
-        rows = self._catalog.everything[at : at + 1]
-        reach = self._quality_model.escalation_prob(at)[None] if recipe.later else _NO_LATER
+        row = self._catalog.recipe_index[recipe]
+        rows = self._catalog.everything[row : row + 1]
+        escalation_prob = (
+            self._quality_model.escalation_prob(row)[None] if recipe.later else _NO_LATER
+        )
         quality = _CERTAIN
         if request.min_quality > 0:
             assessment, posterior = self._classify(request)
-            given = self._quality_model.posterior(posterior)
+            by_category = self._quality_model.posterior(posterior)
             tenant = request.tenant.name
-            quality = self._quality_model.quality(given, assessment, tenant)[0][rows]
+            quality = self._quality_model.quality(by_category, assessment, tenant)[0][rows]
         return RoutePlan(
-            rows,
-            quality,
-            reach,
-            recipe.experts[0],
-            "",
-            1.0,
-            "named",
+            rows=rows,
+            quality=quality,
+            escalation_prob=escalation_prob,
+            first=recipe.experts[0],
+            category="",
+            confidence=1.0,
+            reason="named",
             allowed=allowed_experts(request, self._catalog.experts),
             time_price=self._presets.auto.time_price,
         )
@@ -306,8 +308,10 @@ class CandidatePlanner:
     ) -> RoutePlan:
         """The recipes that have the needed capabilities and enough quality."""
         catalog = self._catalog
-        given = self._quality_model.posterior(posterior)
-        quality, reach = self._quality_model.quality(given, assessment, request.tenant.name)
+        by_category = self._quality_model.posterior(posterior)
+        quality, escalation_prob = self._quality_model.quality(
+            by_category, assessment, request.tenant.name
+        )
         able = self._possible(request)
         keep = able & (quality >= _MIN_QUALITY)
         allowed = allowed_experts(request, catalog.experts)
@@ -318,34 +322,39 @@ class CandidatePlanner:
         elif not keep.any():
             keep = able
         named = reason == "named category"
-        terms = self._terms(request, session, able, possible, category if named else None)
-        if terms is not None and terms.row is not None and possible[terms.row]:
+        session_terms = self._session_terms(
+            request, session, able, possible, category if named else None
+        )
+        held_row = None if session_terms is None else session_terms.row
+        if held_row is not None and possible[held_row]:
             # It stays a candidate however little it is worth for this category.
-            keep[terms.row] = True
+            keep[held_row] = True
         rows = np.flatnonzero(keep)
         first = catalog.recipes[int(rows[quality[rows].argmax()])].experts[0]
         scores = assessment.scores if assessment is not None else None
         return RoutePlan(
-            rows,
-            quality[rows],
-            reach[rows],
-            first,
-            category,
-            confidence,
-            reason,
-            scores,
-            given,
-            allowed,
-            price.time_price,
-            price.cost_weight,
-            self._reference(able),
-            scores.stage if scores is not None else "",
-            terms,
-            None if terms is None else _prefix_cache(session),
-            RecipeEstimates(quality, reach, possible & (quality >= request.min_quality)),
+            rows=rows,
+            quality=quality[rows],
+            escalation_prob=escalation_prob[rows],
+            first=first,
+            category=category,
+            confidence=confidence,
+            reason=reason,
+            scores=scores,
+            posterior=by_category,
+            allowed=allowed,
+            time_price=price.time_price,
+            cost_weight=price.cost_weight,
+            reference=self._reference(able),
+            stage=scores.stage if scores is not None else "",
+            session=session_terms,
+            prefix_cache=None if session_terms is None else _prefix_cache(session),
+            estimates=RecipeEstimates(
+                quality, escalation_prob, possible & (quality >= request.min_quality)
+            ),
         )
 
-    def _terms(
+    def _session_terms(
         self,
         request: InferenceRequest,
         session: SessionLookup,
@@ -484,7 +493,7 @@ def selection_request(
     return SelectionRequest(
         rows=plan.rows,
         quality=plan.quality,
-        reach=plan.reach,
+        escalation_prob=plan.escalation_prob,
         tokens=expected.tokens,
         cost=expected.cost,
         prompt_tokens=request.prompt_tokens,

@@ -37,7 +37,7 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
     scores = plan.scores
     posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
     order = [int(at) for at in selection.order()[:_MAX_CANDIDATES]]
-    best = selection.best()
+    best = selection.best_position()
     return {
         "category": plan.category,
         "confidence": round(plan.confidence, 4),
@@ -73,7 +73,7 @@ def _session(selection: Selection, best: int | None) -> dict[str, Any] | None:
 
 def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any]:
     recipe = selection.catalog.recipes[int(selection.request.rows[at])]
-    options = [selection.candidate(name) for name in recipe.members]
+    options = [selection.expert_in_pool(name) for name in recipe.members]
     available = [option for option in options if option is not None]
     barred = Exclusion(int(selection.exclusion[at]))
     behind = None if best is None else float(selection.utility[best] - selection.utility[at])

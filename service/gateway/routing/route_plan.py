@@ -23,7 +23,8 @@ class RoutePlan:
     Attributes:
         rows: Indices of the recipes in the catalog, (rows,).
         quality: Expected quality of each, (rows,) in [0, 1].
-        reach: The probability that each later expert of a cascade is used, (rows, MAX_LATER).
+        escalation_prob: The probability that each later expert of a cascade is asked,
+            (rows, MAX_LATER).
         first: The first expert of the best recipe.
         category: The prompt's category; empty where the client named an expert or recipe.
         confidence: How sure the classifier is, in [0, 1].
@@ -43,7 +44,7 @@ class RoutePlan:
 
     rows: Ints
     quality: Floats
-    reach: Floats
+    escalation_prob: Floats
     first: str
     category: str
     confidence: float
@@ -84,6 +85,6 @@ class RoutePlan:
             self,
             rows=self.rows[keep],
             quality=self.quality[keep],
-            reach=self.reach[keep],
+            escalation_prob=self.escalation_prob[keep],
             session=session,
         )

@@ -63,7 +63,7 @@ def test_select_never_takes_a_recipe_that_breaks_a_bound(
     request = SelectionRequest(
         rows=ROWS,
         quality=quality,
-        reach=np.full((len(ROWS), MAX_LATER), 0.5) * (BOOK.later[ROWS] < 3),
+        escalation_prob=np.full((len(ROWS), MAX_LATER), 0.5) * (BOOK.later[ROWS] < 3),
         tokens=np.full(3, 20.0),
         cost=cost,
         cost_price=0.01,
@@ -76,7 +76,7 @@ def test_select_never_takes_a_recipe_that_breaks_a_bound(
     pools = PoolStateTable(BOOK.index).to_matrix([replace(VIEW, snapshot=snapshot)])
     got = select(BOOK, pools, request)
     idle_s = idle_times(BOOK, pools, request)
-    best = got.best()
+    best = got.best_position()
     assert (best is None) == (not keeps(bounds, quality, cost, idle_s).any())
     if best is None:
         assert (got.exclusion >= FIRST_BROKEN_BOUND).all()

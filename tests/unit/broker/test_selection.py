@@ -76,7 +76,7 @@ def decided(
     wish = SelectionRequest(
         rows=np.array([book.recipe_index[recipe] for recipe in recipes]),
         quality=np.array(list(wanted.values())),
-        reach=later,
+        escalation_prob=later,
         tokens=np.full(len(names), float(TOKENS)),
         cost=np.array([(cost or {}).get(name, 0.0) for name in names]),
         time_price=price,
@@ -87,11 +87,11 @@ def decided(
 
 def winner(weighed: Selection) -> tuple[str, str | None] | None:
     """Its first expert and that one's pool."""
-    at = weighed.best()
+    at = weighed.best_position()
     if at is None:
         return None
     recipe = weighed.catalog.recipes[int(weighed.request.rows[at])]
-    option = weighed.candidate(recipe.members[0])
+    option = weighed.expert_in_pool(recipe.members[0])
     return recipe.name, option.boot if option else None
 
 
@@ -189,7 +189,7 @@ def test_select_recipe_time_is_its_slowest_member_and_cost_the_sum() -> None:
     got = decided(
         pool,
         quality={cascade: 0.8, vote: 0.8},
-        reach=0.25,
+        escalation_prob=0.25,
         cost={"a": 1.0, "b": 2.0, "c": 40.0},
         cost_price=0.001,
     )
@@ -307,7 +307,9 @@ def test_select_by_context_length_excludes_experts_unless_none_fits() -> None:
     assert got.exclusion[0] == Exclusion.CONTEXT
     # Named, so that no other will do: its engine says that it does not fit.
     wish = got.request
-    named = replace(wish, rows=wish.rows[:1], quality=wish.quality[:1], reach=wish.reach[:1])
+    named = replace(
+        wish, rows=wish.rows[:1], quality=wish.quality[:1], escalation_prob=wish.escalation_prob[:1]
+    )
     assert winner(select(got.catalog, got.pools, named)) == ("a", "x")
 
 
@@ -320,12 +322,12 @@ def test_select_excluded_places_are_not_chosen() -> None:
 def test_unmet_demand_is_what_residency_would_have_won() -> None:
     pool = view("x", experts={"a": READY, "b": COLD})
     got = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.05)
-    at = got.best()
+    at = got.best_position()
     assert at == 0
     assert got.unmet_experts(at) == ("b",)
     assert got.unmet_utility(at) == pytest.approx(0.4, abs=0.01)
     patient = decided(pool, quality={"a": 0.5, "b": 0.9}, price=0.001)
-    assert patient.unmet_experts(patient.best() or 0) == ()
+    assert patient.unmet_experts(patient.best_position() or 0) == ()
 
 
 def test_pool_for_demand_is_the_same_at_every_gateway() -> None:

@@ -29,7 +29,7 @@ def chosen(
     wish = SelectionRequest(
         rows=BOOK.everything,
         quality=np.array(quality),
-        reach=np.zeros((4, MAX_LATER)),
+        escalation_prob=np.zeros((4, MAX_LATER)),
         tokens=np.full(3, 20.0),
         cost=np.zeros(3),
         prompt_tokens=1000,
@@ -38,13 +38,13 @@ def chosen(
     )
     matrix = PoolStateTable(BOOK.index).to_matrix(views)
     found = select(BOOK, matrix, replace(wish, **more))  # type: ignore[arg-type]
-    at = found.best()
+    at = found.best_position()
     assert at is not None
     return BOOK.recipes[at].name, found
 
 
 def decision(selection: Selection) -> tuple[SessionDecision, str | None]:
-    at = selection.best()
+    at = selection.best_position()
     assert at is not None
     outcome = selection.session_outcome(at)
     assert outcome is not None

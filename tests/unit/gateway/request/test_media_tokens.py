@@ -219,7 +219,7 @@ def test_selection_of_a_picture_request_prefers_a_vision_expert() -> None:
         )
         assert [routing.catalog.recipes[row].name for row in plan.rows.tolist()] == ["vision"]
         assert (weighed.exclusion == Exclusion.CONTEXT).sum() == 0
-        assert weighed.best() is not None
+        assert weighed.best_position() is not None
         assert np.isfinite(weighed.utility).all()
 
 

@@ -177,7 +177,7 @@ def test_plan_very_long_model_name_is_not_echoed(model: str) -> None:
 def test_plan_named_recipe_with_unsupported_options_raises() -> None:
     got = plan("both")
     assert names(got) == (BOTH.name,)
-    assert got.reach.tolist() == [[0.5, 0, 0]]
+    assert got.escalation_prob.tolist() == [[0.5, 0, 0]]
     for more in ({"n": 2}, {"logprobs": True}):
         with pytest.raises(InvalidRequestError) as caught:
             plan("both", **more)
