@@ -1,8 +1,8 @@
 """Calls one expert of a request, forwards the answer, and chooses another expert after a fault.
 
-`RecipeExecutor` chooses first, by `Dispatcher.select`; `broker.selection` has the formula. Until the
-first byte has gone to the client, a fault makes `dispatch` choose again, among the single experts
-and pools that are left. After that, a fault ends the stream with an SSE error event.
+`RecipeExecutor` chooses first, by `Dispatcher.select`; `broker.selection` has the formula. Until
+the first byte has gone to the client, a fault makes `dispatch` choose again, among the single
+experts and pools that are left. After that, a fault ends the stream with an SSE error event.
 `retry_decisions` defines error, fault, loss and failed.
 """
 
