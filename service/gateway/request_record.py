@@ -30,7 +30,7 @@ Headers = list[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class ExpertCall:
-    """One call of an expert.
+    """One call of an expert, as it is counted and charged; `rpc.call_headers.Call` is what is sent.
 
     Attributes:
         expert: The expert that was called.
