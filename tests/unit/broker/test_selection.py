@@ -61,7 +61,7 @@ def decided(
     *views: PoolView,
     quality: dict[str | Recipe, float] | None = None,
     price: float = 0.01,
-    reach: float = 0.5,
+    escalation_prob: float = 0.5,
     cost: dict[str, float] | None = None,
     **more: Any,
 ) -> Selection:
@@ -72,7 +72,7 @@ def decided(
     book = RecipeCatalog(tuple(names), recipes)
     later = np.zeros((len(recipes), MAX_LATER))
     for i, recipe in enumerate(recipes):
-        later[i, : len(recipe.later)] = reach
+        later[i, : len(recipe.later)] = escalation_prob
     wish = SelectionRequest(
         rows=np.array([book.recipe_index[recipe] for recipe in recipes]),
         quality=np.array(list(wanted.values())),
