@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +72,8 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
     proofs = []
     for subject in subjects:
         tell(f"{subject.layout}, on {'the CPU' if subject.on_cpu else 'a GPU'}")
-        findings = prove(subject, quick=quick, deadline_s=deadline_s, tell=tell)
+        with _interrupted_by_sigterm():
+            findings = prove(subject, quick=quick, deadline_s=deadline_s, tell=tell)
         machine = this_machine(on_gpu=not subject.on_cpu)
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         old = store.read(machine, subject.layout)
@@ -86,6 +90,20 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
             _print_proof(proof)
             click.echo(f"written: {written}")
     return proofs
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the trials like Ctrl-C does, so that no engine is left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _subjects(config: Config | None) -> list[TrialSubject]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,27 @@ def test_doctor_without_an_engine_or_weights_is_refused(
     monkeypatch.setattr(swap_proof_store, "vllm_build", lambda: "")
     done = CliRunner().invoke(cli, ["doctor"])
     assert "vLLM is not installed here" in str(done.exception)
+
+
+def test_doctor_that_is_terminated_ends_its_trials_and_writes_nothing(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def prove(*_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            ended.append("the trial is killed")
+
+    monkeypatch.setattr(trial_runner, "prove", prove)
+    before = signal.getsignal(signal.SIGTERM)
+    done = CliRunner().invoke(cli, ["doctor", "--quick"])
+    assert done.exit_code != 0
+    assert ended
+    assert SwapProofStore().all() == ()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_doctor_report_prints_json_and_tries_nothing(
