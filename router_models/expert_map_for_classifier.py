@@ -37,7 +37,7 @@ from service.broker.reference_cost import best_shares
 from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.expert_map import RecordedTokens
 from service.classifier.router_artifact import CARD, Artifact, load_artifact, save_artifact
-from service.classifier.static_embedding_table import built_in_table
+from service.classifier.static_embedding_table import table_of
 from service.config.router_presets import PresetsConfig
 from service.http.token_usage import estimate_tokens
 from service.types import MAX_LATER, Recipe
@@ -360,8 +360,7 @@ def run(
         ArtifactError: The artifact can't be used, or `out` is no name of one.
     """
     known = load_artifact(classifier)
-    static = "static" in known.section("classifier")
-    model = Classifier.from_artifact(known, built_in_table() if static else None)
+    model = Classifier.from_artifact(known, table_of(known))
     table, skipped = read_outcomes(outcomes, costs_of(costs, outcomes), experts)
     for line in skipped.lines():
         say(line)

@@ -9,7 +9,6 @@ from typing import Any
 from router_models.category_fit import (
     Judgement,
     cost_curve,
-    encode,
     fit_categories,
     judge,
     to_json,
@@ -22,6 +21,7 @@ from router_models.labelled_prompt_reader import (
     read_prompts,
 )
 from router_models.outcome_reader import OutcomeError
+from router_models.stage_fit import encode
 from service.classifier.classifier import Classifier
 from service.classifier.router_artifact import Artifact
 from service.classifier.static_embedding_table import BUILT_IN, StaticTable

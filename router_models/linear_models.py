@@ -146,18 +146,20 @@ def fit_temperature(logits: Matrix, labels: NDArray[np.int64]) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-4, 2), method="bounded").x))
 
 
-def calibration_error(p: Matrix, labels: NDArray[np.int64], bins: int = 15) -> float:
-    """Expected calibration error of the top label over bins of equal width (0..1)."""
-    confidence = p.max(axis=1)
-    right = p.argmax(axis=1) == labels
+def calibration_error(p: Matrix, labels: NDArray[np.int64]) -> float:
+    """Expected calibration error of the top label (0..1)."""
+    return top_error(p.max(axis=1), p.argmax(axis=1) == labels)
+
+
+def top_error(confidence: Matrix, right: NDArray[np.bool_], bins: int = 15) -> float:
+    """Expected calibration error over bins of equal width (Guo et al., 2017)."""
     which = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     total = 0.0
     for b in range(bins):
         inside = which == b
         if inside.any():
-            total += float(inside.mean()) * abs(
-                float(right[inside].mean()) - float(confidence[inside].mean())
-            )
+            gap = abs(float(right[inside].mean()) - float(confidence[inside].mean()))
+            total += float(inside.mean()) * gap
     return total
 
 

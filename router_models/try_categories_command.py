@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from router_models.category_fit import encode
 from router_models.labelled_prompt_reader import prompt_files, read_prompts
+from router_models.stage_fit import encode
+from service.classifier.built_in_artifact import encoder_for
 from service.classifier.example_classifier import (
     ExampleClassifier,
     ExampleVectors,
@@ -20,8 +21,10 @@ from service.classifier.example_classifier import (
     held_out,
 )
 from service.classifier.linear_heads import Head
+from service.classifier.router_artifact import load_artifact
 from service.classifier.static_embedding_table import BUILT_IN, StaticTable
-from service.config import load_config
+from service.config import Config, load_config
+from service.config.router import NO_ARTIFACT
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import ConfigError
 from service.models.encoder_store import require_encoder
@@ -48,7 +51,7 @@ def run(path: Path, *, encoder: str | None = None, test: Sequence[Path] = ()) ->
         texts = example_texts(config.categories)
         vectors = np.stack([table.embed(text) for text in texts])
         stages["static"] = example_vectors(config.categories, vectors, table.within)
-    model = encoder or (config.router.encoder.model if config.router.encoder else None)
+    model = encoder or _encoder_of(config)
     loaded = OnnxEncoder(require_encoder(model)) if model is not None else None
     if loaded is not None:
         stages["encoder"] = example_vectors(
@@ -64,6 +67,15 @@ def run(path: Path, *, encoder: str | None = None, test: Sequence[Path] = ()) ->
             "confusion": confusion(names, logits, given.category),
         }
     return found
+
+
+def _encoder_of(config: Config) -> str | None:
+    """The config's encoder, or that of its artifact; None where it has none."""
+    if config.router.encoder is None:
+        return None
+    path = config.router.artifact
+    artifact = None if path is None or path == NO_ARTIFACT else load_artifact(path)
+    return encoder_for(config.router.encoder.model, artifact)
 
 
 def _tested(

@@ -36,7 +36,7 @@ from service.classifier.classifier import Classifier
 from service.classifier.conversation_classifier import assess_turns
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact
-from service.classifier.static_embedding_table import built_in_table
+from service.classifier.static_embedding_table import table_of
 
 DEMO = Path(__file__).parents[2] / "router_models" / "artifacts" / "demo@1"
 SIZES = (32, 512, 2_000, 8_000, 32_000)
@@ -67,8 +67,7 @@ def measure(artifact: Path, rounds: int) -> Report:
     report = Report("route")
     start = time.perf_counter()
     loaded = load_artifact(artifact)
-    static = built_in_table() if "static" in loaded.section("classifier") else None
-    classifier = Classifier.from_artifact(loaded, static)
+    classifier = Classifier.from_artifact(loaded, table_of(loaded))
     found = ExpertMap.from_artifact(loaded) if "map" in loaded.manifest else None
     load_s = time.perf_counter() - start
     table = Table("Classification, one core", ("characters", "median ms", "95 % interval"))

@@ -18,11 +18,12 @@ import psutil
 
 from loadtests.lib.median_intervals import Estimate, median
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
-from router_models.category_fit import cost_curve, encode, judge
+from router_models.category_fit import cost_curve, judge
 from router_models.labelled_prompt_reader import LabelledPrompt, prompt_files, read_prompts
+from router_models.stage_fit import encode
 from service.classifier.classifier import Classifier
 from service.classifier.router_artifact import load_artifact
-from service.classifier.static_embedding_table import built_in_table
+from service.classifier.static_embedding_table import table_of
 from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
@@ -82,7 +83,7 @@ def _accuracy(
     judged = {}
     stages = {"ngrams": Classifier.from_artifact(loaded)}
     if "static" in section:
-        stages["static"] = Classifier.from_artifact(loaded, built_in_table())
+        stages["static"] = Classifier.from_artifact(loaded, table_of(loaded))
     vectors = encode(encoder, [row.prompt for row in rows]) if "encoder" in section else None
     for stage, classifier in stages.items():
         times = []

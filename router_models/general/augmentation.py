@@ -56,7 +56,7 @@ def augment(text: str, language: str, draw: random.Random) -> str:
         language: Its ISO 639-1 code; in an unknown language nothing polite is added.
         draw: Chooses the form.
     """
-    kind = draw.choice(("typo", "polite", "polite", "ending", "both"))
+    kind = draw.choice(("typo", "typo", "polite", "polite", "ending", "both", "both"))
     if kind in ("polite", "both") and language in LANGUAGES:
         text = _polite(text, language, draw)
     if kind in ("typo", "both"):

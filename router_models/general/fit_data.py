@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from router_models.general.augmentation import augment, scraps
 from router_models.general.public_data_reader import PublicPrompt, read_public_data
-from router_models.general.training_prompt_reader import read_prompts
+from router_models.general.training_prompt_reader import read_prompts, read_unknown
 from service.classifier.classifier import GENERAL
 
-OWN, SCRAPS = "own", "scraps"
+OWN, SCRAPS, UNKNOWN = "own", "scraps", "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,16 @@ class Mix:
         copy_weight: Weight of one of them.
         scraps: Rows of the category `general`.
         scrap_weight: Weight of one of them.
+        unknown_weight: Weight of a text of our own that asks for nothing.
     """
 
     per_category: int = 120
     public_share: float = 0.3
-    copies: int = 2
-    copy_weight: float = 0.5
+    copies: int = 3
+    copy_weight: float = 0.4
     scraps: int = 400
     scrap_weight: float = 0.4
+    unknown_weight: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class FitRow:
 
     Attributes:
         text: The text.
-        category: Its category; `general` for scraps.
+        category: Its category; `general` for scraps and texts that ask for nothing.
         language: ISO 639-1.
-        source: `own`, `scraps`, or the name of a public source.
+        source: `own`, `unknown`, `scraps`, or the name of a public source.
         origin: Number of the row that it is a form of; its own number else.
         weight: At most 1.
         is_form: Whether it is another form of a prompt.
@@ -89,6 +91,10 @@ def fit_rows(data: Path | None, mix: Mix, seed: int = 0) -> list[FitRow]:
         FitRow(text, GENERAL, "", SCRAPS, len(rows) + i, mix.scrap_weight)
         for i, text in enumerate(texts)
         if text not in seen
+    ]
+    rows += [
+        FitRow(p.prompt, GENERAL, p.lang, UNKNOWN, len(rows) + i, mix.unknown_weight)
+        for i, p in enumerate(read_unknown())
     ]
     draw = random.Random(f"{seed}/forms")
     for _ in range(mix.copies):

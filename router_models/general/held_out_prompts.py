@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 FOLDER = Path(__file__).with_name("test")
+SAME_TEAM = FOLDER / "same-team"
+"""Prompts in further languages, by the team that also wrote prompts of the fit."""
+
 # These files hold no category each.
 _FIELDS, _PERTURBED = "fields.jsonl", "perturbed.jsonl"
 
@@ -59,6 +62,15 @@ def held_out_prompts(folder: Path = FOLDER) -> list[HeldOutPrompt]:
     if not files:
         raise HeldOutError(f"{folder} has no held-out prompts; the sources have them, wheels don't")
     return [prompt for file in files for prompt in _read(file, HeldOutPrompt)]
+
+
+def same_team_prompts(folder: Path = SAME_TEAM) -> list[HeldOutPrompt]:
+    """Return the held-out prompts in Dutch, Polish, Russian, Arabic and Hindi.
+
+    Raises:
+        HeldOutError: The folder has no prompts, or a line is malformed.
+    """
+    return held_out_prompts(folder)
 
 
 def field_prompts(folder: Path = FOLDER) -> list[HeldOutPrompt]:

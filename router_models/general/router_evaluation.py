@@ -1,10 +1,11 @@
 """Judges a general router on prompts that it was not fitted on, and on other forms of them.
 
-    python -m router_models.general.router_evaluation --artifact router_models/artifacts/general@1
+    python -m router_models.general.router_evaluation --artifact router_models/artifacts/general@2
 
-The held-out prompts (`test/`) are by another author than those of the fit. Each stage is judged
-alone with those before it: n-grams and static table, and as it is served, with the encoder asked
-where these are unsure.
+The held-out prompts (`test/`) are by another author than those of the fit; those in further
+languages (`test/same-team/`) are by the same team, and counted apart. Each stage is judged alone
+with those before it: n-grams and static table, and as it is served, with the encoder asked where
+these are unsure.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.category_fit import encode
-from router_models.general.held_out_prompts import held_out_prompts, paraphrases
+from router_models.general.held_out_prompts import (
+    held_out_prompts,
+    paraphrases,
+    same_team_prompts,
+)
 from router_models.general.perturbations import perturbed_pairs
+from router_models.linear_models import top_error
+from router_models.stage_fit import encode
 from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.router_artifact import Artifact, load_artifact
-from service.classifier.static_embedding_table import BUILT_IN, StaticTable
+from service.classifier.static_embedding_table import StaticTable, table_of
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.errors import CoeError
 from service.models.encoder_store import require_encoder
@@ -33,7 +39,6 @@ from service.types import CategoryScores
 WHEN_BELOW = 0.8
 """The encoder is asked below this confidence, as the config's default says."""
 _BARS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.01)
-_BINS = 15
 _SEED = 0
 
 
@@ -99,6 +104,12 @@ def judge_artifact(artifact: Artifact, table: StaticTable, encoder: OnnxEncoder)
         "static": unchanged(before.first, after.first, kinds),
         "encoder": unchanged(before.served(), after.served(), kinds),
     }
+    others = same_team_prompts()
+    said = answers(artifact, table, encoder, [p.prompt for p in others])
+    same_team = {
+        name: measured(scores, [p.category for p in others], [p.language for p in others])
+        for name, scores in (("static", said.first), ("encoder", said.served()))
+    }
     return {
         "prompts": len(prompts),
         "when_below": WHEN_BELOW,
@@ -116,6 +127,13 @@ def judge_artifact(artifact: Artifact, table: StaticTable, encoder: OnnxEncoder)
             for bar in _BARS
         ],
         "confusion": confusion(found.served(), truth),
+        "same_team": {
+            "prompts": len(others),
+            "stages": {
+                name: {key: stage[key] for key in ("accuracy", "ece", "by_language")}
+                for name, stage in same_team.items()
+            },
+        },
     }
 
 
@@ -175,17 +193,6 @@ def interval(right: int, count: int) -> list[float]:
     return [round(x, 4) for x in (p, max(0.0, middle - half), min(1.0, middle + half))]
 
 
-def top_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error over bins of equal width (Guo et al., 2017)."""
-    which = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
-    gaps = [
-        float((which == b).mean())
-        * abs(float(right[which == b].mean() - confidence[which == b].mean()))
-        for b in set(which.tolist())
-    ]
-    return sum(gaps)
-
-
 def confusion(scores: Sequence[CategoryScores], truth: Sequence[str]) -> dict[str, dict[str, int]]:
     """Prompts of each category by the category that they were given."""
     found: dict[str, dict[str, int]] = {}
@@ -209,6 +216,12 @@ def readable(tested: dict[str, Any]) -> list[str]:
             "  unchanged: " + ", ".join(f"{k} {percent(v)}" for k, v in stage["unchanged"].items()),
             "  " + ", ".join(f"{k} {percent(v)}" for k, v in stage["by_language"].items()),
         ]
+    lines.append(f"{tested['same_team']['prompts']} held-out prompts by the team of the fit")
+    for name, stage in tested["same_team"]["stages"].items():
+        lines += [
+            f"{name}: accuracy {percent(stage['accuracy'])}, calibration error {stage['ece']:.3f}",
+            "  " + ", ".join(f"{k} {percent(v)}" for k, v in stage["by_language"].items()),
+        ]
     return lines
 
 
@@ -222,15 +235,19 @@ def percent(given: Sequence[float]) -> str:
 @click.option(
     "--artifact",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path(__file__).parents[1] / "artifacts" / "general@1",
+    default=Path(__file__).parents[1] / "artifacts" / "general@2",
 )
-@click.option("--encoder", default="all-minilm-l6-v2", show_default=True)
+@click.option("--encoder", default="use-multilingual-v3", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(artifact: Path, encoder: str, as_json: bool) -> None:
     """Judge ARTIFACT on the held-out prompts and on pairs of forms."""
     try:
         loaded = OnnxEncoder(require_encoder(encoder))
-        found = judge_artifact(load_artifact(artifact), StaticTable.load(BUILT_IN), loaded)
+        read = load_artifact(artifact)
+        table = table_of(read)
+        if table is None:
+            raise click.ClickException(f"{read.name} was fitted without a static table")
+        found = judge_artifact(read, table, loaded)
     except CoeError as error:
         raise click.ClickException(error.message) from error
     click.echo(json.dumps(found) if as_json else "\n".join(readable(found)))

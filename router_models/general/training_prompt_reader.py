@@ -1,7 +1,8 @@
 """Reads and checks the prompts that teach the general router its categories.
 
 The prompts stand in `prompts/<lang>.jsonl`, one row a line:
-`{"prompt": "…", "category": "law", "lang": "en"}`.
+`{"prompt": "…", "category": "law", "lang": "en"}`. The texts in `unknown/` ask for nothing: their
+category is the fallback.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from router_models.general.categories import Categories, general_categories
+from router_models.general.categories import general_categories
 
 PROMPTS_FOLDER = Path(__file__).with_name("prompts")
+UNKNOWN_FOLDER = Path(__file__).with_name("unknown")
+CALIBRATION_FOLDER = Path(__file__).with_name("calibration")
 _KEYS = ("prompt", "category", "lang")
 
 
@@ -42,21 +45,26 @@ def normalised_text(prompt: str) -> str:
     return text.rstrip(" .?!。؟।") or text
 
 
+def read_unknown(folder: Path = UNKNOWN_FOLDER) -> tuple[LabelledPrompt, ...]:
+    """Read the texts that ask for nothing; the errors are those of `read_prompts`."""
+    return read_prompts(folder, allowed=(general_categories().fallback,))
+
+
 def read_prompts(
-    folder: Path = PROMPTS_FOLDER, categories: Categories | None = None
+    folder: Path = PROMPTS_FOLDER, allowed: tuple[str, ...] | None = None
 ) -> tuple[LabelledPrompt, ...]:
     """Read all `*.jsonl` files of a folder, ordered by language.
 
     Args:
         folder: Where the files are; a file is named after its language.
-        categories: The categories that are allowed; those that ship by default.
+        allowed: The categories that are allowed; those that ship by default.
 
     Raises:
         PromptsError: The folder has no prompts; a row is not a JSON object with
             `prompt`, `category` and `lang`; a prompt is empty; a category is
             unknown; a language is not that of the file; or a text stands twice.
     """
-    allowed = (categories or general_categories()).names
+    allowed = allowed or general_categories().names
     paths = sorted(folder.glob("*.jsonl"))
     prompts: list[LabelledPrompt] = []
     seen: dict[str, tuple[str, str]] = {}

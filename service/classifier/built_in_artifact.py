@@ -8,8 +8,20 @@ from pathlib import Path
 from service.classifier.router_artifact import Artifact, load_artifact
 
 # The packages `service` and `router_models` lie beside each other, in sources and when installed.
-BUILT_IN = Path(__file__).parents[2] / "router_models" / "artifacts" / "general@1"
+BUILT_IN = Path(__file__).parents[2] / "router_models" / "artifacts" / "general@2"
 """The general router, see its card."""
+
+
+DEFAULT_ENCODER = "all-minilm-l6-v2"
+"""The encoder of categories by examples, and of artifacts that do not name theirs."""
+
+
+def encoder_for(model: str | None, artifact: Artifact | None) -> str:
+    """Return which encoder to ask: the config's `model`, or that of the artifact's fit."""
+    if model is not None:
+        return model
+    section = {} if artifact is None else artifact.section("classifier").get("encoder", {})
+    return str(section.get("model", DEFAULT_ENCODER))
 
 
 @cache

@@ -242,7 +242,8 @@ class Classifier:
                 log_posterior = self.static.head.log_posterior(meaning, log_posterior)
             novelty = min(novelty, self.static.head.novelty(meaning, self.max_novelty))
             stage = "static"
-        if self.encoder is not None and vector is not None:
+        # An encoder gives zeros for a script that it does not read.
+        if self.encoder is not None and vector is not None and vector.any():
             log_posterior = self.encoder.head.log_posterior(vector, log_posterior)
             novelty = min(novelty, self.encoder.head.novelty(vector, self.max_novelty))
             stage = "encoder"

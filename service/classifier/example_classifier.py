@@ -208,7 +208,7 @@ class ExampleClassifier:
         else:
             found = Reading(np.ones(1), np.zeros(0), 1.0, "static")
         head, meaning = self._encoder, vector
-        if head is None or meaning is None:
+        if head is None or meaning is None or not meaning.any():
             if self._static is None or self._table is None:
                 return self._padded(found)
             head, meaning = self._static, self._table.embed(text)

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from tokenizers import Tokenizer
 
+from service.classifier.router_artifact import Artifact
+from service.encoder.unread_scripts import is_unread, unknown_token
 from service.errors import ArtifactError
 
 TABLE = "table.safetensors"
@@ -27,7 +29,10 @@ WITHIN = "within.safetensors"
 """The covariance of texts within categories, which categories by examples start from."""
 
 BUILT_IN = Path(__file__).with_name("static-minilm-l6")
-"""The table that ships with the package."""
+"""The table of categories by examples, of fits for users, and of earlier artifacts. English."""
+
+MULTILINGUAL = Path(__file__).with_name("static-use-multilingual")
+"""The table of the general router, in 13 languages."""
 
 EDGE_CHARS = 600
 """Characters of a text that count, from either end: time stays bounded."""
@@ -71,6 +76,7 @@ class StaticTable:
             )
         if scale.shape != (tokens,) or not np.isfinite(scale).all():
             raise ArtifactError("the static table's scale must have one finite number a token")
+        self._unknown = unknown_token(self._tokenizer)
         self._vectors = vectors
         self._scale = np.asarray(scale, dtype=np.float32)
         dims = vectors.shape[1]
@@ -120,27 +126,54 @@ class StaticTable:
         return self._vectors.nbytes + self._scale.nbytes
 
     def embed(self, text: str) -> NDArray[np.float32]:
-        """Compute the vector of a text, (dims,), of length 1, or of zeros for an empty text."""
-        ids = np.array(self._tokenizer.encode(_edges(text), add_special_tokens=False).ids)
-        if not len(ids):
+        """Compute the vector of a text, (dims,), of length 1.
+
+        It has zeros for an empty text, and for one in a script that the tokeniser does not know.
+        """
+        text = edges(text)
+        tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not tokens or is_unread(text, tokens, self._unknown):
             return np.zeros(self.dims, dtype=np.float32)
+        ids = np.array(tokens)
         mean = self._scale[ids] @ self._vectors[ids].astype(np.float32)
         length = float(np.sqrt(mean @ mean))
         return np.asarray(mean / np.float32(length if length > 0 else 1.0))
 
 
-@cache
-def built_in_table() -> StaticTable:
-    """Load the table that ships with the package, once.
+def built_in_table(folder: Path = BUILT_IN) -> StaticTable:
+    """Load a table that ships with the package, once.
 
     Raises:
         ArtifactError: Its files are missing or damaged.
     """
-    return StaticTable.load(BUILT_IN)
+    return _loaded(folder)
 
 
-def _edges(text: str) -> str:
-    """The text's two ends, without lone surrogates, which the tokeniser refuses."""
+@cache
+def _loaded(folder: Path) -> StaticTable:
+    return StaticTable.load(folder)
+
+
+def table_of(artifact: Artifact) -> StaticTable | None:
+    """Return the table that ships with the package and that an artifact was fitted with.
+
+    Returns:
+        The table; that of categories by examples where none fits, so that loading the artifact
+        says so; None where the artifact has no head on a table.
+
+    Raises:
+        ArtifactError: The files of a table are missing or damaged.
+    """
+    section = artifact.section("classifier").get("static")
+    if section is None:
+        return None
+    multilingual = built_in_table(MULTILINGUAL)
+    fits = section.get("table_sha256") == multilingual.digest
+    return multilingual if fits else built_in_table()
+
+
+def edges(text: str) -> str:
+    """Return the text's two ends, without lone surrogates, which the tokeniser refuses."""
     if len(text) > 2 * EDGE_CHARS:
         text = f"{text[:EDGE_CHARS]} {text[-EDGE_CHARS:]}"
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

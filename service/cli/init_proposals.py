@@ -130,10 +130,10 @@ def _router(proposal: Proposal, artifacts: Path) -> list[str]:
             f"  artifact: {_text(artifacts / 'artifacts' / 'demo@2')}",
         ]
     return [
-        "# The classifier of prompts is the built-in general@1, with 26 everyday categories.",
+        "# The classifier of prompts is the built-in general@2, with 26 everyday categories.",
         "# Experts name those that they are best at. All others go to the expert for `general`.",
-        "# A sentence encoder helps where it is unsure; `coe serve` fetches it (83 MB):",
-        "# router: {encoder: {model: all-minilm-l6-v2}}",
+        "# A sentence encoder helps where it is unsure; `coe serve` fetches it (32 MB):",
+        "# router: {encoder: {model: use-multilingual-v3}}",
     ]
 
 

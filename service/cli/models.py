@@ -103,12 +103,14 @@ def _needed(
 
 def _needed_encoder(config_path: Path, models_dir: Path | None) -> tuple[str, Path | None] | None:
     from service.config import load_config
+    from service.gateway.routing.routing_setup import encoder_of
 
     config = load_config(config_path)
-    if config.router.encoder is None:
+    encoder = encoder_of(config)
+    if encoder is None:
         return None
     root = models_dir or (Path(config.models_dir) if config.models_dir else None)
-    return config.router.encoder.model, root
+    return encoder, root
 
 
 @models.command(name="list")

@@ -67,11 +67,12 @@ def _with_models(config: Config) -> Config:
 
 def _fetch_encoder(config: Config, root: Path | None) -> None:
     """Fetch the router's encoder. Without it the router goes on with its first stage."""
+    from service.gateway.routing.routing_setup import encoder_of
     from service.models.encoder_store import locate_encoder, pull_encoder
 
-    if config.router.encoder is None:
+    source = encoder_of(config)
+    if source is None:
         return
-    source = config.router.encoder.model
     try:
         if locate_encoder(source, root=root) is None:
             click.echo(f"router: fetching the encoder {source}", err=True)

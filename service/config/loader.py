@@ -216,7 +216,7 @@ def _anchored(config: Config, folder: Path) -> Config:
     }
     artifact = config.router.artifact
     encoder = config.router.encoder
-    if encoder is not None and is_path(encoder.model):
+    if encoder is not None and encoder.model is not None and is_path(encoder.model):
         encoder = encoder.model_copy(update={"model": at(encoder.model)})
     keys_file = config.store.keys_file
     outcomes = config.shadow.folder

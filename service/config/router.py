@@ -12,10 +12,12 @@ from service.config.sessions import SessionsConfig
 class EncoderConfig(Section):
     """The sentence encoder that is asked where the first stage is unsure."""
 
-    model: str = Field(
-        "all-minilm-l6-v2",
-        description="A sentence encoder as ONNX: `all-minilm-l6-v2` of the built-in catalogue, a "
-        "folder, or a model that `coe models pull` has fetched from the hub.",
+    model: str | None = Field(
+        None,
+        description="A sentence encoder as ONNX: `use-multilingual-v3` or `all-minilm-l6-v2` of "
+        "the built-in catalogue, a folder, or a model that `coe models pull` has fetched from the "
+        "hub. By default the one that the artifact was fitted with: `use-multilingual-v3` for the "
+        "built-in classifier, `all-minilm-l6-v2` for categories with examples.",
     )
     when_below: float = Field(
         0.8,
@@ -32,7 +34,7 @@ class EncoderConfig(Section):
         10_000,
         ge=0,
         le=1_000_000,
-        description="Vectors of recent prompts that each gateway keeps, of 1.5 KB each. They are "
+        description="Vectors of recent prompts that each gateway keeps, of 2 KB each. They are "
         "kept for each tenant apart.",
     )
     timeout_ms: float = Field(
@@ -53,7 +55,7 @@ class RouterConfig(Section):
     artifact: str | None = Field(
         None,
         description="Folder of a router artifact, relative to this file. Without one, the built-in "
-        "`general@1` sorts prompts into 26 everyday categories, unless there are `categories` with "
+        "`general@2` sorts prompts into 26 everyday categories, unless there are `categories` with "
         "examples. `none` leaves it out; without such categories `auto` then always means "
         "`fallback`.",
     )

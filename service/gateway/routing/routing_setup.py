@@ -13,7 +13,7 @@ from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import SavingsModel, best_baseline
 from service.broker.token_prices import prices_of
 from service.classifier.artifact_presets import presets_of
-from service.classifier.built_in_artifact import built_in_artifact
+from service.classifier.built_in_artifact import built_in_artifact, encoder_for
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import Artifact, load_artifact
 from service.config import Config
@@ -181,6 +181,18 @@ def category_warnings(config: Config, labels: Collection[str]) -> list[str]:
         f"the router has no category {named}; `auto` sends no prompt there, a request may name it "
         f"as auto/CATEGORY. It has {', '.join(sorted(set(labels) - {GENERAL}))}"
     ]
+
+
+def encoder_of(config: Config) -> str | None:
+    """The name or folder of a config's sentence encoder; None where it has none.
+
+    Raises:
+        ArtifactError: The router's artifact can't be used.
+    """
+    encoder = config.router.encoder
+    if encoder is None:
+        return None
+    return encoder_for(encoder.model, None if encoder.model else artifact_of(config))
 
 
 def artifact_of(config: Config) -> Artifact | None:

@@ -7,17 +7,22 @@ import random
 import pytest
 
 from router_models.general.categories import general_categories
-from service.classifier.built_in_artifact import BUILT_IN, built_in_artifact
+from service.classifier.built_in_artifact import (
+    BUILT_IN,
+    DEFAULT_ENCODER,
+    built_in_artifact,
+    encoder_for,
+)
 from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.router_artifact import WEIGHTS
-from service.classifier.static_embedding_table import built_in_table
+from service.classifier.static_embedding_table import table_of
 
 MAX_BYTES = 12 << 20
 
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return Classifier.from_artifact(built_in_artifact(), built_in_table())
+    return Classifier.from_artifact(built_in_artifact(), table_of(built_in_artifact()))
 
 
 def test_built_in_has_the_everyday_categories_and_general(classifier: Classifier) -> None:
@@ -48,6 +53,9 @@ def test_built_in_is_small_and_its_card_credits_all_data() -> None:
         ("fasse diesen Text zusammen: Der Zug kam zu spät.", "summarising"),
         ("asdf jkl", GENERAL),
         ("???", GENERAL),
+        ("房东不退押金，我能起诉他吗", "law"),
+        ("переведи на английский: где вокзал", "translation"),
+        ("写一个Python函数计算斐波那契数列", "coding"),
     ],
 )
 def test_built_in_sorts_everyday_prompts(
@@ -55,6 +63,13 @@ def test_built_in_sorts_everyday_prompts(
 ) -> None:
     for form in (prompt, prompt.lower(), f"  {prompt}\n"):
         assert classifier.classify(form).category == category
+
+
+def test_encoder_for_is_the_config_s_or_the_one_of_the_fit() -> None:
+    built_in = built_in_artifact()
+    assert encoder_for(None, built_in) == "use-multilingual-v3"
+    assert encoder_for("./mine", built_in) == "./mine"
+    assert encoder_for(None, None) == DEFAULT_ENCODER
 
 
 def test_built_in_takes_any_text(classifier: Classifier) -> None:

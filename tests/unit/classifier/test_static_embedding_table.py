@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from service.classifier.router_artifact import Artifact
 from service.classifier.static_embedding_table import (
     BUILT_IN,
+    MULTILINGUAL,
     TABLE,
     WITHIN,
     StaticTable,
     built_in_table,
+    table_of,
 )
 from service.errors import ArtifactError
 
@@ -24,9 +27,11 @@ from service.errors import ArtifactError
 @given(st.text(max_size=400) | st.text(alphabet="\ud800\udfffa中\0 ", max_size=50))
 @settings(max_examples=60, deadline=None)
 def test_embed_any_text_has_length_one_or_zero(text: str) -> None:
-    vector = built_in_table().embed(text)
-    assert vector.shape == (256,)
-    assert float(np.linalg.norm(vector)) == pytest.approx(1, abs=1e-4) or not vector.any()
+    for folder in (BUILT_IN, MULTILINGUAL):
+        table = built_in_table(folder)
+        vector = table.embed(text)
+        assert vector.shape == (table.dims,)
+        assert float(np.linalg.norm(vector)) == pytest.approx(1, abs=1e-4) or not vector.any()
 
 
 def test_embed_knows_meaning_without_common_words() -> None:
@@ -46,10 +51,42 @@ def test_embed_long_text_reads_both_ends_only() -> None:
     )
 
 
-def test_built_in_table_is_small_and_has_a_card() -> None:
-    assert (BUILT_IN / TABLE).stat().st_size <= 8_000_000
-    assert "Apache-2.0" in (BUILT_IN / "README.md").read_text()
+@pytest.mark.parametrize("folder", [BUILT_IN, MULTILINGUAL])
+def test_built_in_tables_are_small_and_have_a_card(folder: Path) -> None:
+    assert (folder / TABLE).stat().st_size <= 8_000_000
+    assert "Apache-2.0" in (folder / "README.md").read_text()
+
+
+def test_table_of_examples_has_the_covariance_within_categories() -> None:
     assert built_in_table().within is not None
+
+
+@pytest.mark.parametrize(
+    ("law", "food"),
+    [
+        ("Darf mein Vermieter die Kaution behalten?", "Ein Rezept für Linsensuppe"),
+        ("房东可以扣押金吗，违反合同怎么办", "番茄炒蛋怎么做好吃"),
+        ("арендодатель не возвращает залог по договору", "рецепт супа с картошкой"),
+        ("大家さんが敷金を返してくれない、契約違反では", "カレーの作り方とレシピ"),
+    ],
+)
+def test_multilingual_table_knows_meaning_across_languages(law: str, food: str) -> None:
+    table = built_in_table(MULTILINGUAL)
+    question = table.embed("May my landlord keep the deposit under the rental contract?")
+    assert question @ table.embed(law) > question @ table.embed(food) + 0.05
+
+
+def _artifact(section: dict[str, object]) -> Artifact:
+    return Artifact(Path("a@1"), {"name": "a@1", "classifier": section}, {})
+
+
+def test_table_of_is_the_one_that_the_artifact_was_fitted_with() -> None:
+    assert table_of(_artifact({})) is None
+    for folder in (BUILT_IN, MULTILINGUAL):
+        digest = built_in_table(folder).digest
+        found = table_of(_artifact({"static": {"table_sha256": digest}}))
+        assert found is built_in_table(folder)
+    assert table_of(_artifact({"static": {"table_sha256": "0"}})) is built_in_table(BUILT_IN)
 
 
 def _rows(folder: Path) -> None:

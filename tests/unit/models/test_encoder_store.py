@@ -116,6 +116,7 @@ def test_quantise_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
 
 def test_catalogue_pins_every_file() -> None:
     for entry in ENCODERS.values():
-        assert entry.onnx in {name for name, _ in entry.members.values()}
+        names = {name for name, _ in entry.members.values()}
+        assert entry.onnx in names or (entry.onnx is None and len(names) == 2)
         digests = [entry.wheel_sha256, *(sha256 for _, sha256 in entry.members.values())]
         assert all(len(digest) == len(hashlib.sha256().hexdigest()) for digest in digests)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from router_models.category_fit import CurvePoint, Judgement, cost_curve, min_confidence
+from router_models.category_fit import CurvePoint, Judgement, cost_curve
 from router_models.cli import group
 from router_models.labelled_prompt_reader import LabelledPrompt, prompt_files, read_prompts
 from router_models.outcome_reader import OutcomeError
@@ -151,12 +151,6 @@ def test_fit_categories_wrong_input_is_one_line(
     assert done.exit_code == 1
     assert said in done.output
     assert not (tmp_path / "x@1").exists()
-
-
-def test_min_confidence_is_where_answers_are_more_often_right_than_wrong() -> None:
-    p = np.repeat(np.array([[0.25, 0.25, 0.25, 0.25], [0.45, 0.2, 0.2, 0.15]]), 40, axis=0)
-    y = np.concatenate([np.full(40, 3), np.zeros(40, dtype=np.int64)])
-    assert 0.25 < min_confidence(np.log(p), y) <= 0.45
 
 
 def test_cost_curve_asks_more_as_the_bar_rises() -> None:

@@ -22,7 +22,7 @@ from service.gateway.request.parsing import parse_request
 from service.gateway.routing.candidate_planner import PRESETS, CandidatePlanner, selection_request
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.route_plan import RoutePlan
-from service.gateway.routing.routing_setup import artifact_of, category_warnings
+from service.gateway.routing.routing_setup import artifact_of, category_warnings, encoder_of
 from service.gateway.routing.session_affinity import SessionLookup
 from service.gateway.routing.session_memory import SessionTurn
 from service.types import CategoryScores, Recipe, Tenant
@@ -258,10 +258,25 @@ EXAMPLES = {"legal": {"expert": "math", "examples": [f"is it legal to do {i}" fo
 
 
 @pytest.mark.parametrize(
+    ("more", "model"),
+    [
+        ({}, None),
+        ({"router": {"encoder": {}}}, "use-multilingual-v3"),
+        ({"router": {"encoder": {"model": "all-minilm-l6-v2"}}}, "all-minilm-l6-v2"),
+        ({"router": {"artifact": "none", "encoder": {}}}, "all-minilm-l6-v2"),
+    ],
+)
+def test_encoder_of_a_config_is_its_own_or_that_of_the_artifact(
+    more: dict[str, Any], model: str | None
+) -> None:
+    assert encoder_of(Config.model_validate({**CONFIG.model_dump(), **more})) == model
+
+
+@pytest.mark.parametrize(
     ("more", "name"),
     [
-        ({}, "general@1"),
-        ({"router": {"fallback": "math"}}, "general@1"),
+        ({}, "general@2"),
+        ({"router": {"fallback": "math"}}, "general@2"),
         ({"router": {"artifact": "none"}}, None),
         ({"categories": EXAMPLES}, None),
     ],

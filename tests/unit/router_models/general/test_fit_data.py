@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from router_models.general.categories import general_categories
-from router_models.general.fit_data import OWN, SCRAPS, FitRow, Mix, fit_rows, row_weights
+from router_models.general.fit_data import OWN, SCRAPS, UNKNOWN, FitRow, Mix, fit_rows, row_weights
 from router_models.general.held_out_prompts import held_out_prompts
 from router_models.general.public_data_reader import PublicDataError, read_sources
 from service.classifier.classifier import GENERAL
@@ -45,7 +45,7 @@ def rows(public: Path) -> list[FitRow]:
 
 def test_fit_rows_have_every_category_and_general(rows: list[FitRow]) -> None:
     assert {row.category for row in rows} == {*general_categories().names, GENERAL}
-    assert {row.source for row in rows} == {OWN, SCRAPS, *(s.name for s in read_sources())}
+    assert {row.source for row in rows} == {OWN, UNKNOWN, SCRAPS, *(s.name for s in read_sources())}
 
 
 def test_fit_rows_give_public_data_less_weight_than_our_own(rows: list[FitRow]) -> None:
@@ -54,7 +54,7 @@ def test_fit_rows_give_public_data_less_weight_than_our_own(rows: list[FitRow]) 
     for row in rows:
         if row.source == OWN and row.weight == 1:
             own[row.category] += 1
-        elif row.source not in (OWN, SCRAPS):
+        elif row.source not in (OWN, UNKNOWN, SCRAPS):
             public[row.category] += row.weight
     assert all(public[c] <= Mix().public_share * own[c] + 1e-9 for c in public)
 
@@ -65,7 +65,7 @@ def test_fit_rows_leave_out_the_publishers_test_rows(rows: list[FitRow]) -> None
 
 def test_fit_rows_forms_have_the_number_of_their_prompt(rows: list[FitRow]) -> None:
     first = {row.origin: row for row in reversed(rows)}
-    assert len({row.text for row in first.values()}) == len(first)
+    assert len({(row.text, row.source) for row in first.values()}) == len(first)
     forms = [row for row in rows if first[row.origin] is not row]
     assert len(forms) == Mix().copies * sum(r.source == OWN for r in first.values())
     assert all(row.category == first[row.origin].category for row in forms)

@@ -17,6 +17,7 @@ from router_models.general.held_out_prompts import (
     field_prompts,
     held_out_prompts,
     paraphrases,
+    same_team_prompts,
 )
 
 FITTED_ON = Path("router_models/general/prompts")
@@ -74,6 +75,12 @@ def test_held_out_prompts_has_60_that_belong_to_no_category() -> None:
     assert len(none) >= 60
 
 
+def test_same_team_prompts_have_every_category_in_five_further_languages() -> None:
+    counts = Counter((prompt.category, prompt.language) for prompt in same_team_prompts())
+    languages = ("ar", "hi", "nl", "pl", "ru")
+    assert counts == {(c, lang): 1 for c in general_categories().names for lang in languages}
+
+
 def test_field_prompts_has_18_in_every_field_of_mmlu_pro() -> None:
     counts = Counter(prompt.category for prompt in field_prompts())
     assert set(counts) == FIELDS
@@ -82,7 +89,7 @@ def test_field_prompts_has_18_in_every_field_of_mmlu_pro() -> None:
 
 
 def test_held_out_texts_and_ids_are_distinct() -> None:
-    for prompts in (held_out_prompts(), field_prompts()):
+    for prompts in ([*held_out_prompts(), *same_team_prompts()], field_prompts()):
         assert max(Counter(prompt.prompt.strip().casefold() for prompt in prompts).values()) == 1
         assert max(Counter(prompt.id for prompt in prompts).values()) == 1
         assert all(prompt.prompt == prompt.prompt.strip() for prompt in prompts)
@@ -98,7 +105,7 @@ def test_paraphrases_are_120_of_100_prompts_in_every_category() -> None:
 
 
 def test_held_out_texts_are_not_among_those_for_the_fit() -> None:
-    prompts = [*held_out_prompts(), *field_prompts(), *paraphrases()]
+    prompts = [*held_out_prompts(), *same_team_prompts(), *field_prompts(), *paraphrases()]
     texts = {normal(prompt.prompt): prompt.prompt for prompt in prompts}
     # Greetings of one or two words, such as a plain hello, occur in every collection.
     shared = {normal_text for normal_text in texts.keys() & fitted_on() if " " in normal_text}

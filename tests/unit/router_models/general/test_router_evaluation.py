@@ -15,9 +15,9 @@ from router_models.general.router_evaluation import (
     interval,
     measured,
     readable,
-    top_error,
     unchanged,
 )
+from router_models.linear_models import top_error
 from service.classifier.built_in_artifact import BUILT_IN, built_in_artifact
 from service.classifier.classifier import GENERAL
 from service.types import CategoryScores
@@ -87,7 +87,7 @@ def test_confusion_counts_what_was_given() -> None:
 
 def test_card_of_the_built_in_is_made_of_its_manifest_and_states_every_category() -> None:
     manifest = dict(built_in_artifact().manifest)
-    text = card("general@1", manifest)
+    text = card("general@2", manifest)
     assert (BUILT_IN / "README.md").read_text(encoding="utf-8") == text
     tested = manifest["metrics"]["test"]
     assert tested["prompts"] == len(held_out_prompts())

@@ -8,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
 
 from router_models.general.categories import general_categories
-from router_models.general.held_out_prompts import held_out_prompts
+from router_models.general.near_duplicates import (
+    MOST_ALIKE,
+    MOST_LIKE_HELD_OUT,
+    alikeness,
+    cosines,
+    held_out_texts,
+)
 from router_models.general.training_prompt_reader import (
     LabelledPrompt,
     PromptsError,
     normalised_text,
     read_prompts,
+    read_unknown,
 )
 
 # The fewest prompts of each category, by language.
-LEAST = {"en": 60} | dict.fromkeys(("de", "fr", "es", "it", "zh"), 10)
-LEAST |= dict.fromkeys(("pt", "ja"), 6) | dict.fromkeys(("nl", "pl", "ru"), 5)
-LEAST |= dict.fromkeys(("ar", "hi"), 4)
-# Two prompts whose sets of three-letter sequences overlap more (Jaccard) are near-duplicates.
-MOST_ALIKE = 0.65
-# A prompt whose TF-IDF vector has a larger cosine with a held-out one asks nearly the same.
-MOST_LIKE_HELD_OUT = 0.38
+LEAST = {"en": 60, "zh": 25, "hi": 7, "pt": 6} | dict.fromkeys(("de", "fr", "es", "it", "ja"), 10)
+LEAST |= dict.fromkeys(("nl", "pl", "ru"), 5) | {"ar": 4}
 GOOD = {"prompt": "Is it legal?", "category": "law", "lang": "en"}
 
 
@@ -54,7 +55,7 @@ def test_shipped_prompts_have_no_near_duplicates(
     shipped: tuple[LabelledPrompt, ...], lang: str
 ) -> None:
     texts = [row.prompt for row in shipped if row.lang == lang]
-    alike = _alikeness(texts)
+    alike = alikeness(texts)
     found = [(texts[i], texts[j]) for i, j in np.argwhere(np.triu(alike, 1) > MOST_ALIKE)]
     assert found == []
 
@@ -63,64 +64,20 @@ def test_shipped_prompts_have_no_near_duplicates(
 def test_shipped_prompts_are_not_near_held_out_prompts(
     shipped: tuple[LabelledPrompt, ...], lang: str
 ) -> None:
-    taught = [row.prompt for row in shipped if row.lang == lang]
-    held_out = [row.prompt for row in held_out_prompts() if row.language == lang]
-    near = np.argwhere(_cosines(taught, held_out) > MOST_LIKE_HELD_OUT)
+    taught = [row.prompt for row in (*shipped, *read_unknown()) if row.lang == lang]
+    held_out = held_out_texts(lang)
+    near = np.argwhere(cosines(taught, held_out) > MOST_LIKE_HELD_OUT)
     assert [(taught[i], held_out[j]) for i, j in near] == []
 
 
-def test_cosines_find_the_same_question_and_pass_the_same_opening() -> None:
-    taught = ["what's the halting problem", "what's the difference between a felony and a crime"]
-    held_out = ["The halting problem: why do people care?", "what's the difference between cats"]
-    others = [f"what's the difference between {n} and {n + 1}" for n in range(100, 130)]
-    cosines = _cosines(taught + others, held_out)
-    assert cosines[0, 0] > MOST_LIKE_HELD_OUT > cosines[1, 1]
-
-
-def _cosines(taught: list[str], held_out: list[str]) -> np.ndarray:
-    """Return the cosines of TF-IDF vectors of 2 to 5 letters, taught × held out.
-
-    Rare sequences weigh more, so that a stock phrase makes two prompts less alike
-    than a shared subject does.
-    """
-    column: dict[str, int] = {}
-    rows, columns, counts = [], [], []
-    for i, text in enumerate(taught + held_out):
-        padded = f" {normalised_text(text)} "
-        grams = Counter(padded[k : k + n] for n in range(2, 6) for k in range(len(padded) - n + 1))
-        rows += [i] * len(grams)
-        columns += [column.setdefault(gram, len(column)) for gram in grams]
-        counts += list(grams.values())
-    table = csr_matrix((1 + np.log(counts), (rows, columns)))
-    table = table.multiply(1 + np.log((table.shape[0] + 1) / (np.bincount(columns) + 1))).tocsr()
-    table = table.multiply(1 / np.sqrt(table.multiply(table).sum(axis=1))).tocsr()
-    return np.asarray((table[: len(taught)] @ table[len(taught) :].T).toarray())
-
-
-def test_alikeness_finds_a_changed_filler_and_passes_another_question() -> None:
-    alike = _alikeness(
-        [
-            "write a short poem about the rain in spring",
-            "Write a short poem about the rain in autumn",
-            "who was the first emperor of China",
-        ]
-    )
-    assert alike[0, 1] > MOST_ALIKE > alike[0, 2]
-
-
-def _alikeness(texts: list[str]) -> np.ndarray:
-    """Return the Jaccard index of the sets of three-letter sequences, texts × texts."""
-    column: dict[str, int] = {}
-    at: list[tuple[int, int]] = []
-    for i, text in enumerate(texts):
-        padded = f"  {normalised_text(text)} "
-        grams = {padded[k : k + 3] for k in range(len(padded) - 2)}
-        at += [(i, column.setdefault(gram, len(column))) for gram in grams]
-    rows, columns = zip(*at, strict=True)
-    table = csr_matrix((np.ones(len(at), np.float32), (rows, columns)))
-    shared = (table @ table.T).toarray()
-    sizes = shared.diagonal()
-    return np.asarray(shared / (sizes[:, None] + sizes[None, :] - shared))
+def test_unknown_texts_are_in_every_language_and_taught_in_no_category(
+    shipped: tuple[LabelledPrompt, ...],
+) -> None:
+    unknown = read_unknown()
+    assert min(Counter(row.lang for row in unknown)[lang] for lang in LEAST) >= 15
+    assert {row.category for row in unknown} == {general_categories().fallback}
+    taught = {normalised_text(row.prompt) for row in shipped}
+    assert not taught & {normalised_text(row.prompt) for row in unknown}
 
 
 @pytest.mark.parametrize(
