@@ -1,7 +1,6 @@
 """Draws the overview from a live Prometheus: `python -m deploy.grafana.overview_drawing URL FILE`.
 
-The same queries as the dashboard's panels, drawn with matplotlib: a picture for the README
-where no Grafana is at hand.
+The same queries as the dashboard's panels, drawn with matplotlib, where no Grafana is at hand.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def _draw(axes: Axes, url: str, chart: Chart, now_s: float) -> None:
     # What has nothing to show but 0 is left out, unless all is like that.
     series = {name: vs for name, vs in series.items() if any(v > 0 for v in vs)} or series
     ago = [t - now_s for t in times]
-    if chart.shape == "stacked":
+    if chart.shape == "stacked" and series:
         filled = [[0.0 if v != v else v for v in values] for values in series.values()]
         axes.stackplot(ago, *filled, labels=list(series), alpha=0.75)
     else:
