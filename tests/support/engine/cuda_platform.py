@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tests.support.engine.cuda_cards import CARDS
+
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Compiled parts that the CPU build lacks. They are named by imports, and never called here.
 for _name in (
@@ -39,11 +41,15 @@ import vllm.platforms  # noqa: E402
 from vllm.platforms.cuda import NonNvmlCudaPlatform  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 
+CARD = os.environ.get("PRETENDED_GPU", "NVIDIA H200")
+_CAPABILITY, MEMORY_MIB = CARDS[CARD]
 _FACTS: dict[str, Callable[..., Any]] = {
-    "get_device_capability": lambda cls, device_id=0: DeviceCapability(9, 0),
-    "get_device_name": lambda cls, device_id=0: "NVIDIA H200",
-    "get_device_total_memory": lambda cls, device_id=0: 143_771 * 2**20,
+    "get_device_capability": lambda cls, device_id=0: DeviceCapability(*_CAPABILITY),
+    "get_device_name": lambda cls, device_id=0: CARD,
+    "get_device_total_memory": lambda cls, device_id=0: MEMORY_MIB * 2**20,
     "is_fully_connected": lambda cls, ids: True,
+    "device_count": lambda cls: 8,
+    "is_cumem_allocator_available": lambda cls: True,
 }
 for _name, _fact in _FACTS.items():
     setattr(NonNvmlCudaPlatform, _name, classmethod(_fact))
