@@ -10,6 +10,7 @@ from loadtests.lib.coe_service import config, serving
 from loadtests.lib.fake_openai_start import fake_upstream
 from loadtests.lib.load_client import Asker, Exchange, Target, closed_loop, once, repeat
 from loadtests.lib.machine_load import Watch
+from loadtests.lib.process_times import ServiceTimes
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
 from loadtests.lib.varied_prompts import prompts
 
@@ -73,17 +74,21 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     pool = {"engine": "simulated", "simulated": {"decode_ms": STEP_MS}}
     rates, costs, longest, ideal, ceilings = [], [], [], [], []
     slow: list[float] = []
+    by_role: dict[str, list[float]] = {}
     with ExitStack() as stack:
         stack.enter_context(fake_upstream(upstream.port, STEP_MS))
         for _ in range(3):
             ceilings.append((await rate(upstream, "upstream", 1.0))[0])
             ideal.append(await streams(upstream, "upstream"))
-        stack.enter_context(serving(config(port, experts, {"sim": pool})))
+        service = stack.enter_context(serving(config(port, experts, {"sim": pool})))
         stack.enter_context(watch.window())
         await rate(ours, _EXPERTS[0], 2.0)
         for i in range(rounds):
             say(f"round {i + 1} of {rounds}")
+            service_times = ServiceTimes(service)
             one_rate, own_ms, times = await rate(ours, _EXPERTS[0], for_s)
+            for role, ms in service_times.per_request(len(times)).items():
+                by_role.setdefault(role, []).append(ms)
             rates.append(one_rate)
             costs.append(own_ms)
             slow += times
@@ -95,6 +100,7 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
     named = [n.total_ms for _, n in compared]
     added = median_intervals.differences(auto, named)
     ceiling = median_intervals.median(ceilings).value
+    own = {role: median_intervals.median(costs_ms) for role, costs_ms in by_role.items()}
     report.tables.append(
         Table(
             "Simulated engine behind HAProxy, gateway and pool; medians with 95 % intervals",
@@ -115,6 +121,10 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
                 ("auto adds, ms", added.text(3)),
                 ("load generator's own ceiling, replies/s", f"{ceiling:.0f}"),
                 ("its processor time per reply, ms", f"{median_intervals.median(costs).value:.3f}"),
+                *(
+                    (f"processor time of {role} per reply, ms", cost.text(3))
+                    for role, cost in own.items()
+                ),
             ],
         )
     )
@@ -131,5 +141,6 @@ async def run(port: int, watch: Watch, *, quick: bool) -> Report:
         "named_ms": median_intervals.median(named).as_json(),
         "generator_ceiling_per_s": ceiling,
         "generator_cpu_ms_per_reply": median_intervals.median(costs).value,
+        "cpu_ms_per_reply": {role: cost.as_json() for role, cost in own.items()},
     }
     return report

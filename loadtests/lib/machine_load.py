@@ -74,7 +74,7 @@ def ours_of(processes: Sequence[Process], session: int) -> list[Process]:
         sessions |= {p.session for p in found}
 
 
-def _our_ticks(session: int) -> int:
+def _processes() -> list[Process]:
     processes = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
@@ -84,7 +84,20 @@ def _our_ticks(session: int) -> int:
         except OSError:
             continue  # it has just ended; its parent's next figure holds its ticks
         processes.append(parse_stat(line))
-    return sum(process.ticks for process in ours_of(processes, session))
+    return processes
+
+
+def _our_ticks(session: int) -> int:
+    return sum(process.ticks for process in ours_of(_processes(), session))
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it has started, directly or not."""
+    found = {pid}
+    children = _processes()
+    while more := {p.pid for p in children if p.parent in found} - found:
+        found |= more
+    return sorted(found)
 
 
 @dataclass(frozen=True, slots=True)
