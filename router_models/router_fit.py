@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_models.category_fit import encode, fit_head, head_tensors
 from router_models.fit_settings import Settings
 from router_models.frontier_evaluation import (
     compared_lines,
@@ -23,6 +22,7 @@ from router_models.frontier_evaluation import (
     report,
     with_errors,
 )
+from router_models.head_fit import fit_head
 from router_models.linear_models import calibration_error
 from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes
 from router_models.preset_choice import (
@@ -33,6 +33,7 @@ from router_models.preset_choice import (
     preset_text,
     presets_section,
 )
+from router_models.stage_fit import encode, head_tensors
 from router_models.two_stage_fit import Fitted, Predicted, Problem
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.linear_heads import PROBE_TEXT

@@ -19,9 +19,9 @@ from scipy import sparse
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import svds
 
-from router_models.category_fit import HeadFit, fit_head
 from router_models.expert_map_fit import MapFit, fit_map
 from router_models.fit_settings import Settings
+from router_models.head_fit import HeadFit, fit_head
 from router_models.linear_models import (
     Corpus,
     design,
