@@ -319,5 +319,5 @@ async def test_sessions_first_turn_is_chosen_as_any_request_under_every_load(
         assert np.array_equal(first.utility, any_request.utility)
         assert np.array_equal(first.ideal, any_request.ideal)
         assert first.session_outcome(0) is None
-        chosen.add(first.best())
+        chosen.add(first.best_position())
     assert len(chosen) == 3, "the load moves the choice"
