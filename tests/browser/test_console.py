@@ -203,8 +203,7 @@ async def test_console_shows_the_demo_s_frontier_and_where_its_presets_stand(
     for one in given["experts"].values():
         if "adapter" in one:
             one["adapter"] = str(folder / "experts" / "artifacts" / Path(one["adapter"]).name)
-        if "defaults" not in one:
-            one["price"] = price
+        one["price"] = price
     given |= {"pools": {"cpu": {"engine": "simulated"}}, "server": {}}
     given["router"]["artifact"] = str(folder / "artifacts" / "demo@2")
     config = Config.model_validate(given)
