@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 _MIB = 1024**2
+_TIMEOUT_S = 20.0
 _MEMORY_QUERY = "index,uuid,name,memory.total,memory.used,memory.free"
 
 
@@ -48,16 +51,47 @@ def gpu_memory() -> tuple[GpuMemory, ...]:
     return read_gpu_memory(_query(_MEMORY_QUERY))
 
 
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, or an empty string."""
+    first = next(iter(_query("driver_version").split()), "")
+    return first if re.fullmatch(r"[0-9]+(\.[0-9]+)*", first) else ""
+
+
 def _query(fields: str) -> str:
+    """Ask nvidia-smi; the result is empty where it is missing, fails, or takes too long."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
     command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
         return ""
-    return result.stdout
+    assert process.stdout is not None
+    try:
+        output, _ = process.communicate(timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        # A driver that hangs holds its processes in the kernel, where no signal ends them.
+        process.kill()
+        process.stdout.close()
+        threading.Thread(target=process.wait, daemon=True).start()
+        return ""
+    return output.decode("ascii", errors="replace") if process.returncode == 0 else ""
+
+
+def _is_number(text: str) -> bool:
+    # Other digits than these are not all numbers to int().
+    return text.isascii() and text.isdigit() and len(text) <= 12
+
+
+def _printable(text: str) -> str:
+    """Return a text of the driver's tool without control characters."""
+    return "".join(filter(str.isprintable, text))
 
 
 def read_gpus(text: str) -> tuple[Gpu, ...]:
@@ -65,8 +99,8 @@ def read_gpus(text: str) -> tuple[Gpu, ...]:
     found = []
     for line in text.splitlines():
         name, comma, memory = line.rpartition(",")
-        if comma and memory.strip().isdigit():
-            found.append(Gpu(name.strip(), int(memory) * _MIB))
+        if comma and _is_number(memory.strip()):
+            found.append(Gpu(_printable(name.strip()), int(memory) * _MIB))
     return tuple(found)
 
 
@@ -77,9 +111,10 @@ def read_gpu_memory(text: str) -> tuple[GpuMemory, ...]:
         parts = [part.strip() for part in line.split(",")]
         index, uuid, *name = parts[:-3] if len(parts) > 5 else ("", "")
         sizes = parts[-3:]
-        if index.isdigit() and all(size.isdigit() for size in sizes):
+        if all(map(_is_number, (index, *sizes))):
             total, used, free = (int(size) * _MIB for size in sizes)
-            found.append(GpuMemory(int(index), uuid, ",".join(name), total, used, free))
+            uuid, product = _printable(uuid), _printable(",".join(name))
+            found.append(GpuMemory(int(index), uuid, product, total, used, free))
     return tuple(found)
 
 
@@ -99,8 +134,8 @@ def visible_gpus(found: tuple[GpuMemory, ...], environ: Mapping[str, str]) -> tu
         match = [
             gpu
             for gpu in found
-            if (name.isdigit() and gpu.index == int(name))
-            or (not name.isdigit() and gpu.uuid.startswith(name))
+            if (_is_number(name) and gpu.index == int(name))
+            or (not _is_number(name) and gpu.uuid.startswith(name))
         ]
         if len(match) != 1 or match[0] in visible:
             break

@@ -60,6 +60,11 @@ class ProofMachine:
         """Whether engines run on GPUs."""
         return self.device == "gpu"
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it can be told apart from other machines. nvidia-smi may not name the GPUs."""
+        return not self.on_gpu or bool(self.hardware and self.driver)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
@@ -150,7 +155,10 @@ def proof_from_json(text: str) -> SwapProof:
     Raises:
         ValueError: The text is no proof of this format. The message names the fault.
     """
-    data = _mapping(json.loads(text), "a proof")
+    try:
+        data = _mapping(json.loads(text), "a proof")
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if data.get("format") != FORMAT:
         raise ValueError(f"format {data.get('format')!r}; this version reads {FORMAT}")
     machine, layout = (
@@ -184,17 +192,21 @@ def _finding(name: str, given: object) -> ProofFinding:
     data = _mapping(given, name)
     figures = {}
     for figure, value in _mapping(data.get("figures"), f"{name}.figures").items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{name}.figures.{figure}: should be a number, not {value!r}")
-        figures[figure] = float(value)
+        try:
+            number = float(value) if type(value) in (int, float) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{name}.figures.{figure}: should be a number, not {value!r:.40}")
+        figures[figure] = number
     try:
         verdict = Verdict(_typed(data, "verdict", str))
     except ValueError:
         allowed = ", ".join(Verdict)
         raise ValueError(
-            f"{name}.verdict: should be one of {allowed}, not {data.get('verdict')!r}"
+            f"{name}.verdict: should be one of {allowed}, not {data.get('verdict')!r:.40}"
         ) from None
-    return ProofFinding(verdict, _typed(data, "reason", str), figures)
+    return ProofFinding(verdict, one_line(_typed(data, "reason", str)), figures)
 
 
 def _mapping(value: object, what: str) -> dict[str, Any]:
@@ -207,12 +219,15 @@ def _typed(data: Mapping[str, Any], name: str, kind: type) -> Any:
     value = data.get(name)
     if type(value) is not kind:
         raise ValueError(f"{name}: should be {kind.__name__}, not {type(value).__name__}")
+    if name != "reason" and isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{name}: should be printable, not {value!a:.40}")
     return value
 
 
 def one_line(text: object) -> str:
-    """Shorten a reason to one line."""
-    return " ".join(str(text).split())[:_MAX_REASON]
+    """Shorten a reason to one line that a terminal can show."""
+    line = " ".join(str(text).split())
+    return "".join(filter(str.isprintable, line))[:_MAX_REASON]
 
 
 def merged_proof(old: SwapProof | None, new: SwapProof) -> SwapProof:

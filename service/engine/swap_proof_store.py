@@ -11,8 +11,7 @@ import logging
 import os
 import platform
 import secrets
-import shutil
-import subprocess
+import stat
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from service.engine.swap_proof import (
     proof_to_json,
     withdrawn_proof,
 )
-from service.gpu_devices import gpus
+from service.gpu_devices import driver_version, gpus
 from service.models.model_store import model_root
 
 log = logging.getLogger("coe.engine")
@@ -52,7 +51,13 @@ class SwapProofStore:
         return self.folder / f"{proof_key(machine, layout)}.json"
 
     def read(self, machine: ProofMachine, layout: WeightLayout) -> SwapProof | None:
-        """Return the record of a machine and a layout, or None. A damaged file counts as none."""
+        """Return the record of a machine and a layout, or None.
+
+        A damaged file counts as none, and so does a record of a machine that can't be told apart
+        from others.
+        """
+        if not machine.is_known:
+            return None
         proof = self._read(self.path(machine, layout))
         if proof is None or (proof.machine, proof.layout) != (machine, layout):
             return None
@@ -62,6 +67,18 @@ class SwapProofStore:
         """Return all records, the newest first."""
         found = [proof for path in self.folder.glob("*.json") if (proof := self._read(path))]
         return tuple(sorted(found, key=lambda proof: proof.made, reverse=True))
+
+    def check_writable(self) -> None:
+        """Write and remove a file, so that a run of minutes is not begun for nothing.
+
+        Raises:
+            OSError: A record can't be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits don't tell: the volume may be mounted read-only.
+        probe = self.folder / f"{secrets.token_hex(4)}.new"
+        probe.touch()
+        probe.unlink(missing_ok=True)
 
     def write(self, proof: SwapProof) -> Path:
         """Write a record. Readers see the old file or the new one, never a part.
@@ -108,14 +125,28 @@ class SwapProofStore:
     @staticmethod
     def _read(path: Path) -> SwapProof | None:
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError("it is too large")
-            return proof_from_json(path.read_text(encoding="utf-8"))
+            return proof_from_json(_regular_file(path).decode())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             log.warning("the record %s is not used: %s", path, error)
             return None
+
+
+def _regular_file(path: Path) -> bytes:
+    """Read a file of a bounded size. A pipe or a device would keep a pool's start waiting.
+
+    Raises:
+        OSError: It can't be read.
+        ValueError: It is no regular file, or too large.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError("it is too large")
+    return content
 
 
 def this_machine(on_gpu: bool) -> ProofMachine:
@@ -155,16 +186,3 @@ def cpu_name() -> str:
             if colon and name.strip() == "model name":
                 return value.strip()
     return platform.machine()
-
-
-def driver_version() -> str:
-    """Return the version of NVIDIA's driver, or an empty string."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return next(iter(done.stdout.split()), "")

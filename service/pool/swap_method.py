@@ -89,6 +89,8 @@ def resolve_swap_method(config: Config, kind: str) -> ResolvedSwapMethod | None:
     here = this_machine(on_gpu)
     needed = store.folder.is_dir() or (on_gpu and pool.swap.method == "auto")
     units, unread = _units_of(config, kind) if needed else ([], "")
+    if not here.is_known:
+        unread = "nvidia-smi does not tell which GPU and driver this machine has"
     layouts = {unit.unit: unit.layout for unit in units}
     proofs = {
         layout: proof

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
 
-from service.gpu_devices import read_gpu_memory, read_gpus, visible_gpus
+from service import gpu_devices
+from service.gpu_devices import (
+    driver_version,
+    gpu_memory,
+    gpus,
+    read_gpu_memory,
+    read_gpus,
+    visible_gpus,
+)
 
 LISTED = """0, GPU-aa11, NVIDIA H200, 143771, 1024, 142000
 1, GPU-ab22, Some, GPU, 24564, 20000, 4000
@@ -52,3 +64,51 @@ def test_visible_gpus_are_those_of_cuda(given: str | None, visible: list[int]) -
     environ = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     found = visible_gpus(read_gpu_memory(LISTED), environ)
     assert [gpu.index for gpu in found] == visible
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of what stands in for nvidia-smi."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = tmp_path / "nvidia-smi"
+    path.touch(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "exit 9",
+        "printf '\\377\\376\\000\\200, \\262'",
+        "printf 'H200, \\302\\262\\n'",
+        "printf '0, GPU-a, H200, 1e9, -1, 0x10\\n'",
+        "printf '%s\\n' 'Failed to initialize NVML: Driver/library version mismatch'",
+        "printf '%s\\n' 'No devices were found'",
+        "kill -9 $$",
+    ],
+)
+def test_garbage_of_nvidia_smi_lists_no_gpu(tool: Path, body: str) -> None:
+    tool.write_text(f"#!/bin/sh\n{body}\n")
+    assert (gpus(), gpu_memory(), driver_version()) == ((), (), "")
+
+
+def test_names_are_shown_without_control_characters(tool: Path) -> None:
+    tool.write_text("#!/bin/sh\nprintf '0, GPU-a, H\\033[31m200, 10, 4, 6\\n'\n")
+    (gpu,) = gpu_memory()
+    assert gpu.name == "H[31m200"
+
+
+def test_numbers_of_other_scripts_name_no_visible_gpu() -> None:
+    found = read_gpu_memory(LISTED)
+    assert visible_gpus(found, {"CUDA_VISIBLE_DEVICES": "\u00b2"}) == ()
+
+
+def test_nvidia_smi_that_no_signal_ends_is_left_behind(
+    tool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool.write_text("#!/bin/sh\nexec sleep 3\n")
+    monkeypatch.setattr(gpu_devices, "_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
+    began_s = time.monotonic()
+    assert gpus() == ()
+    assert time.monotonic() - began_s < 2.5

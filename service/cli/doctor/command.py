@@ -69,6 +69,17 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
         if not quiet:
             click.echo(f"{time.monotonic() - began_s:5.0f} s  {line}", err=True)
 
+    unwritable = f"the record can't be written to {store.folder}: "
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise CoeError(f"{unwritable}{error.strerror}") from error
+    if not all(subject.on_cpu for subject in subjects) and not this_machine(on_gpu=True).is_known:
+        raise CoeError(
+            "nvidia-smi does not tell the name and the driver of the GPUs, so that a record would "
+            "hold for any other GPU as well; in a container set NVIDIA_DRIVER_CAPABILITIES to "
+            "compute,utility"
+        )
     proofs = []
     for subject in subjects:
         tell(f"{subject.layout}, on {'the CPU' if subject.on_cpu else 'a GPU'}")
@@ -81,13 +92,14 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
         if old is None:
             findings = with_left_out(findings)
             proof = SwapProof(machine, subject.layout, made, quick, findings)
-        try:
-            written = store.write(proof)
-        except OSError as error:
-            raise CoeError(f"the record can't be written to {store.folder}: {error}") from error
         proofs.append(proof)
         if not quiet:
             _print_proof(proof)
+        try:
+            written = store.write(proof)
+        except OSError as error:
+            raise CoeError(f"{unwritable}{error.strerror}") from error
+        if not quiet:
             click.echo(f"written: {written}")
     return proofs
 

@@ -20,12 +20,11 @@ from service.engine.swap_proof import SwapProof, proof_to_json
 from service.engine.swap_proof_store import (
     SwapProofStore,
     cpu_name,
-    driver_version,
     version_of_package,
     vllm_build,
 )
 from service.errors import CoeError
-from service.gpu_devices import gpus
+from service.gpu_devices import driver_version, gpus
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
 from service.pool.swap_method import resolve_swap_method

@@ -37,25 +37,32 @@ LLAMA = WeightLayout("LlamaForCausalLM", "bfloat16", gpus=1)
 QWEN = WeightLayout("Qwen3ForCausalLM", "bfloat16", gpus=1)
 PROVEN = ProofFinding(Verdict.PROVEN)
 
+# Visible text without spaces: reasons become one line.
+WORDS = st.characters(categories=("L", "M", "N", "P", "S"))
 findings = st.builds(
     ProofFinding,
     st.sampled_from(Verdict),
-    st.text(max_size=40),
+    st.text(WORDS, max_size=40),
     st.dictionaries(st.text(max_size=10), st.floats(allow_nan=False, allow_infinity=False)),
 )
 layouts = st.builds(
     WeightLayout,
-    st.text(max_size=20),
-    st.text(max_size=10),
-    st.text(max_size=10),
+    st.text(WORDS, max_size=20),
+    st.text(WORDS, max_size=10),
+    st.text(WORDS, max_size=10),
     st.booleans(),
     st.integers(0, 64),
 )
 proofs = st.builds(
     SwapProof,
-    st.builds(replace, st.just(GPU), hardware=st.text(max_size=20), driver=st.text(max_size=9)),
+    st.builds(
+        replace,
+        st.just(GPU),
+        hardware=st.text(WORDS, max_size=20),
+        driver=st.text(WORDS, max_size=9),
+    ),
     layouts,
-    st.text(max_size=20),
+    st.text(WORDS, max_size=20),
     st.booleans(),
     st.dictionaries(st.sampled_from(PARTS), findings),
 )
@@ -94,6 +101,10 @@ def test_proof_key_differs_with_machine_and_layout(one: SwapProof, two: SwapProo
         (("findings", "inplace", "verdict"), "yes", "should be one of proven, failed"),
         (("findings", "inplace", "figures", "swap_s"), "1", "swap_s: should be a number"),
         (("findings", "inplace", "figures", "swap_s"), float("nan"), "should be a number"),
+        (("findings", "inplace", "figures", "swap_s"), 10**400, "should be a number"),
+        (("machine", "hardware"), "H200\x1b[2J", "hardware: should be printable"),
+        (("layout", "dtype"), "\ud800", "dtype: should be printable"),
+        (("made",), "2026\n", "made: should be printable"),
     ],
 )
 def test_proof_from_json_refuses_other_data(path: tuple[str, ...], value: Any, why: str) -> None:
@@ -106,10 +117,17 @@ def test_proof_from_json_refuses_other_data(path: tuple[str, ...], value: Any, w
         proof_from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"format": 1}', "{", "1e999"])
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"format": 1}', "{", "1e999", "[" * 500_000])
 def test_proof_from_json_refuses_what_is_no_proof(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - of json, or of this module
         proof_from_json(text)
+
+
+def test_reasons_are_one_line_that_a_terminal_can_show() -> None:
+    shouting = ProofFinding(Verdict.FAILED, "\x1b[31mno\nmemory\ud800\u202e" + "!" * 999)
+    read = proof_from_json(proof_to_json(proof(inplace=shouting))).finding("inplace")
+    assert read.reason.startswith("[31mno memory!!!")
+    assert len(read.reason) == 400
 
 
 def test_merged_proof_keeps_parts_that_were_not_tried_only() -> None:

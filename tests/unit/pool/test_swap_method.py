@@ -202,3 +202,17 @@ def test_check_tells_the_method_and_plans_by_it(config: Any, proven: bool) -> No
         assert line in plan.warnings
         assert plan.host_bytes == 0
     assert json.dumps(line)
+
+
+def test_auto_on_a_gpu_without_a_name_is_respawn(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nameless = replace(MACHINES[True], hardware="", driver="")
+    made = config(1)
+    proof = record(made, 1, inplace=PROVEN, sleep=PROVEN)
+    SwapProofStore(Path(str(made.models_dir))).write(replace(proof, machine=nameless))
+    assert resolved(made).choice.source is ChoiceSource.PROOF
+    monkeypatch.setattr("service.pool.swap_method.this_machine", lambda _: nameless)
+    choice = resolved(made).choice
+    assert choice.method == "respawn"
+    assert "nvidia-smi does not tell which GPU" in choice.reason

@@ -96,6 +96,27 @@ def test_doctor_without_an_engine_or_weights_is_refused(
     assert "vLLM is not installed here" in str(done.exception)
 
 
+def test_doctor_that_could_not_keep_a_record_is_refused_before_its_trials(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prove_with(monkeypatch, inplace=PROVEN)
+    (models / ".doctor").touch()
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert "the record can't be written to" in str(done.exception)
+    (models / ".doctor").unlink()
+    # A GPU that nvidia-smi does not name: its record would prove every other one, too.
+    base(models / "a")
+    path = models / "coe.yaml"
+    path.write_text(
+        f"experts: {{a: {{model: {models / 'a'}}}}}\npools: {{p: {{gpus: 1}}}}\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(swap_proof_store, "gpus", tuple)
+    monkeypatch.setattr(swap_proof_store, "driver_version", str)
+    done = CliRunner().invoke(cli, ["doctor", "-c", str(path)])
+    assert "nvidia-smi does not tell the name and the driver" in str(done.exception)
+    assert asked == []
+
+
 def test_doctor_that_is_terminated_ends_its_trials_and_writes_nothing(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
