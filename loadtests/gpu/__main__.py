@@ -1,9 +1,10 @@
 """`python -m loadtests.gpu`: what the product does on this machine's GPU, in a quarter of an hour.
 
 It runs parts one after another, each in a process of its own with a time limit, the most telling
-first. Each finding is one line of JSON on stdout and in FOLDER/findings.jsonl the moment it is
-known, so that a run that is cut short has not run in vain. `--page FILE` writes all of them as the
-page of the documents. `--cpu` tries the run out without a GPU.
+first. Each finding is one line of JSON on stdout and in FOLDER/findings.jsonl as soon as its part
+has ended. What a part prints is in FOLDER/PART.out at once, so that a run that is cut short has not
+run in vain. `--page FILE` writes all findings as the page of the documents. `--cpu` tries
+the run out without a GPU.
 """
 
 from __future__ import annotations
@@ -11,23 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
-import signal
-import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from loadtests.gpu.findings_table import page
-from loadtests.gpu.parts import Part, findings, parts
+from loadtests.gpu.part_runner import run_all
+from loadtests.gpu.parts import parts
 from service import __version__
 from service.gpu_devices import gpus
-
-_LEAST_S = 30
 
 
 def facts() -> dict[str, Any]:
@@ -42,59 +38,6 @@ def facts() -> dict[str, Any]:
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def run_part(part: Part, limit_s: float, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Run a part, and end its whole process group at the limit.
-
-    Returns:
-        What it wrote to stdout, and a finding with its exit status and seconds.
-    """
-    began_s = time.monotonic()
-    output = folder / f"{part.name}.out"
-    environment = {**os.environ, **dict(part.environment)}
-    with output.open("w") as out, (folder / f"{part.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            part.command, stdout=out, stderr=log, env=environment, start_new_session=True
-        )
-        try:
-            code: int | str = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = f"ended after {limit_s:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    ended = {"part": part.name, "what": "ended", "exit": code}
-    return output.read_text(), {**ended, "seconds": round(time.monotonic() - began_s, 1)}
-
-
-def run_all(chosen: list[Part], minutes: float, folder: Path, out: TextIO) -> list[dict[str, Any]]:
-    """Run parts within a time, and print their findings.
-
-    Returns:
-        All findings, in their order.
-    """
-    end_s = time.monotonic() + 60 * minutes
-    found: list[dict[str, Any]] = []
-
-    def tell(finding: dict[str, Any]) -> None:
-        found.append(finding)
-        line = json.dumps(finding)
-        print(line, file=out, flush=True)
-        with (folder / "findings.jsonl").open("a") as kept:
-            kept.write(line + "\n")
-
-    for part in chosen:
-        left_s = end_s - time.monotonic()
-        if left_s < _LEAST_S:
-            tell({"part": part.name, "what": "ended", "exit": "not started: no time is left"})
-            continue
-        output, ended = run_part(part, min(left_s, part.most_s), folder)
-        for finding in findings(part.name, output):
-            tell(finding)
-        tell(ended)
-    return found
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The run of GPU parts, with parts that need no GPU."""
+"""The runner of GPU parts, with parts that need no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from loadtests.gpu.__main__ import run_all, run_part
+from loadtests.gpu.part_runner import run_all, run_part
 from loadtests.gpu.parts import Part
 
 
