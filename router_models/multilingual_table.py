@@ -129,7 +129,7 @@ def card(model: Path, shape: tuple[int, ...], name: str) -> str:
     """The table's card."""
     tokens, dims = shape
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    return f"""# {name}: a static semantic table in 13 languages
+    return f"""# {name}: a static semantic table in 12 languages
 
 {tokens:,} tokens, {dims} numbers each, int8 with one scale a token. A text is the sum of its
 tokens' vectors, weighted by how rare they are and brought to length 1. The general router's first

@@ -32,7 +32,7 @@ BUILT_IN = Path(__file__).with_name("static-minilm-l6")
 """The table of categories by examples, of fits for users, and of earlier artifacts. English."""
 
 MULTILINGUAL = Path(__file__).with_name("static-use-multilingual")
-"""The table of the general router, in 13 languages."""
+"""The table of the general router, in 12 languages."""
 
 EDGE_CHARS = 600
 """Characters of a text that count, from either end: time stays bounded."""

@@ -21,7 +21,8 @@ from service.pool.autoscaling_load import PoolLoad
 # Names of what replicas report. Those by expert go on with a colon and the expert's name.
 _ONGOING, _TOKENS, _SERVING, _START = "ongoing", "tokens_per_s", "serving", "start_s"
 _OFFERED, _BACKLOG = "offered", "backlog_s"
-# Serve warns below its default push interval of 10 s, although ours is 1 s (`launch.environment`).
+# Serve warns below its default push interval of 10 s, although ours is 1 s
+# (`launch.ray_environment`).
 _LOOK_BACK_S = 11.0
 _STATE = "state"
 # The load of a gateway is not by expert. Its one event loop is the engine.
