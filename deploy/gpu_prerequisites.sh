@@ -14,11 +14,16 @@ below() { [ "$1" != "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "the GPU build is for Linux on x86-64, and this is $(uname -sm)"
 command -v nvidia-smi >/dev/null ||
     fail "GPU=1, but nvidia-smi is not there: install NVIDIA's driver, $least_driver or newer, or leave GPU=1 out"
-gpus=$(nvidia-smi --query-gpu=driver_version,compute_cap,name --format=csv,noheader 2>&1) ||
+# A driver that hangs keeps its tools for ever.
+gpus=$(timeout -k 1 30 nvidia-smi --query-gpu=driver_version,compute_cap,name --format=csv,noheader 2>&1) || {
+    [ $? -lt 124 ] || fail "GPU=1, but nvidia-smi does not answer; restart the machine, or reload NVIDIA's driver"
     fail "GPU=1, but nvidia-smi fails: $(printf '%s' "$gpus" | head -n1)"
+}
 [ -n "$gpus" ] || fail "GPU=1, but nvidia-smi lists no GPU"
 while IFS=, read -r driver capability name; do
     capability=${capability# } name=${name# }
+    [[ $driver =~ ^[0-9.]+$ && $capability =~ ^[0-9.]+$ ]] ||
+        fail "GPU=1, but nvidia-smi tells no driver and compute capability: $(printf '%s' "$driver" | tr -cd '[:print:]')"
     ! below "$driver" $least_driver ||
         fail "the driver is $driver, and the CUDA build needs $least_driver or newer: update NVIDIA's driver"
     ! below "$capability" $least_capability ||

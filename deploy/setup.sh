@@ -10,7 +10,9 @@ python=${PYTHON:-python3}
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-there=$(cat $venv/.kind 2>/dev/null || echo cpu)
+there=$(cat $venv/.kind 2>/dev/null || true)
+# An interrupted run may have left it empty, or none.
+case $there in cpu | gpu) ;; *) there=cpu ;; esac
 case ${GPU-} in
     '') kind=$there ;;
     0) kind=cpu ;;
@@ -31,10 +33,15 @@ stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh deploy/locks/torch-cpu
 
 if [ $kind = gpu ]; then deploy/gpu_prerequisites.sh "$python"; fi
 
+# From here on it is half made, and an interrupted run must not pass for a finished one.
+rm -f $venv/.ready
 if [ -x $venv/bin/pip ] && [ "$there" != $kind ]; then
     say "making $venv anew: it was for the $there"
-    rm -rf $venv
+    # Renamed first: half of an environment, left by an interrupted run, would be taken for a whole one.
+    rm -rf $venv.old
+    mv $venv $venv.old
 fi
+rm -rf $venv.old
 if [ ! -x $venv/bin/pip ]; then
     say "making $venv"
     "$python" -m venv $venv || fail "can't make $venv (apt-get install python3-venv)"

@@ -66,9 +66,9 @@ def _module_folders(modules: bytes | None) -> set[str]:
     """Return the folders of the modules; a damaged `modules.json` names none."""
     try:
         listed = json.loads(modules or b"[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return set()
     if not isinstance(listed, list):
         return set()
-    paths = {module.get("path") for module in listed if isinstance(module, dict)}
+    paths = [module.get("path") for module in listed if isinstance(module, dict)]
     return {path for path in paths if isinstance(path, str) and is_module(path)}

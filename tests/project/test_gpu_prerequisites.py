@@ -16,6 +16,7 @@ REAL = ("bash", "env", "sort", "head", "tail", "tr", "cat")
 FAKES = {
     "uname": "echo Linux x86_64",
     "nvidia-smi": "echo '580.95.05, 9.0, NVIDIA H200'",
+    "timeout": '[ "$1 $2 $3" = "-k 1 30" ] && shift 3 && "$@"',
     "gcc": "exit 0",
     "g++": "exit 0",
     "python3": "exit 0",
@@ -60,6 +61,13 @@ def test_gpu_machine_passes_in_silence(tmp_path: Path) -> None:
             {"nvidia_smi": "echo '580.1, 9.0, H100'; echo '580.1, 7.0, Tesla V100'"},
             "Tesla V100 has compute capability 7.0, and vLLM needs 7.5",
         ),
+        ({"timeout": "exit 124"}, "nvidia-smi does not answer"),
+        ({"nvidia_smi": "echo a; exit 137"}, "nvidia-smi does not answer"),
+        (
+            {"nvidia_smi": "printf 'Fail\\033[2Jed to initialize\\n'"},
+            "tells no driver and compute capability: Fail[2Jed to initialize",
+        ),
+        ({"nvidia_smi": "echo '580.1, [N/A], H100'"}, "tells no driver and compute capability"),
         ({"uname": "echo Linux aarch64"}, "and this is Linux aarch64"),
         ({"gcc": None}, "apt-get install gcc"),
         ({"g++": None}, r"apt-get install g++"),

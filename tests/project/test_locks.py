@@ -183,3 +183,98 @@ def test_setup_names_missing_system_packages_before_it_installs(
     assert ran.returncode == 1
     assert told in ran.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deploy", "python"]
+
+
+# A stand-in for `python3` and for the pip in the environment that it makes. It notes what is
+# installed, and is interrupted where the environment says so.
+PYTHON = r"""#!/bin/bash
+case "$*" in
+    *"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip" ;;
+    *"pip "*) [ -z "$INTERRUPT" ] || kill -9 $PPID; echo "${@: -1}" >>"$NOTES" ;;
+    -V) echo Python 3.11 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with what `deploy/setup.sh` reads, and programs that only pretend."""
+    (tmp_path / "deploy" / "locks").mkdir(parents=True)
+    for script in ("setup.sh", "torch.sh", "gpu_prerequisites.sh"):
+        (tmp_path / "deploy" / script).write_text("#!/bin/bash\nexit 0\n")
+        (tmp_path / "deploy" / script).chmod(0o755)
+    shutil.copy(ROOT / "deploy" / "setup.sh", tmp_path / "deploy")
+    for name in ("cpu", "gpu", "torch-cpu"):
+        (tmp_path / "deploy" / "locks" / f"{name}.txt").write_text(name)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def set_up(checkout: Path, **given: str) -> tuple[int, list[str]]:
+    """Run `deploy/setup.sh`.
+
+    Returns:
+        Its exit status, and the locks that it installed from.
+    """
+    notes = checkout / "notes"
+    notes.unlink(missing_ok=True)
+    made = {name: value for name, value in os.environ.items() if name not in ("GPU", "INTERRUPT")}
+    ran = subprocess.run(
+        [checkout / "deploy" / "setup.sh"],
+        env={**made, "PYTHON": str(checkout / "python"), "NOTES": str(notes), **given},
+        capture_output=True,
+        check=False,
+    )
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    return ran.returncode, [line for line in lines if line != "."]
+
+
+CPU, GPU = "deploy/locks/cpu.txt", "deploy/locks/gpu.txt"
+
+
+def test_setup_keeps_to_the_kind_that_is_there_and_does_nothing_twice(checkout: Path) -> None:
+    assert set_up(checkout) == (0, [CPU])
+    assert set_up(checkout) == (0, [])
+    assert set_up(checkout, GPU="1") == (0, [GPU])
+    assert set_up(checkout) == (0, [])
+    assert set_up(checkout, GPU="0") == (0, [CPU])
+    assert not (checkout / ".venv.old").exists()
+
+
+@pytest.mark.parametrize("kind", ["", "tpu", "../../x", "cpu\ngpu", "-n"])
+def test_setup_takes_an_unknown_kind_for_the_cpu(checkout: Path, kind: str) -> None:
+    assert set_up(checkout) == (0, [CPU])
+    (checkout / ".venv" / ".kind").write_text(kind)
+    assert set_up(checkout) == (0, [])
+    assert set_up(checkout, GPU="1") == (0, [GPU])
+
+
+def test_setup_interrupted_is_not_taken_for_finished(checkout: Path) -> None:
+    assert set_up(checkout) == (0, [CPU])
+    lock = checkout / CPU
+    lock.write_text("newer")
+    assert set_up(checkout, INTERRUPT="1")[0] != 0
+    lock.write_text("cpu")  # back to the commit whose packages were there
+    assert set_up(checkout) == (0, [CPU])
+    assert set_up(checkout, GPU="1", INTERRUPT="1")[0] != 0
+    assert set_up(checkout) == (0, [GPU])
+
+
+def test_setup_interrupted_while_it_removes_leaves_no_half_environment(checkout: Path) -> None:
+    assert set_up(checkout, GPU="1") == (0, [GPU])
+    remove = checkout / "rm"
+    remove.write_text(
+        "#!/bin/bash\nfor last; do :; done\n"
+        f'case "$*" in *.ready*) exec {shutil.which("rm")} "$@" ;; esac\n'
+        f'[ ! -e "$last/.kind" ] || {{ {shutil.which("rm")} "$last/.kind"; kill -9 $PPID; }}\n'
+    )
+    remove.chmod(0o755)
+    ran, _ = set_up(checkout, GPU="0", PATH=f"{checkout}:{os.environ['PATH']}")
+    assert ran != 0
+    # What is left of the GPU's packages is not where the CPU's are installed.
+    assert not (checkout / ".venv").exists()
+    remove.unlink()
+    assert set_up(checkout) == (0, [CPU])
+    assert not (checkout / ".venv.old").exists()

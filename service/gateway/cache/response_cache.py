@@ -330,13 +330,16 @@ def _end_of_message(body: bytes, streams: bool) -> AnswerEnd:
     """How a reply of Anthropic's Messages ended."""
     if streams:
         events = list(_events(body))
-        if not events or events[-1].get("type") != "message_stop":
+        kinds = [event.get("type") for event in events]
+        if kinds[-1:] != ["message_stop"] or "error" in kinds:
             return AnswerEnd.BROKEN
         deltas = [event.get("delta") for event in events if event.get("type") == "message_delta"]
         holder = deltas[-1] if deltas else None
     else:
         holder = _object(body)
     reason = holder.get("stop_reason") if isinstance(holder, dict) else None
+    if not isinstance(reason, str):
+        return AnswerEnd.BROKEN
     if reason in _WHOLE_MESSAGE:
         return AnswerEnd.WHOLE
     return AnswerEnd.CUT if reason == "max_tokens" else AnswerEnd.BROKEN
@@ -347,7 +350,8 @@ def _end_of_response(body: bytes, streams: bool) -> AnswerEnd:
     reply: Any = _object(body)
     if streams:
         events = list(_events(body))
-        reply = events[-1].get("response") if events else None
+        failed = any(event.get("type") == "error" for event in events)
+        reply = events[-1].get("response") if events and not failed else None
     if not isinstance(reply, dict):
         return AnswerEnd.BROKEN
     if reply.get("status") == "completed":

@@ -452,7 +452,9 @@ def test_pull_takes_folders_of_modules_and_templates_and_no_others(
     assert files_beside(get(str(source), root)) == FETCHED
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{}", b"[3]", b'[{"path": 3}]', b"\xff"])
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{}", b"[3]", b'[{"path": 3}]', b'[{"path": []}]', b"\xff", b"[" * 500_000]
+)
 def test_pull_damaged_module_list_names_no_folders(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, damaged: bytes
 ) -> None:
