@@ -19,9 +19,9 @@ from router_models.stage_fit import (
     FitSet,
     Say,
     Vectors,
+    figures_line,
     fit_stages,
     measured,
-    readable,
 )
 from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.router_artifact import Artifact, save_artifact
@@ -87,7 +87,7 @@ def fit_categories(
         lambda _: None,
     )
     stages = measured(fitted.held_out, y)
-    say(readable("held out", stages))
+    say(figures_line("held out", stages))
     metrics = {
         "rows": len(rows),
         "held_out": f"{FOLDS}-fold",

@@ -468,8 +468,8 @@ def measured(stages: Logits, truth: Rows) -> dict[str, dict[str, float]]:
     return found
 
 
-def readable(where: str, found: dict[str, dict[str, float]]) -> str:
-    """The same as a line."""
+def figures_line(where: str, found: dict[str, dict[str, float]]) -> str:
+    """The figures of `measured` as a line."""
     stages = ", ".join(
         f"{name} {100 * m['accuracy']:.1f} % (calibration error {m['ece']:.3f})"
         for name, m in found.items()

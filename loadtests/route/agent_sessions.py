@@ -25,7 +25,7 @@ import orjson
 from loadtests.lib.median_intervals import Estimate
 from loadtests.lib.targets_and_report import Report, Table, TargetCheck, at_least
 from router_models.general.held_out_prompts import held_out_prompts
-from router_models.general.training_prompt_reader import read_prompts
+from router_models.general.training_prompt_reader import read_training_prompts
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.selection import select
 from service.config import Config
@@ -79,7 +79,7 @@ _CALL_TEXT = "x" * 800
 def site() -> Config:
     """Six experts, and categories by ten examples each."""
     examples: dict[str, list[str]] = {}
-    for row in read_prompts():
+    for row in read_training_prompts():
         if row.lang == "en" and len(examples.setdefault(row.category, [])) < _EXAMPLES:
             examples[row.category].append(row.prompt)
     experts = {}

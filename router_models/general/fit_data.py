@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from router_models.general.augmentation import augment, scraps
 from router_models.general.public_data_reader import PublicPrompt, read_public_data
-from router_models.general.training_prompt_reader import read_prompts, read_unknown
+from router_models.general.training_prompt_reader import read_training_prompts, read_unknown
 from service.classifier.classifier import GENERAL
 
 OWN, SCRAPS, UNKNOWN = "own", "scraps", "unknown"
@@ -81,7 +81,7 @@ def fit_rows(data: Path | None, mix: Mix, seed: int = 0) -> list[FitRow]:
         PromptsError: Our own prompts are malformed.
         PublicDataError: A public file is missing or malformed.
     """
-    own = read_prompts()
+    own = read_training_prompts()
     rows = [FitRow(p.prompt, p.category, p.lang, OWN, i, 1.0) for i, p in enumerate(own)]
     seen = {row.text for row in rows}
     if data is not None:

@@ -56,16 +56,15 @@ class Answers:
 
     def served(self, bar: float = WHEN_BELOW) -> list[CategoryScores]:
         """What is served: the encoder is asked below a confidence, and where the first gave up."""
-        return [
-            b if a.confidence < bar or (bar > 0 and a.stage == GENERAL) else a
-            for a, b in zip(self.first, self.both, strict=True)
-        ]
+        return [b if _is_unsure(a, bar) else a for a, b in zip(self.first, self.both, strict=True)]
 
     def asked(self, bar: float) -> float:
         """Share of texts that reach the encoder."""
-        return sum(
-            a.confidence < bar or (bar > 0 and a.stage == GENERAL) for a in self.first
-        ) / max(len(self.first), 1)
+        return sum(_is_unsure(a, bar) for a in self.first) / max(len(self.first), 1)
+
+
+def _is_unsure(first: CategoryScores, bar: float) -> bool:
+    return first.confidence < bar or (bar > 0 and first.stage == GENERAL)
 
 
 def answers(

@@ -37,8 +37,14 @@ from router_models.labelled_prompt_reader import (
     read_prompts,
 )
 from router_models.outcome_reader import OutcomeError
-from router_models.stage_fit import FitOptions, FitSet, Say, fit_stages, measured
-from router_models.stage_fit import readable as line_of
+from router_models.stage_fit import (
+    FitOptions,
+    FitSet,
+    Say,
+    figures_line,
+    fit_stages,
+    measured,
+)
 from service.classifier.classifier import GENERAL
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.router_artifact import save_artifact
@@ -92,13 +98,13 @@ def fit(
         "rows": len(rows),
         "calibration": measured(fitted.calibration, truth),
     }
-    say(line_of("out of distribution, prompts that calibrate", metrics["calibration"]))
+    say(figures_line("out of distribution, prompts that calibrate", metrics["calibration"]))
     if fitted.held_out:
         metrics["folds"] = {"folds": folds}
         for source, here in _judged(rows).items():
             found = measured({n: p[here] for n, p in fitted.held_out.items()}, y[here])
             metrics["folds"][source] = found
-            say(line_of(f"in distribution, {folds} folds, {source}", found))
+            say(figures_line(f"in distribution, {folds} folds, {source}", found))
     return CategoryFit(labels, fitted.tensors, fitted.classifier, metrics)
 
 

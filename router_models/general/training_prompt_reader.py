@@ -26,7 +26,7 @@ class PromptsError(ValueError):
 
 
 @dataclass(frozen=True)
-class LabelledPrompt:
+class TrainingPrompt:
     """A prompt, its category, and the language it is written in (ISO 639-1)."""
 
     prompt: str
@@ -45,14 +45,14 @@ def normalised_text(prompt: str) -> str:
     return text.rstrip(" .?!。؟।") or text
 
 
-def read_unknown(folder: Path = UNKNOWN_FOLDER) -> tuple[LabelledPrompt, ...]:
-    """Read the texts that ask for nothing; the errors are those of `read_prompts`."""
-    return read_prompts(folder, allowed=(general_categories().fallback,))
+def read_unknown(folder: Path = UNKNOWN_FOLDER) -> tuple[TrainingPrompt, ...]:
+    """Read the texts that ask for nothing; the errors are those of `read_training_prompts`."""
+    return read_training_prompts(folder, allowed=(general_categories().fallback,))
 
 
-def read_prompts(
+def read_training_prompts(
     folder: Path = PROMPTS_FOLDER, allowed: tuple[str, ...] | None = None
-) -> tuple[LabelledPrompt, ...]:
+) -> tuple[TrainingPrompt, ...]:
     """Read all `*.jsonl` files of a folder, ordered by language.
 
     Args:
@@ -66,7 +66,7 @@ def read_prompts(
     """
     allowed = allowed or general_categories().names
     paths = sorted(folder.glob("*.jsonl"))
-    prompts: list[LabelledPrompt] = []
+    prompts: list[TrainingPrompt] = []
     seen: dict[str, tuple[str, str]] = {}
     for path in paths:
         for place, row in _rows(path):
@@ -97,7 +97,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
                 raise PromptsError(f"{place}: not a line of JSON in UTF-8: {error}") from None
 
 
-def _labelled(place: str, row: object, lang: str, allowed: tuple[str, ...]) -> LabelledPrompt:
+def _labelled(place: str, row: object, lang: str, allowed: tuple[str, ...]) -> TrainingPrompt:
     if not isinstance(row, dict) or set(row) != set(_KEYS):
         raise PromptsError(f"{place}: a row must have the keys {', '.join(_KEYS)} and no others")
     for key in _KEYS:
@@ -109,4 +109,4 @@ def _labelled(place: str, row: object, lang: str, allowed: tuple[str, ...]) -> L
         )
     if row["lang"] != lang:
         raise PromptsError(f"{place}: 'lang' is {row['lang']!r}, but the file is for {lang!r}")
-    return LabelledPrompt(row["prompt"], row["category"], row["lang"])
+    return TrainingPrompt(row["prompt"], row["category"], row["lang"])

@@ -10,11 +10,11 @@ from router_models.stage_fit import (
     FitOptions,
     FitSet,
     calibrate,
+    figures_line,
     fit_stages,
     join,
     measured,
     min_confidence,
-    readable,
 )
 from service.classifier.linear_heads import log_softmax
 
@@ -59,7 +59,9 @@ def test_calibrate_gives_calibrated_confidence_after_every_stage() -> None:
     accuracy = [stage["accuracy"] for stage in figures.values()]
     assert accuracy == sorted(accuracy)
     assert max(stage["ece"] for stage in figures.values()) < 0.05
-    assert readable("x", figures).startswith(f"x: ngrams {100 * accuracy[0]:.1f} % (calibration")
+    assert figures_line("x", figures).startswith(
+        f"x: ngrams {100 * accuracy[0]:.1f} % (calibration"
+    )
 
 
 def test_min_confidence_lets_scraps_be_general_and_keeps_what_is_right() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_models.general.augmentation import LANGUAGES, augment, scraps
-from router_models.general.training_prompt_reader import read_prompts
+from router_models.general.training_prompt_reader import read_training_prompts
 
 texts = st.text(min_size=1, max_size=120)
 
@@ -32,18 +32,18 @@ def test_augment_unknown_language_adds_nothing_polite(text: str, seed: int) -> N
 
 def test_augment_changes_most_prompts() -> None:
     draw = random.Random(1)
-    prompts = read_prompts()[::40]
+    prompts = read_training_prompts()[::40]
     changed = sum(augment(p.prompt, p.lang, draw) != p.prompt for p in prompts)
     assert changed > 0.85 * len(prompts)
 
 
 def test_augment_has_polite_words_in_every_language_of_the_prompts() -> None:
-    assert {p.lang for p in read_prompts()} == LANGUAGES
+    assert {p.lang for p in read_training_prompts()} == LANGUAGES
 
 
 @pytest.mark.parametrize("count", [1, 60, 300])
 def test_scraps_are_distinct_short_and_as_many_as_asked(count: int) -> None:
-    prompts = [p.prompt for p in read_prompts()[::20]]
+    prompts = [p.prompt for p in read_training_prompts()[::20]]
     found = scraps(prompts, count, random.Random(3))
     assert len(found) == len(set(found)) == count
     assert all(text.strip() and len(text) <= 40 for text in found)

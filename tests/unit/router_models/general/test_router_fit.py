@@ -12,8 +12,11 @@ from router_models.general.categories import general_categories
 from router_models.general.fit_data import OWN, SCRAPS, FitRow
 from router_models.general.near_duplicates import MOST_LIKE_HELD_OUT, cosines, held_out_texts
 from router_models.general.router_fit import fit
-from router_models.general.training_prompt_reader import CALIBRATION_FOLDER, read_unknown
-from router_models.general.training_prompt_reader import read_prompts as read_training_prompts
+from router_models.general.training_prompt_reader import (
+    CALIBRATION_FOLDER,
+    read_training_prompts,
+    read_unknown,
+)
 from router_models.labelled_prompt_reader import LabelledPrompt, prompt_files, read_prompts
 from service.classifier.classifier import GENERAL, Classifier
 from service.classifier.router_artifact import save_artifact

@@ -18,10 +18,10 @@ from router_models.general.near_duplicates import (
     held_out_texts,
 )
 from router_models.general.training_prompt_reader import (
-    LabelledPrompt,
     PromptsError,
+    TrainingPrompt,
     normalised_text,
-    read_prompts,
+    read_training_prompts,
     read_unknown,
 )
 
@@ -32,12 +32,12 @@ GOOD = {"prompt": "Is it legal?", "category": "law", "lang": "en"}
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[LabelledPrompt, ...]:
-    return read_prompts()
+def shipped() -> tuple[TrainingPrompt, ...]:
+    return read_training_prompts()
 
 
 def test_shipped_prompts_have_enough_of_each_category_in_each_language(
-    shipped: tuple[LabelledPrompt, ...],
+    shipped: tuple[TrainingPrompt, ...],
 ) -> None:
     counts = Counter((row.lang, row.category) for row in shipped)
     assert {row.lang for row in shipped} == set(LEAST)
@@ -52,7 +52,7 @@ def test_shipped_prompts_have_enough_of_each_category_in_each_language(
 
 @pytest.mark.parametrize("lang", sorted(LEAST))
 def test_shipped_prompts_have_no_near_duplicates(
-    shipped: tuple[LabelledPrompt, ...], lang: str
+    shipped: tuple[TrainingPrompt, ...], lang: str
 ) -> None:
     texts = [row.prompt for row in shipped if row.lang == lang]
     alike = alikeness(texts)
@@ -62,7 +62,7 @@ def test_shipped_prompts_have_no_near_duplicates(
 
 @pytest.mark.parametrize("lang", sorted(LEAST))
 def test_shipped_prompts_are_not_near_held_out_prompts(
-    shipped: tuple[LabelledPrompt, ...], lang: str
+    shipped: tuple[TrainingPrompt, ...], lang: str
 ) -> None:
     taught = [row.prompt for row in (*shipped, *read_unknown()) if row.lang == lang]
     held_out = held_out_texts(lang)
@@ -71,7 +71,7 @@ def test_shipped_prompts_are_not_near_held_out_prompts(
 
 
 def test_unknown_texts_are_in_every_language_and_taught_in_no_category(
-    shipped: tuple[LabelledPrompt, ...],
+    shipped: tuple[TrainingPrompt, ...],
 ) -> None:
     unknown = read_unknown()
     assert min(Counter(row.lang for row in unknown)[lang] for lang in LEAST) >= 15
@@ -91,9 +91,9 @@ def test_unknown_texts_are_in_every_language_and_taught_in_no_category(
     ],
 )
 def test_prompts_that_routers_got_wrong_are_taught(
-    shipped: tuple[LabelledPrompt, ...], prompt: str, category: str
+    shipped: tuple[TrainingPrompt, ...], prompt: str, category: str
 ) -> None:
-    assert LabelledPrompt(prompt, category, "en") in shipped
+    assert TrainingPrompt(prompt, category, "en") in shipped
 
 
 def _write(folder: Path, *lines: object, lang: str = "en") -> Path:
@@ -102,13 +102,13 @@ def _write(folder: Path, *lines: object, lang: str = "en") -> Path:
     return folder
 
 
-def test_read_prompts_good_rows_are_read_by_language(tmp_path: Path) -> None:
+def test_read_training_prompts_good_rows_are_read_by_language(tmp_path: Path) -> None:
     _write(tmp_path, GOOD, "", GOOD | {"prompt": "1 + 1\u2028?", "category": "coding"})
     _write(tmp_path, GOOD | {"prompt": "Ist das erlaubt?", "lang": "de"}, lang="de")
-    assert read_prompts(tmp_path) == (
-        LabelledPrompt("Ist das erlaubt?", "law", "de"),
-        LabelledPrompt("Is it legal?", "law", "en"),
-        LabelledPrompt("1 + 1\u2028?", "coding", "en"),
+    assert read_training_prompts(tmp_path) == (
+        TrainingPrompt("Ist das erlaubt?", "law", "de"),
+        TrainingPrompt("Is it legal?", "law", "en"),
+        TrainingPrompt("1 + 1\u2028?", "coding", "en"),
     )
 
 
@@ -127,12 +127,12 @@ def test_read_prompts_good_rows_are_read_by_language(tmp_path: Path) -> None:
         (GOOD | {"lang": "de"}, "'lang' is 'de', but the file is for 'en'"),
     ],
 )
-def test_read_prompts_bad_row_is_refused_with_file_and_line(
+def test_read_training_prompts_bad_row_is_refused_with_file_and_line(
     tmp_path: Path, row: object, message: str
 ) -> None:
     _write(tmp_path, GOOD | {"prompt": "May I?"}, "", row)
     with pytest.raises(PromptsError, match=message) as caught:
-        read_prompts(tmp_path)
+        read_training_prompts(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'en.jsonl'}:3: ")
 
 
@@ -141,29 +141,31 @@ def test_read_prompts_bad_row_is_refused_with_file_and_line(
     ["Is it legal?", "is it LEGAL", "  Is  it\nlegal . ", "Ｉｓ it legal?"],
 )
 @pytest.mark.parametrize("category", ["law", "coding"])
-def test_read_prompts_same_text_again_is_refused_with_both_places(
+def test_read_training_prompts_same_text_again_is_refused_with_both_places(
     tmp_path: Path, again: str, category: str
 ) -> None:
     _write(tmp_path, GOOD | {"lang": "de"}, lang="de")
     _write(tmp_path, GOOD | {"prompt": again, "category": category})
     with pytest.raises(PromptsError, match="stands already in") as caught:
-        read_prompts(tmp_path)
+        read_training_prompts(tmp_path)
     assert f"{tmp_path / 'en.jsonl'}:1: " in str(caught.value)
     assert f"{tmp_path / 'de.jsonl'}:1, as 'law'" in str(caught.value)
 
 
-def test_read_prompts_other_signs_are_other_prompts(tmp_path: Path) -> None:
+def test_read_training_prompts_other_signs_are_other_prompts(tmp_path: Path) -> None:
     texts = ["17 * 23", "17 / 23", "17 - 23", "???", "..."]
     _write(tmp_path, *(GOOD | {"prompt": text} for text in texts))
-    assert [row.prompt for row in read_prompts(tmp_path)] == texts
+    assert [row.prompt for row in read_training_prompts(tmp_path)] == texts
 
 
-def test_read_prompts_bytes_that_are_no_utf8_are_refused_with_the_line(tmp_path: Path) -> None:
+def test_read_training_prompts_bytes_that_are_no_utf8_are_refused_with_the_line(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "en.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(PromptsError, match=r"en\.jsonl:1: not a line of JSON in UTF-8"):
-        read_prompts(tmp_path)
+        read_training_prompts(tmp_path)
 
 
-def test_read_prompts_folder_without_prompts_is_refused(tmp_path: Path) -> None:
+def test_read_training_prompts_folder_without_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PromptsError, match="no prompts"):
-        read_prompts(tmp_path)
+        read_training_prompts(tmp_path)
