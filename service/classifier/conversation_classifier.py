@@ -148,15 +148,6 @@ def deciding_turn(turns: Sequence[str]) -> str:
     return next((text for text in reversed(last) if content_words(text)), last[-1] if last else "")
 
 
-def assess_body(
-    classifier: TextClassifier,
-    body: Mapping[str, Any],
-    vectors: Mapping[str, Vector] | None = None,
-) -> Assessment:
-    """Compute posterior and factors of a request body, see `assess_turns`."""
-    return assess_turns(classifier, user_turns(body), vectors)
-
-
 def user_turns(body: Mapping[str, Any]) -> list[str]:
     """Extract the user's texts from a request body, oldest first.
 

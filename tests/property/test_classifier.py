@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.classifier.classifier import Classifier
-from service.classifier.conversation_classifier import assess_body, classify_turns, user_turns
+from service.classifier.conversation_classifier import classify_turns, user_turns
 from service.classifier.router_artifact import load_artifact
 from service.types import CategoryScores
 
@@ -61,8 +61,9 @@ def test_classify_any_conversation_gives_a_posterior(turns: list[str]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "input", "instructions"]), values))
 def test_classify_any_body_is_accepted(body: dict[str, object]) -> None:
-    assert all(isinstance(turn, str) for turn in user_turns(body))
-    check(assess_body(classifier(), body).scores)
+    turns = user_turns(body)
+    assert all(isinstance(turn, str) for turn in turns)
+    check(classify_turns(classifier(), turns))
 
 
 def test_classify_ten_million_characters_takes_bounded_time() -> None:

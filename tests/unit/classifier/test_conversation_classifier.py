@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from service.classifier.classifier import Classifier
-from service.classifier.conversation_classifier import (
-    assess_body,
-    classify_turns,
-    content_words,
-    user_turns,
-)
+from service.classifier.conversation_classifier import classify_turns, content_words, user_turns
 from service.classifier.hashed_ngrams import FeatureSpec, Featurizer
 
 SPEC = FeatureSpec(char_orders=(), word_orders=(1,), bits=12, known_bits=16)
@@ -142,6 +137,8 @@ def test_user_turns_of_a_body(body: dict[str, Any], turns: list[str]) -> None:
     assert user_turns(body) == turns
 
 
-def test_classify_body_uses_its_user_turns(classifier: Classifier) -> None:
+def test_classify_turns_of_a_body_gives_the_category_of_its_user_turns(
+    classifier: Classifier,
+) -> None:
     body = {"messages": [{"role": "user", "content": "cows"}, {"role": "user", "content": "ok"}]}
-    assert assess_body(classifier, body).scores.category == "math"
+    assert classify_turns(classifier, user_turns(body)).category == "math"
