@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,9 @@ QUICK_S, FULL_S = 180.0, 720.0
 @click.command()
 @click.option("--config", "-c", "path", type=CONFIG, help="Try the experts of this config.")
 @click.option("--quick", is_flag=True, help="Swaps in place only, in at most three minutes.")
-@click.option("--report", is_flag=True, help="Print what an issue report needs; try nothing.")
+@click.option(
+    "--report", is_flag=True, help="Print what an issue report needs, as JSON; try nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
     """Prove the methods of swaps on this machine, in at most twelve minutes.
@@ -36,6 +39,8 @@ def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
     """
     from service.config import load_config
 
+    if report and quick:
+        raise click.UsageError("--report tries nothing: leave out --quick")
     config = load_config(path) if path is not None else None
     if report:
         from service.cli.doctor.issue_report import report_of
@@ -52,8 +57,6 @@ def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
 
 def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapProof]:
     """Try each layout within one time limit, and write its record."""
-    import time
-
     from service.cli.doctor.trial_runner import prove, with_left_out
     from service.engine.swap_proof import SwapProof, merged_proof
     from service.engine.swap_proof_store import SwapProofStore, this_machine
@@ -88,10 +91,9 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
         machine = this_machine(on_gpu=not subject.on_cpu)
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         old = store.read(machine, subject.layout)
-        proof = merged_proof(old, SwapProof(machine, subject.layout, made, quick, findings))
         if old is None:
             findings = with_left_out(findings)
-            proof = SwapProof(machine, subject.layout, made, quick, findings)
+        proof = merged_proof(old, SwapProof(machine, subject.layout, made, quick, findings))
         proofs.append(proof)
         if not quiet:
             _print_proof(proof)

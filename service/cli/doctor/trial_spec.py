@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-TRIALS = ("prepare", "fresh", "inplace", "sleep", "steering")
 _FOUND = "found.jsonl"
 _SPEC = "spec.json"
 

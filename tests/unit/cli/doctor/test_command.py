@@ -62,6 +62,12 @@ def test_doctor_writes_a_record_and_keeps_what_a_quick_run_leaves_out(
     assert proof.machine == this_machine(on_gpu=False)
 
 
+def test_doctor_report_of_a_quick_run_is_refused() -> None:
+    done = CliRunner().invoke(cli, ["doctor", "--report", "--quick"])
+    assert done.exit_code == 2
+    assert "--report tries nothing: leave out --quick" in done.stderr
+
+
 def test_doctor_tries_each_layout_within_one_time_limit(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
