@@ -185,9 +185,14 @@ def test_solve_infeasible_problem_names_the_bound(changes: dict[str, Any], messa
 
 
 def test_solve_price_of_waiting_decides_whether_experts_take_turns() -> None:
-    cheap = solve(plain(time_price=0.001))
-    assert cheap.experts == ("a", "b") or cheap.recipes["x"].name == "b"
-    alone = solve(plain(time_price=10.0))
+    best_apart = np.array([[0.4, 0.8], [0.9, 0.6]])
+    cheap = solve(plain(quality=best_apart, time_price=0.001))
+    assert {category: recipe.name for category, recipe in cheap.recipes.items()} == {
+        "x": "b",
+        "y": "a",
+    }
+    assert cheap.mean_wait_s > 0
+    alone = solve(plain(quality=best_apart, time_price=10.0))
     assert {recipe.name for recipe in alone.recipes.values()} == {"b"}
     assert alone.mean_wait_s == 0
     # With a tight budget both are needed, and one of them is a guest.
