@@ -443,6 +443,7 @@ def _kinds(options: Mapping[str, Any], template: PoolConfig) -> tuple[Accelerato
     method = template.swap.method
     kv_bytes = template.vllm.kv_cache_bytes or _DEFAULT_KV_BYTES
     if options["accelerators"]:
+        # Only the machine with the accelerators knows which faster method is proven there.
         swap = SwapMethod.RESPAWN if method == "auto" else SwapMethod(method)
         return tuple(
             Accelerators(
