@@ -149,7 +149,8 @@ def busy_replicas(by_expert: Mapping[str, float], engines: int) -> float:
 
     One expert uses one engine of a replica, and all of them together use all engines.
     """
-    return max(max(by_expert.values(), default=0.0), sum(by_expert.values()) / engines)
+    # `fsum` is exact, so that the order of the experts can't decide on a replica.
+    return max(max(by_expert.values(), default=0.0), math.fsum(by_expert.values()) / engines)
 
 
 def desired_replicas(

@@ -13,6 +13,7 @@ LABELS = {
     "direction": "of a prediction: under (too low) or over (too high, or right)",
     "expert": "name of an expert in the config; empty where none was chosen",
     "gateway": "id of the gateway process, on each of its samples",
+    "gpu": "number of a GPU in nvidia-smi's list",
     "kind": "of a cache lookup: exact or similar",
     "layer": "number of a decoder layer that routes tokens",
     "method": "method of a swap: inplace, respawn, lora, sleep, steer",
@@ -29,7 +30,7 @@ LABELS = {
     "coe doctor), or fallback (nothing faster is proven)",
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",
     "state": "of weights: disk, host, device, loading, draining, failed; of a replica: starting, "
-    "running, stopping",
+    "running, stopping; of a GPU's memory: total, used, free, reserved",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",
     "type": "prompt or completion",

@@ -56,10 +56,11 @@ async def test_claim_without_limits_is_granted_and_recorded() -> None:
 
 async def test_claim_counts_in_a_global_and_a_tenant_budget() -> None:
     book = ledger(
+        tenants={"a": {}},
         budgets={
             "all": {"amount": 10, "period": "day"},
             "a-hour": {"amount": 6, "window_s": 3600, "tenant": "a"},
-        }
+        },
     )
     a, b = Tenant("a"), Tenant("b")
     held = await book.reserve("1", a, BOUND)

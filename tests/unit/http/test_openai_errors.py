@@ -48,6 +48,7 @@ STATUS = {
     "StoreUnavailableError": 503,
     "PoolUnreachableError": 503,
     "PoolStoppedError": 503,
+    "PoolReplacedError": 503,
     "EngineDeadError": 503,
     "EngineRestartingError": 503,
     "EngineDiedTwiceError": 500,

@@ -13,6 +13,7 @@ import pytest
 from service.config import Config, load_config
 from service.deployment.config_reload import RunningConfig, reload
 from service.engine.engine_interface import EngineRequest, Send
+from service.engine.vllm.engine import VllmEngine
 from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine
 from service.engine.vllm.tokenizer_digest import tokenizer_digest
 from service.models.weights_version import version_of
@@ -120,8 +121,19 @@ def test_file_version_changes_when_files_are_replaced(tmp_path: Path, name: str)
     assert version_of(str(folder), None, 1.0) != before
 
 
-class Speaks(SwappingVllmEngine):
-    """An engine that says what it is told to."""
+class FixedAnswers(VllmEngine):
+    """An engine that answers with its `tokens`."""
+
+    tokens: list[int]
+
+    async def run(self, request: EngineRequest, send: Send) -> None:
+        logprobs = {"token_logprobs": [-0.1] * len(self.tokens)}
+        choice = {"token_ids": self.tokens, "logprobs": logprobs}
+        await send({"body": orjson.dumps({"choices": [choice]})})
+
+
+class Speaks(SwappingVllmEngine, FixedAnswers):
+    """An engine that swaps, and says what it is told to."""
 
     def __init__(self, canaries: dict[str, Canary], version: str, tokens: list[int]) -> None:
         self._canaries = canaries
@@ -129,11 +141,6 @@ class Speaks(SwappingVllmEngine):
         self._broken = None
         self._handle = SimpleNamespace(generates=True, max_model_len=2048, vocab_size=49152)
         self.tokens = tokens
-
-    async def run(self, request: EngineRequest, send: Send) -> None:
-        logprobs = {"token_logprobs": [-0.1] * len(self.tokens)}
-        choice = {"token_ids": self.tokens, "logprobs": logprobs}
-        await send({"body": orjson.dumps({"choices": [choice]})})
 
 
 async def test_canary_after_files_were_replaced_is_that_of_the_new_files() -> None:
