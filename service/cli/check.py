@@ -138,8 +138,9 @@ def _with_choice(plan: PoolPlan, choice: SwapMethodChoice) -> PoolPlan:
     if choice.source != "fallback":
         return replace(plan, notes=(*plan.notes, line))
     warning = (
-        f"pools.{plan.kind}: {line}; a change of expert then restarts the engine, some 40 to 120 s "
-        "for a model of 7B. `coe doctor --config FILE` proves the faster methods on this machine"
+        f"pools.{plan.kind}: {line}; a change of expert then restarts the engine, which may take "
+        "40 to 120 s for a model of 7B. `coe doctor --config FILE` proves the faster methods on "
+        "this machine"
     )
     return replace(plan, warnings=(*plan.warnings, warning))
 

@@ -59,7 +59,7 @@ class SessionTurn:
     def from_json(cls, given: list[Any]) -> SessionTurn:
         """Parse from a store. Raises ValueError or TypeError."""
         *names, boot, tokens, at_s, calls = given[:_PARTS]
-        # Gateways of before write no topics.
+        # Gateways of an earlier version write no topics.
         topics = tuple((str(name), float(p)) for name, p in (given[_PARTS:] or [[]])[0])
         digest, expert, recipe, category = map(str, names)
         where = None if boot is None else str(boot)

@@ -13,7 +13,8 @@ other expert is loaded, because a swap will overwrite it.
 For other models (mixtures of experts) the engine keeps its first weights. Steered experts use these
 weights with the rules that are installed in the routers (`graph_steering`).
 
-The code is written for vLLM's CUDA build. It was not run without a GPU.
+The code is written for vLLM's CUDA build. It was seen working around a CPU's compiled engine, and
+was not run on a GPU.
 """
 
 from __future__ import annotations
