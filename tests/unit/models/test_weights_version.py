@@ -136,7 +136,9 @@ class Speaks(SwappingVllmEngine, FixedAnswers):
     """An engine that swaps, and says what it is told to."""
 
     def __init__(self, canaries: dict[str, Canary], version: str, tokens: list[int]) -> None:
+        self._on_cpu = True
         self._canaries = canaries
+        self._own_canaries = {}
         self._versions = {"math": version}
         self._broken = None
         self._handle = SimpleNamespace(generates=True, max_model_len=2048, vocab_size=49152)
