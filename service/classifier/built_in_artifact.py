@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from service.classifier.router_artifact import Artifact, load_artifact
+from service.errors import ArtifactError
 
 # The packages `service` and `router_models` lie beside each other, in sources and when installed.
 BUILT_IN = Path(__file__).parents[2] / "router_models" / "artifacts" / "general@2"
@@ -17,11 +18,18 @@ DEFAULT_ENCODER = "all-minilm-l6-v2"
 
 
 def encoder_for(model: str | None, artifact: Artifact | None) -> str:
-    """Return which encoder to ask: the config's `model`, or that of the artifact's fit."""
+    """Return which encoder to ask: the config's `model`, or that of the artifact's fit.
+
+    Raises:
+        ArtifactError: The artifact names none in its section.
+    """
     if model is not None:
         return model
-    section = {} if artifact is None else artifact.section("classifier").get("encoder", {})
-    return str(section.get("model", DEFAULT_ENCODER))
+    section = None if artifact is None else artifact.part("classifier", "encoder")
+    found = DEFAULT_ENCODER if section is None else section.get("model", DEFAULT_ENCODER)
+    if not isinstance(found, str) or not found:
+        raise ArtifactError("the router's artifact: classifier.encoder.model must be a name")
+    return found
 
 
 @cache

@@ -173,8 +173,9 @@ class Classifier:
         if known.dtype != np.uint8:
             raise ArtifactError(f"{artifact.path}: classifier.known must be uint8")
         static: StaticStage | None = None
-        if table is not None and "static" in section:
-            if section["static"].get("table_sha256") != table.digest:
+        fitted = artifact.part("classifier", "static")
+        if table is not None and fitted is not None:
+            if fitted.get("table_sha256") != table.digest:
                 raise ArtifactError(
                     f"{artifact.path}: fitted with another static table than the one that is "
                     "loaded; fit it again, or set router.static to false"
@@ -311,10 +312,10 @@ def choose(
 
 
 def _encoder_stage(artifact: Artifact, labels: int) -> EncoderStage | None:
-    section = artifact.section("classifier")
-    if "encoder" not in section:
+    section = artifact.part("classifier", "encoder")
+    if section is None:
         return None
-    dims = section["encoder"].get("dims")
+    dims = section.get("dims")
     if not isinstance(dims, int) or not 1 <= dims <= 8192:
         raise ArtifactError(f"{artifact.path}: manifest, encoder: dims must be 1..8192")
     probe = artifact.tensor("encoder.probe", (dims,)).astype(np.float32)

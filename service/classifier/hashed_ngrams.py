@@ -43,6 +43,10 @@ _ASCII_FOLD = bytes(
 _IS_WORD = np.array([chr(c).isalnum() or c == 95 for c in range(128)] + [True], dtype=np.bool_)
 
 
+# The tables of positions grow with it.
+MAX_EDGE_CHARS = 100_000
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """The parameters of the features. The artifact's manifest has them for fit and service.
@@ -93,8 +97,10 @@ class FeatureSpec:
             trims=bool(data.get("trims", False)),
         )
         orders = spec.char_orders + spec.word_orders
-        if not (8 <= spec.bits <= 20 and 8 <= spec.known_bits <= 24 and spec.edge_chars >= 16):
-            raise ValueError("features: bits 8..20, known_bits 8..24, edge_chars >= 16 are allowed")
+        if not (8 <= spec.bits <= 20 and 8 <= spec.known_bits <= 24):
+            raise ValueError("features: bits 8..20 and known_bits 8..24 are allowed")
+        if not 16 <= spec.edge_chars <= MAX_EDGE_CHARS:
+            raise ValueError(f"features: edge_chars 16..{MAX_EDGE_CHARS} are allowed")
         if not orders or any(not 1 <= n <= 8 for n in orders):
             raise ValueError("features: orders of 1..8 are allowed")
         return spec

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ CARD = "README.md"
 # These bounds are far above the size of any artifact. They keep a wrong path from filling memory.
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_WEIGHTS_BYTES = 1 << 30
+_MAX_VALUE = 1e15
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -71,11 +73,23 @@ class Artifact:
             raise ArtifactError(f"{self.path / MANIFEST}: {name!r} is missing or not an object")
         return found
 
+    def part(self, section: str, name: str) -> Mapping[str, Any] | None:
+        """Return an object in a section of the manifest; None where the section has none.
+
+        Raises:
+            ArtifactError: The section is missing, or one of the two has another type.
+        """
+        found = self.section(section).get(name, {})
+        if not isinstance(found, dict):
+            raise ArtifactError(f"{self.path / MANIFEST}: {section}.{name} is not an object")
+        return found or None
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """Return a tensor, and check its shape.
 
         Raises:
-            ArtifactError: The tensor is missing, has another shape, or contains NaN or infinity.
+            ArtifactError: The tensor is missing, has another shape, or contains NaN, infinity or
+                numbers that are too large.
         """
         if name not in self.tensors:
             raise ArtifactError(f"{self.path / WEIGHTS}: no tensor {name!r}")
@@ -87,6 +101,11 @@ class Artifact:
             )
         if found.dtype.kind == "f" and not np.isfinite(found).all():
             raise ArtifactError(f"{self.path / WEIGHTS}: tensor {name!r} holds NaN or infinity")
+        # In float32, products of larger numbers are infinite, and quality would be NaN.
+        if found.dtype.kind == "f" and float(np.abs(found).max(initial=0)) > _MAX_VALUE:
+            raise ArtifactError(
+                f"{self.path / WEIGHTS}: tensor {name!r} holds numbers beyond ±{_MAX_VALUE:g}"
+            )
         return found
 
 
@@ -101,9 +120,11 @@ def load_artifact(path: Path | str) -> Artifact:
     folder = Path(path)
     where = folder / MANIFEST
     try:
-        manifest = json.loads(_read(where, _MAX_MANIFEST_BYTES))
+        manifest = _parse(_read(where, _MAX_MANIFEST_BYTES))
     except ValueError as error:
         raise ArtifactError(f"{where}: not JSON: {error}") from error
+    except RecursionError:
+        raise ArtifactError(f"{where}: nested too deep") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ArtifactError(f'{where}: not a router artifact ("kind" must be {KIND!r})')
     if manifest.get("schema_version") not in _READABLE:
@@ -182,6 +203,27 @@ def _describe(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         name: {"dtype": str(value.dtype), "shape": list(value.shape)}
         for name, value in sorted(tensors.items())
     }
+
+
+def _parse(text: bytes) -> Any:
+    """Parse JSON. Python's parser alone takes numbers that no float or index can hold.
+
+    Raises:
+        ValueError: It is no JSON, or a number is too large or none.
+    """
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(number := float(digits)):
+            raise ValueError(f"{digits[:32]} is no finite number")
+        return number
+
+    def bounded(digits: str) -> int:
+        # The longest 64-bit integer has 19 digits.
+        if len(digits) > 18:
+            raise ValueError(f"{digits[:32]} is too large")
+        return int(digits)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite, parse_int=bounded)
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -164,7 +164,7 @@ def table_of(artifact: Artifact) -> StaticTable | None:
     Raises:
         ArtifactError: The files of a table are missing or damaged.
     """
-    section = artifact.section("classifier").get("static")
+    section = artifact.part("classifier", "static")
     if section is None:
         return None
     multilingual = built_in_table(MULTILINGUAL)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.classifier.built_in_artifact import encoder_for
 from service.classifier.classifier import Classifier
 from service.classifier.hashed_ngrams import FeatureSpec
 from service.classifier.router_artifact import MANIFEST, WEIGHTS, load_artifact, save_artifact
+from service.classifier.static_embedding_table import table_of
 from service.errors import ArtifactError
 
 SPEC = FeatureSpec(bits=8, known_bits=8)
@@ -144,3 +148,58 @@ def test_load_artifact_nan_weights_raises(tmp_path: Path) -> None:
     save_artifact(tmp_path / "nan@1", manifest(), wrong, "")
     with pytest.raises(ArtifactError, match="NaN"):
         Classifier.from_artifact(load_artifact(tmp_path / "nan@1"))
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + 400 * "0", "1" + 5000 * "0"]
+)
+@pytest.mark.parametrize("place", ["bits", "edge_chars", "temperature", "max_novelty", "spare"])
+def test_load_artifact_numbers_that_are_none_raise(folder: Path, number: str, place: str) -> None:
+    text = (folder / MANIFEST).read_text()
+    changed = re.sub(rf'"{place}": [0-9.]+', f'"{place}": {number}', text)
+    if place == "spare":
+        changed = text.replace("{", f'{{"spare": {number}, ', 1)
+    assert changed != text
+    (folder / MANIFEST).write_text(changed)
+    with pytest.raises(ArtifactError, match=r"is no finite number|is too large"):
+        load_artifact(folder)
+
+
+def test_load_artifact_nested_too_deep_raises(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 500_000)
+    with pytest.raises(ArtifactError, match="nested too deep"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("value", [-1e30, 1e30])
+def test_load_artifact_weights_whose_products_are_infinite_raise(
+    tmp_path: Path, value: float
+) -> None:
+    bad = {**tensors(), "classifier.bias": np.array([0.0, value], np.float32)}
+    save_artifact(tmp_path / "bad@1", manifest(), bad, "")
+    with pytest.raises(ArtifactError, match=r"beyond ±1e\+15"):
+        Classifier.from_artifact(load_artifact(tmp_path / "bad@1"))
+
+
+def test_load_artifact_tables_of_positions_are_bounded(folder: Path) -> None:
+    found = json.loads((folder / MANIFEST).read_text())
+    found["classifier"]["features"]["edge_chars"] = 10**9
+    (folder / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(ArtifactError, match=r"edge_chars 16\.\.100000 are allowed"):
+        Classifier.from_artifact(load_artifact(folder))
+
+
+@pytest.mark.parametrize("odd", [None, [], "x", 3])
+def test_load_artifact_stages_that_are_no_objects_raise(folder: Path, odd: object) -> None:
+    for stage, read in (
+        ("static", table_of),
+        ("static", Classifier.from_artifact),
+        ("encoder", partial(encoder_for, None)),
+    ):
+        edit(folder, {"classifier": {**manifest()["classifier"], stage: odd}})
+        with pytest.raises(ArtifactError, match=f"classifier.{stage} is not an object"):
+            read(load_artifact(folder))
+    edit(folder, {"classifier": {**manifest()["classifier"], "encoder": {"model": odd or ""}}})
+    if odd != "x":
+        with pytest.raises(ArtifactError, match="must be a name"):
+            encoder_for(None, load_artifact(folder))
