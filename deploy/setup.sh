@@ -31,7 +31,7 @@ lock=deploy/locks/$kind.txt
 stamp=$( (cat pyproject.toml "$lock" "$0" deploy/torch.sh deploy/locks/torch-cpu.txt; "$python" -V) | sha256sum | cut -d' ' -f1)
 [ "$(cat $venv/.ready 2>/dev/null || true)" = "$stamp" ] && exit 0
 
-if [ $kind = gpu ]; then deploy/gpu_prerequisites.sh "$python"; fi
+if [ $kind = gpu ]; then deploy/gpu_setup_preflight.sh "$python"; fi
 
 # From here on it is half made, and an interrupted run must not pass for a finished one.
 rm -f $venv/.ready

@@ -31,7 +31,7 @@ from service.engine.engine_interface import EngineRequest, Message
 from service.errors import CoeError, InvalidRequestError
 from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.parsing import parse_request
-from service.http.openai_errors import error_response
+from service.http.error_formats import error_response
 from service.models import locate
 
 _MODEL = "smollm2-135m-instruct"

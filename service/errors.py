@@ -1,6 +1,6 @@
 """The errors that this service raises, as one tree.
 
-Every message names the fault and the allowed values. Only `service.http.openai_errors` maps the
+Every message names the fault and the allowed values. Only `service.http.error_formats` maps the
 classes to HTTP statuses.
 """
 

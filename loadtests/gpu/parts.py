@@ -33,7 +33,7 @@ class Part:
 def parts(*, on_cpu: bool) -> tuple[Part, ...]:
     """Return the parts. On a CPU these are only to try the run out, with what needs no GPU."""
     python = (sys.executable, "-m")
-    copies = (*python, "loadtests.gpu.memory_copies")
+    copies = (*python, "loadtests.gpu.swap_copies_without_vllm")
     doctor = (*python, "service.cli", "doctor", "--json")
     quick = Part("doctor-quick", "swaps in place against transformers", 180, (*doctor, "--quick"))
     if on_cpu:

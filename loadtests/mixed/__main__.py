@@ -21,7 +21,7 @@ from loadtests.lib.median_intervals import percentile
 from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.mixed.fcfs_baseline import Fcfs
 from loadtests.mixed.traffic_trace import Ask, mean_tokens, trace
-from loadtests.swap.shared_slot_engine import SharedEngine, ask, prepare, settings, weights
+from loadtests.swap.real_shared_slot_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.shared_slot import SharedSlot

@@ -14,7 +14,7 @@ from pathlib import Path
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.machine_load import Watch
 from loadtests.lib.targets_and_report import Report
-from loadtests.swap.shared_slot_engine import prepare
+from loadtests.swap.real_shared_slot_engine import prepare
 from service.config import MoeCapture
 
 Part = Callable[[], Report]

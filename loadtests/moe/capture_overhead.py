@@ -15,7 +15,7 @@ from loadtests.lib.machine_load import Watch
 from loadtests.lib.median_intervals import median, ratios
 from loadtests.lib.targets_and_report import Report, Table, at_least
 from loadtests.moe.random_mixtral import random_mixtral
-from loadtests.swap.shared_slot_engine import ask
+from loadtests.swap.real_shared_slot_engine import ask
 from service.config import MoeCapture, VllmOptions
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics

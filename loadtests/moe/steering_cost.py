@@ -13,7 +13,7 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.median_intervals import median, ratios
 from loadtests.lib.targets_and_report import Report, Table, at_most
 from loadtests.moe.random_mixtral import random_mixtral
-from loadtests.swap.shared_slot_engine import SharedEngine, ask
+from loadtests.swap.real_shared_slot_engine import SharedEngine, ask
 from service.config import Config, VllmOptions
 from service.engine.vllm.swapping_engine import Weights
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile

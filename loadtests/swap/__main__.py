@@ -22,7 +22,7 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.median_intervals import Estimate, median, ratio_of_medians
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
-from loadtests.swap.shared_slot_engine import SharedEngine, ask, prepare, settings, weights
+from loadtests.swap.real_shared_slot_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.engine.vllm.engine import VllmEngine, VllmModel
 

@@ -21,7 +21,7 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.median_intervals import median, ratio_of_medians
 from loadtests.lib.targets_and_report import Report, Table, at_least
-from loadtests.swap.shared_slot_engine import ask, prepare
+from loadtests.swap.real_shared_slot_engine import ask, prepare
 from loadtests.swap_gpu.random_llama import SHAPES, WORDS, Shape, write_random
 from service.config import VllmOptions
 from service.engine.shared_weight_cache import SharedWeightCache

@@ -159,7 +159,7 @@ def metrics_reference() -> str:
 
 def errors_reference() -> str:
     """Render every error that a client can get as Markdown: status, code, type, meaning."""
-    from service.http.openai_errors import detail_of, status_of
+    from service.http.error_formats import detail_of, status_of
 
     parts = ["# Errors\n", _NOTE]
     parts.append(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from service.config import Config, PoolConfig
 from service.deployment.gpu_check import check_gpus
 from service.errors import ConfigError
-from service.pool.weight_sharing import share_weights
+from service.pool.same_weight_experts import share_weights
 
 # Sections that may change while the service runs.
 _LIVE = frozenset(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import orjson
 
 from service.errors import EngineDeadError, InvalidRequestError
-from service.http.openai_errors import Dialect, sse_event
+from service.http.error_formats import Dialect, sse_event
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"

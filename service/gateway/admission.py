@@ -36,7 +36,7 @@ from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import ClientDisconnectedError
-from service.http.openai_errors import status_of
+from service.http.error_formats import status_of
 from service.http.prompt_endpoints import TABLE, UNCHARGED
 from service.telemetry.json_logging import log_fields
 from service.types import Tenant, Usage

@@ -31,7 +31,7 @@ from service.gateway.routes import (
 from service.gateway.routes.inference import InferenceEndpoint
 from service.gateway.unknown_path_hints import hint_for
 from service.http.asgi_helpers import Message, Receive, Send, send_response
-from service.http.openai_errors import ErrorResponse, dialect_of, error_response
+from service.http.error_formats import ErrorResponse, dialect_of, error_response
 from service.http.prompt_endpoints import ENDPOINTS
 from service.telemetry.metric_declarations import REQUESTS_REJECTED
 

@@ -17,7 +17,7 @@ from service.broker.savings import Comparison
 from service.broker.session_terms import SessionOutcome
 from service.broker.token_prices import Price, cost
 from service.classifier.topic_filter import Topics
-from service.http.openai_errors import codes_of_ours
+from service.http.error_formats import codes_of_ours
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Trace

@@ -13,7 +13,7 @@ from service.engine.engine_interface import Send
 from service.errors import CoeError
 from service.gateway.request_record import Headers, RequestRecord
 from service.http.asgi_helpers import ClientDisconnectedError, send_response
-from service.http.openai_errors import dialect_of, error_response
+from service.http.error_formats import dialect_of, error_response
 from service.rpc.call_headers import trace_of
 from service.telemetry.json_logging import log_fields
 

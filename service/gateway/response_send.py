@@ -17,7 +17,7 @@ from service.errors import CoeError, UpstreamError
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import STREAM_HEADERS, LineBuffer, body_message
-from service.http.openai_errors import (
+from service.http.error_formats import (
     Dialect,
     codes_of_ours,
     detail_of,

@@ -174,7 +174,7 @@ class StartupServer:
     def unavailable_body(self, path: str) -> bytes:
         """Return the error body for a path, in the format of its API."""
         # Not at the top: this import needs modules that are not loaded yet.
-        from service.http.openai_errors import dialect_of, error_body
+        from service.http.error_formats import dialect_of, error_body
 
         seconds = time.monotonic() - self._began_s
         message = f"the service is {self._state}"
@@ -287,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.startup.check(self.command, self.headers)
         except CoeError as error:
             # Not at the top: this import needs modules that are not loaded yet.
-            from service.http.openai_errors import dialect_of, error_response
+            from service.http.error_formats import dialect_of, error_response
 
             fault = error_response(error, dialect_of(self.path))
             headers = {name.decode(): value.decode() for name, value in fault.headers}

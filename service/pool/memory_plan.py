@@ -21,6 +21,7 @@ from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_bas
 from service.moe.option_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
 from service.pool.gpu_memory_plan import share_gpus, unknown_memory
+from service.pool.same_weight_experts import WeightSharing, share_weights
 from service.pool.vllm_argument_effects import (
     argument_warnings,
     check_arguments,
@@ -31,7 +32,6 @@ from service.pool.vllm_argument_effects import (
     offloaded_bytes,
     share_bytes,
 )
-from service.pool.weight_sharing import WeightSharing, share_weights
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MIB = 1024**2

@@ -28,7 +28,7 @@ from service.errors import (
     UnknownEndpointError,
     UnknownModelError,
 )
-from service.pool.abandoned_calls import AbandonedCalls
+from service.pool.abandoned_call_tokens import AbandonedCalls
 from service.pool.autoscaling_load import LoadMeter, PoolLoad, SlotLoad, pool_load
 from service.pool.call_acknowledgements import Acknowledgements
 from service.pool.host_memory_division import claims, divide, least
@@ -66,7 +66,7 @@ class Pool:
     `add` gives it slots, `start` starts their engines, `run` answers calls, and `stop` drains it.
 
     Gateways use served names; slots use the names of the weights (`held`). Several served names may
-    share one held name (`weight_sharing`).
+    share one held name (`same_weight_experts`).
 
     Args:
         kind: The pool's name in the config.
@@ -496,6 +496,8 @@ class Pool:
                     slot.occupancy.stay() as stay,
                 ):
                     reply.begin(lease, record_tokens, stay)
+                    # `EngineFactory` made it: a `LazyEngine` around `VllmEngine` (engine/vllm/
+                    # engine.py), its subclass that swaps, or `SleepingEngines`.
                     await lease.engine.run(request, reply)
         except EngineDeadError:
             slot.report_engine_death()

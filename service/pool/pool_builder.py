@@ -15,13 +15,13 @@ from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
 from service.pool.pool import Pool
 from service.pool.pool_diff import PoolDiff, units_of
+from service.pool.same_weight_experts import share_weights
 from service.pool.slot_units import UnitState
 from service.pool.slots.base_slot import BaseSlot
 from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_method import resolve_swap_method, with_swap_method
 from service.pool.swap_planner import SwapPolicy
-from service.pool.weight_sharing import share_weights
 
 log = logging.getLogger("coe.app")
 
@@ -38,7 +38,7 @@ class PoolBuilder:
     A unit is an expert with weights and its adapters. Each unit has a slot, where it takes turns
     with the virtual experts that run on its weights. A pool with fewer slots than units shares
     the slots among all units, which take turns and move between slots. Experts with the same
-    weights are one (`weight_sharing`).
+    weights are one (`same_weight_experts`).
 
     Args:
         config: The config in force.

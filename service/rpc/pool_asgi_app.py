@@ -24,7 +24,7 @@ from service.http.asgi_helpers import (
     start_response,
     until_gone,
 )
-from service.http.openai_errors import error_response, sse_event
+from service.http.error_formats import error_response, sse_event
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call, parse_call
 

@@ -200,7 +200,7 @@ esac
 def checkout(tmp_path: Path) -> Path:
     """A folder with what `deploy/setup.sh` reads, and programs that only pretend."""
     (tmp_path / "deploy" / "locks").mkdir(parents=True)
-    for script in ("setup.sh", "torch.sh", "gpu_prerequisites.sh"):
+    for script in ("setup.sh", "torch.sh", "gpu_setup_preflight.sh"):
         (tmp_path / "deploy" / script).write_text("#!/bin/bash\nexit 0\n")
         (tmp_path / "deploy" / script).chmod(0o755)
     shutil.copy(ROOT / "deploy" / "setup.sh", tmp_path / "deploy")

@@ -11,7 +11,7 @@ import orjson
 
 from service.engine.engine_interface import Engine, EngineRequest, Message
 from service.errors import CoeError
-from service.http.openai_errors import error_response
+from service.http.error_formats import error_response
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -359,7 +359,7 @@ class VllmHandle:
         args = copy.copy(self._args)
         args.served_model_name = [served_name]
         args.model = rendering.folder
-        client = _RenderingClient(self._llm, rendering)
+        client = SaltingEngineClient(self._llm, rendering)
         app = build_app(args, self._tasks, client.model_config)
         await init_app_state(client, app.state, args, self._tasks)
         # vLLM's fault handlers tell its server to exit; here the pool decides.
@@ -592,7 +592,7 @@ def _written(value: object) -> str:
     return orjson.dumps(value).decode() if isinstance(value, dict | list) else str(value)
 
 
-class _RenderingClient:
+class SaltingEngineClient:
     """The engine client of one expert's OpenAI layer, with the expert's config and renderer.
 
     The prompts of all endpoints pass through `generate` and `encode`. These methods add the salt

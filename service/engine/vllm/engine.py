@@ -214,7 +214,10 @@ class VllmEngine:
         return prompt, answer
 
     def _app_for(self, expert: str) -> OpenAiApp:
-        """Return the application that answers for an expert. The adapters share the base's."""
+        """Return the application that answers for an expert. The adapters share the base's.
+
+        `SwappingVllmEngine` has one for each expert.
+        """
         if self._app is None:
             raise EngineRestartingError(f"the engine of expert {expert!r} has not been started")
         return self._app
@@ -276,8 +279,8 @@ class VllmEngine:
         set_cache_salt(request.cache_salt)
         refusal = watch_refusal()
         vllm_ids = track_request_ids()
-        # vLLM's own OpenAI app. It calls `AsyncLLM.generate`; `OpenAiApp` and `VllmHandle` in
-        # `async_llm_handle.py` say what is put around that.
+        # vLLM's own OpenAI app. It calls `SaltingEngineClient.generate` in `async_llm_handle.py`,
+        # and that calls `AsyncLLM.generate`.
         app = self._app_for(request.expert)
         task = asyncio.ensure_future(app(asgi.scope, asgi.receive, reply))
         try:

@@ -35,7 +35,7 @@ from service.gateway.cache.text_similarity import (
 )
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi_helpers import STREAM_HEADERS, send_response
-from service.http.openai_errors import Dialect, dialect_of
+from service.http.error_formats import Dialect, dialect_of
 from service.http.token_usage import reply_usage, usage_of
 from service.moe.virtual_expert_profiles import profile_digests
 from service.store.record_names import join_name

@@ -21,7 +21,7 @@ from service.http.asgi_helpers import (
     start_response,
     until_gone,
 )
-from service.http.openai_errors import error_response
+from service.http.error_formats import error_response
 
 _STREAM = [
     (b"content-type", b"text/event-stream"),

@@ -1,7 +1,7 @@
 """Calls one expert of a request, forwards the answer, and chooses another expert after a fault.
 
-`RecipeExecutor` chooses first, by `Dispatcher.select`; `broker.selection` has the formula. Until
-the first byte has gone to the client, a fault makes `dispatch` choose again, among the single
+`RecipeExecutor` chooses first, by `Dispatcher.select_first`; `broker.selection` has the formula.
+Until the first byte has gone to the client, a fault makes `dispatch` choose again, among the single
 experts and pools that are left. After that, a fault ends the stream with an SSE error event.
 `retry_decisions` defines error, fault, loss and failed.
 """
@@ -68,7 +68,7 @@ from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.request_bounds import infeasible_error
 from service.gateway.routing.route_plan import RoutePlan
 from service.http.asgi_helpers import body_message, send_response, start_response
-from service.http.openai_errors import FAULT_HEADER
+from service.http.error_formats import FAULT_HEADER
 from service.http.prompt_endpoints import TABLE
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Call
 from service.rpc.http_connections import HttpReply
@@ -195,7 +195,7 @@ class Dispatcher:
         reply: ResponseSend,
         deadline_s: float,
         *,
-        first: Selection | None = None,
+        first_selection: Selection | None = None,
         recipe: str = "",
     ) -> None:
         """Let one expert answer, with retries.
@@ -205,7 +205,7 @@ class Dispatcher:
             plan: Its candidates; only single experts among them are called.
             reply: Receives the answer.
             deadline_s: The deadline, by `time.monotonic`.
-            first: The selection that the first attempt uses; None lets the dispatcher choose.
+            first_selection: The selection that the first attempt uses; None: the dispatcher's own.
             recipe: The recipe that this call is part of; empty for none.
 
         Raises:
@@ -220,8 +220,8 @@ class Dispatcher:
                 # `losses` is shared by all calls of a recipe; another call may have added the
                 # second.
                 raise _died_twice_error()
-            option = self._next_option(request, single, record, fault, deadline_s, first)
-            first = None
+            option = self._next_option(request, single, record, fault, deadline_s, first_selection)
+            first_selection = None
             if option is None:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
@@ -270,7 +270,7 @@ class Dispatcher:
                     case AfterFault.RETRY_WITHIN_BUDGET if not self.breakers.pay_for_retry():
                         raise
 
-    def select(self, request: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
+    def select_first(self, request: InferenceRequest, plan: RoutePlan, left_s: float) -> Selection:
         """Make the first selection for a request, and report the demand that it leaves unmet.
 
         Args:
@@ -321,7 +321,7 @@ class Dispatcher:
         record: RequestRecord,
         fault: CoeError | None,
         deadline_s: float,
-        first: Selection | None,
+        first_selection: Selection | None,
     ) -> ExpertInPool | None:
         """Find the best expert and pool that are left; None if the request has to wait for a pool.
 
@@ -333,7 +333,10 @@ class Dispatcher:
         tries = tries_per_pool(fault)
         # After a fault: first places tried less than once, then less than twice.
         bounds = range(min(1, len(record.tried)), tries + 1)
-        if first is not None and (found := self._best_option(first, record)) is not None:
+        if (
+            first_selection is not None
+            and (found := self._best_option(first_selection, record)) is not None
+        ):
             return found
         views = self.views()
         # While a tool call is open, its expert is tried again before another one is.

@@ -1,8 +1,8 @@
 """Chooses the recipe of a request, and runs it: one expert, a cascade or a vote.
 
-The first choice is made here, among all candidates, by `Dispatcher.select`. One expert goes to
-`Dispatcher.dispatch` with it (`first`). After a fault the dispatcher chooses again, among single
-experts only. Several experts go to `EnsembleExecutor`.
+The first choice is made here, among all candidates, by `Dispatcher.select_first`. One expert goes
+to `Dispatcher.dispatch` with it (`first_selection`). After a fault the dispatcher chooses again,
+among single experts only. Several experts go to `EnsembleExecutor`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RecipeExecutor:
         if select_began_s >= deadline_s:
             raise deadline_error(request, silent=False)
         dispatcher, catalog = self._dispatcher, self._catalog
-        selection = dispatcher.select(request, plan, deadline_s - select_began_s)
+        selection = dispatcher.select_first(request, plan, deadline_s - select_began_s)
         select_s = time.monotonic() - select_began_s
         record.route_ms += select_s * 1000
         if record.trace is not None:
@@ -117,7 +117,7 @@ class RecipeExecutor:
         try:
             if recipe is None or recipe.kind == "single":
                 first = selection if recipe is not None else None
-                await dispatcher.dispatch(request, plan, reply, deadline_s, first=first)
+                await dispatcher.dispatch(request, plan, reply, deadline_s, first_selection=first)
                 answered_row = catalog.index[record.expert]
                 complete = record.outcome == "ok"
                 return

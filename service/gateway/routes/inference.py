@@ -21,7 +21,7 @@ from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
-from service.http.openai_errors import dialect_of
+from service.http.error_formats import dialect_of
 
 # With this header Ray Serve does not cancel the request when its client leaves. HAProxy sets it.
 _SERVE_IGNORES_DISCONNECTS = b"x-request-disconnect-disabled"

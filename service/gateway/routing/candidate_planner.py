@@ -42,6 +42,7 @@ _MAX_ALLOWANCES = 1000
 _CERTAIN = np.ones(1)
 _NO_LATER = np.zeros((1, MAX_LATER))
 
+# `PromptStages.assess` and `PromptStages.refine` of `classifier_stages`.
 Assess = Callable[[Mapping[str, Any]], Assessment]
 Refine = Callable[[Mapping[str, Any], Assessment, str], Awaitable[Assessment]]
 
@@ -156,18 +157,18 @@ class CandidatePlanner:
             self._one_space(request.tenant)
         price = self._presets.of(preset)
         if category is not None:
-            return self._plan(
+            return self._plan_for_posterior(
                 request, {category: 1.0}, category, 1.0, "named category", None, price, session
             )
         assessment, posterior = self._classify(request, assessment, session)
         if assessment is None:
-            return self._plan(
+            return self._plan_for_posterior(
                 request, posterior, GENERAL, 0.0, "no classifier", None, price, session
             )
         scores = assessment.scores
         known = scores.category in self._known
         reason = "classified" if known else "category without an expert"
-        return self._plan(
+        return self._plan_for_posterior(
             request,
             posterior,
             scores.category,
@@ -295,7 +296,7 @@ class CandidatePlanner:
         allowed = [expert for name, expert in self._experts.items() if tenant.may_ask(name)]
         return {GENERAL, *(category for expert in allowed for category in expert.categories)}
 
-    def _plan(
+    def _plan_for_posterior(
         self,
         request: InferenceRequest,
         posterior: Mapping[str, float],

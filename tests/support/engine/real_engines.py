@@ -88,9 +88,7 @@ class Swapping(SwappingVllmEngine):
 
     def _launch_settings(self) -> LaunchSettings:
         settings = super()._launch_settings()
-        settings.worker_extension_cls = (
-            "tests.support.engine.breakable_extension.BreakableExtension"
-        )
+        settings.worker_extension_cls = "tests.support.engine.spoiling_extension.BreakableExtension"
         return settings
 
     async def worker_rpc(self, method: str, *args: object) -> Any:

@@ -16,7 +16,7 @@ from service.engine.engine_interface import Message
 from service.errors import EngineDeadError
 from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.response_send import ResponseSend
-from service.http.openai_errors import Dialect
+from service.http.error_formats import Dialect
 from service.http.token_usage import reply_usage, token_counts, usage_of
 
 json_values = st.recursive(

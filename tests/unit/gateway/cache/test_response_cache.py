@@ -11,7 +11,7 @@ import pytest
 from service.config import Config
 from service.engine.engine_interface import Message
 from service.gateway.cache.response_cache import RecordingSend, ResponseCache
-from service.http.openai_errors import Dialect
+from service.http.error_formats import Dialect
 from service.store.volatile_store import MemoryVolatileStore
 
 

@@ -8,7 +8,7 @@ import pytest
 from service import errors
 from service.gateway.dispatch.pool_errors import RETRIED, error_from_fault
 from service.gateway.dispatch.retry_decisions import AfterFault, after_fault, is_loss
-from service.http.openai_errors import detail_of
+from service.http.error_formats import detail_of
 
 # What a pool raises without having an answer: does it count as a death of the pool or engine?
 RAISED = {

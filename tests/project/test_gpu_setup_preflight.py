@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.helm_chart import ROOT
 
-SCRIPT = ROOT / "deploy" / "gpu_prerequisites.sh"
+SCRIPT = ROOT / "deploy" / "gpu_setup_preflight.sh"
 REAL = ("bash", "env", "sort", "head", "tail", "tr", "cat")
 FAKES = {
     "uname": "echo Linux x86_64",

@@ -9,7 +9,7 @@ import pytest
 
 from service import errors
 from service.errors import CoeError, UpstreamError
-from service.http.openai_errors import (
+from service.http.error_formats import (
     Dialect,
     detail_of,
     dialect_of,

@@ -1,9 +1,10 @@
-"""`python -m loadtests.gpu.memory_copies`: the copies under a swap in place, without vLLM.
+"""`python -m loadtests.gpu.swap_copies_without_vllm`: the copies under a swap in place.
 
-One line of JSON for each finding, as soon as it is known: what the bus can do, what writing and
-registering an expert's shared memory takes and what that does to decodes beside it, how fast the
-weights are copied into live tensors, and whether captured graphs see what was copied. `--cpu` tries
-the program out without a GPU, with small tensors; its figures say nothing of a GPU.
+It needs torch alone. One line of JSON for each finding, as soon as it is known: what the bus can
+do, what writing and registering an expert's shared memory takes and what that does to decodes
+beside it, how fast the weights are copied into live tensors, and whether captured graphs see what
+was copied.
+`--cpu` tries the program out without a GPU, with small tensors; its figures say nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -222,14 +223,14 @@ def _sums(tensors: dict[str, torch.Tensor]) -> list[int]:
 
 def main() -> int:
     """Run every part; one that fails is a line with its reason. Return 1 where any failed."""
-    words = argparse.ArgumentParser(prog="python -m loadtests.gpu.memory_copies")
+    words = argparse.ArgumentParser(prog="python -m loadtests.gpu.swap_copies_without_vllm")
     words.add_argument("--cpu", action="store_true", help="try the program out without a GPU")
     words.add_argument(
         "--layers", type=int, default=16, help="layers of a 7 B model (default 16: 7.5 GB)"
     )
     given = words.parse_args()
     if not given.cpu and not torch.cuda.is_available():
-        tell("memory_copies", failed="no GPU here (torch.cuda.is_available() is False)")
+        tell("copies", failed="no GPU here (torch.cuda.is_available() is False)")
         return 1
     sizes = Sizes(on_cpu=given.cpu, layers=given.layers)
     folder = Path(tempfile.mkdtemp(prefix="coe-copies-", dir="/dev/shm"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks, before 10 GB are fetched, that this machine can run the CUDA build:
-# gpu_prerequisites.sh PYTHON. Its first finding ends it, in one line.
+# gpu_setup_preflight.sh PYTHON. Its first finding ends it, in one line.
 set -euo pipefail
 python=$1
 # CUDA 13's first driver, and the oldest GPUs that it and vLLM's kernels know (Turing).

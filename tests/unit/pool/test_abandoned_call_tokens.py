@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from service.pool.abandoned_calls import AbandonedCalls
+from service.pool.abandoned_call_tokens import AbandonedCalls
 
 
 async def test_abandoned_calls_of_one_id_end_apart() -> None:

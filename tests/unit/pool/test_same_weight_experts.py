@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.config import Config
-from service.pool.weight_sharing import WeightSharing, share_weights
+from service.pool.same_weight_experts import WeightSharing, share_weights
 
 GPU = {"gpus": 1}
 
