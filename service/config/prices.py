@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from service.config.section_base import Section
 
@@ -28,3 +28,11 @@ class PricesConfig(Section):
         "expert. Default: 1; or 0 if an expert of the config has a `price`, because its unit is "
         "unknown.",
     )
+
+    @field_validator("unit")
+    @classmethod
+    def _unit_is_shown(cls, unit: str) -> str:
+        # Terminals, pages and charts show it.
+        if not unit.isprintable() or unit != unit.strip():
+            raise ValueError("should be printable text without spaces at its ends")
+        return unit

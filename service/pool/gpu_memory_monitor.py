@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,8 +11,12 @@ from typing import Any
 
 from service.gpu_devices import GpuMemory
 
+log = logging.getLogger("coe.pool")
+
 # A call of nvidia-smi takes a tenth of a second or more.
 FRESH_S = 5.0
+# Prometheus and the console give a pool a few seconds for all it tells.
+PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +40,14 @@ class GpuState:
 class GpuMemoryMonitor:
     """Reads the GPUs' memory in a thread, at most once in five seconds.
 
+    A driver that hangs keeps nobody waiting: after two seconds there are no states until a reading
+    ends, since old figures would pass for new ones.
+
     Args:
         read: Returns the memory of the GPUs that this process sees, in CUDA's order. It may block.
         reserved: Returns the sum of engines' shares, by position in that order.
         clock: Returns seconds.
+        patience_s: The longest wait for a reading.
     """
 
     def __init__(
@@ -46,22 +55,41 @@ class GpuMemoryMonitor:
         read: Callable[[], tuple[GpuMemory, ...]],
         reserved: Callable[[], Mapping[int, float]],
         clock: Callable[[], float] = time.monotonic,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._read = read
         self._reserved = reserved
         self._clock = clock
+        self._patience_s = patience_s
         self._read_s = float("-inf")
         self._memory: tuple[GpuMemory, ...] = ()
-        self._turn = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
+        self._began_s = 0.0
 
     async def states(self) -> tuple[GpuState, ...]:
         """Return the state of each GPU; callers at one moment share one reading."""
-        async with self._turn:
-            if self._clock() - self._read_s >= FRESH_S:
-                self._memory = await asyncio.to_thread(self._read)
-                self._read_s = self._clock()
+        if self._reading is None and self._clock() - self._read_s >= FRESH_S:
+            self._reading = asyncio.create_task(self._take_reading())
+            self._began_s = self._clock()
+        if (reading := self._reading) is not None:
+            waited_s = self._clock() - self._began_s
+            # `wait` cancels nothing: one who leaves does not end the reading of the others.
+            await asyncio.wait((reading,), timeout=max(0.0, self._patience_s - waited_s))
+            if not reading.done():
+                return ()
         shares = self._reserved()
         return tuple(
             GpuState(memory, round(shares.get(i, 0.0) * memory.total_bytes))
             for i, memory in enumerate(self._memory)
         )
+
+    async def _take_reading(self) -> None:
+        try:
+            self._memory = await asyncio.to_thread(self._read)
+        except Exception as error:
+            # Nobody may be waiting for it any more.
+            log.warning("reading the memory of GPUs failed: %s", error)
+            self._memory = ()
+        finally:
+            self._read_s = self._clock()
+            self._reading = None

@@ -108,7 +108,10 @@ class PoolProcess:
         return await self.pool_metrics.routing_stats(self.pool.held_name(expert))
 
     async def metrics(self) -> str:
-        for state in await self._gpu_states():
+        states = await self._gpu_states()
+        # Old figures of a driver that hangs would pass for new ones.
+        self.pool_metrics.registry.forget(metric_declarations.GPU_MEMORY)
+        for state in states:
             memory = state.memory
             self.pool_metrics.set_gpu_memory(
                 str(memory.index),

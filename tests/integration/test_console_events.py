@@ -111,6 +111,10 @@ async def test_events_and_metrics_have_the_memory_of_gpus(monkeypatch: pytest.Mo
             ]
             assert 'gpu="4"' in line
             assert float(line.split()[-1]) == size << 30
+        # Figures of a driver that tells nothing any more are dropped.
+        monkeypatch.setattr("service.pool.pool_process.gpu_memory", tuple)
+        monkeypatch.setattr("service.pool.gpu_memory_monitor.FRESH_S", 0.0)
+        assert "coe_gpu_memory_bytes{" not in await s.pools["cpu"].process.metrics()
 
 
 async def test_request_history_has_failed_and_no_malformed_requests() -> None:

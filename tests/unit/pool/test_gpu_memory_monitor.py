@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from service.gpu_devices import GpuMemory
 from service.pool.gpu_memory_monitor import FRESH_S, GpuMemoryMonitor
@@ -54,3 +55,49 @@ async def test_states_read_the_driver_once_for_all_who_ask_within_five_seconds()
     assert driver.readings == 2
     assert first.memory.used_bytes == 2 * GIB
     assert first.reserved_bytes == 0
+
+
+async def test_states_wait_for_no_driver_that_hangs_and_show_no_old_figures() -> None:
+    hangs = threading.Event()
+    driver, now_s = Driver(), [100.0]
+
+    def read() -> tuple[GpuMemory, ...]:
+        found = driver.read()
+        if driver.readings == 2:
+            hangs.wait(20)
+        return found
+
+    monitor = GpuMemoryMonitor(read, dict, lambda: now_s[0], patience_s=0.05)
+    assert len(await monitor.states()) == 2
+    now_s[0] += FRESH_S
+    try:
+        waits = [asyncio.create_task(monitor.states()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits[0].cancel()
+        assert await asyncio.wait_for(asyncio.gather(*waits[1:]), 5) == [(), ()]
+        now_s[0] += 3 * FRESH_S
+        assert await asyncio.wait_for(monitor.states(), 5) == ()
+        assert driver.readings == 2, "a second reading waits behind the first one"
+    finally:
+        hangs.set()
+    while driver.readings == 2:
+        found = await monitor.states()
+        now_s[0] += FRESH_S
+        await asyncio.sleep(0.01)
+    assert len(found) == 2
+
+
+async def test_states_survive_a_reading_that_fails() -> None:
+    readings = iter([ValueError("no"), (memory(0, 1),)])
+    now_s = [0.0]
+
+    def read() -> tuple[GpuMemory, ...]:
+        found = next(readings)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monitor = GpuMemoryMonitor(read, dict, lambda: now_s[0])
+    assert await monitor.states() == ()
+    now_s[0] += FRESH_S
+    assert len(await monitor.states()) == 1
