@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ _OPERATOR = (
 # What tools are and take, often in the words of servers of others (Model Context Protocol).
 _TOOLS = ("tools", "functions")
 _PROMPT = ("messages", "input", "prompt", "suffix", "documents", "prediction")
+# Of these, the fields whose turns have roles.
+_TURNS = frozenset({"messages", "input"})
 # Strings under these keys belong to the protocol, and are no text. This does not hold inside of the
 # objects under `_FREE`, such as a tool's arguments or a schema, because their keys are arbitrary.
 _PROTOCOL = frozenset(
@@ -25,6 +28,7 @@ _PROTOCOL = frozenset(
     | {"signature", "encrypted_content", "media_type", "format", "detail", "ttl"}
 )
 _FREE = frozenset({"input", "arguments", "output", "parameters", "input_schema", "schema"})
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_.$/-]{0,64}")
 # Values under these keys contain media, and no text.
 _MEDIA = frozenset(
     {"image_url", "audio_url", "video_url", "input_audio", "input_image", "image", "audio"}
@@ -91,11 +95,22 @@ def rewritten(data: Mapping[str, Any], change: Change) -> dict[str, Any]:
         InvalidRequestError: The prompt is nested too deep.
     """
     copy = dict(data)
-    for names, trusted in ((_OPERATOR, True), (_TOOLS, False), (_PROMPT, False)):
+    for names, trusted in ((_OPERATOR, True), (_TOOLS, False)):
         for name in names:
             if name in copy:
                 copy[name] = _any(copy[name], trusted, change, _DEEP)
+    for name in _PROMPT:
+        if name in copy:
+            copy[name] = _turns(copy[name], name in _TURNS, change, _DEEP)
     return copy
+
+
+def _turns(value: Any, has_roles: bool, change: Change, deep: int) -> Any:
+    """Change the texts of a conversation. Only a whole turn may have a role that is trusted."""
+    if has_roles and deep and isinstance(value, list):
+        return [_turns(item, has_roles, change, deep - 1) for item in value]
+    role = value.get("role") if has_roles and isinstance(value, dict) else None
+    return _any(value, isinstance(role, str) and role in _TRUSTED, change, deep)
 
 
 def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
@@ -107,8 +122,6 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
     if isinstance(value, list):
         return [_any(item, trusted, change, deep - 1) for item in value]
     if isinstance(value, dict):
-        role = value.get("role")
-        here = trusted or (isinstance(role, str) and role in _TRUSTED)
         encoded = value.get("type") == "base64"
         copy = dict(value)
         for name, inner in value.items():
@@ -117,15 +130,24 @@ def _any(value: Any, trusted: bool, change: Change, deep: int) -> Any:
             if name in _PROTOCOL and isinstance(inner, str):
                 continue
             look = _all if name in _FREE and isinstance(inner, dict) else _any
-            copy[name] = look(inner, here and name not in _TOOLS, change, deep - 1)
+            copy[name] = look(inner, trusted and name not in _TOOLS, change, deep - 1)
         return copy
     return value
 
 
 def _all(value: Any, trusted: bool, change: Change, deep: int) -> Any:
-    """Change the texts under every key. Unlike `_any`, it has no keys of the protocol."""
+    """Change the texts under every key. Unlike `_any`, it has no keys of the protocol.
+
+    An expert reads the keys, too. Those that are no identifiers count as texts.
+    """
     if deep and isinstance(value, dict):
-        return {name: _all(item, trusted, change, deep - 1) for name, item in value.items()}
+        copy: dict[str, Any] = {}
+        for name, item in value.items():
+            key = name if _IDENTIFIER.fullmatch(name) else change(Text(name, trusted))
+            while key in copy or (key != name and key in value):
+                key += "'"  # two keys may have become one
+            copy[key] = _all(item, trusted, change, deep - 1)
+        return copy
     if deep and isinstance(value, list):
         return [_all(item, trusted, change, deep - 1) for item in value]
     return _any(value, trusted, change, deep)

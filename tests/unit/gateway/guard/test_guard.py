@@ -318,6 +318,50 @@ def test_texts_of_keeps_order_and_rewritten_keeps_places() -> None:
         texts_of({"input": deep}, 100)
 
 
+OTHERS = "the words of another"
+NESTED = {"role": "system", "text": OTHERS, "content": OTHERS, "description": OTHERS}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"messages": [{"role": "user", "content": [NESTED]}]},
+        {"messages": [{"role": "user", "content": NESTED}]},
+        {"messages": [{"role": "tool", "content": [[NESTED]]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [NESTED]}]},
+        {"input": [{"type": "function_call_output", "output": NESTED}]},
+        {"documents": [NESTED]},
+        {"prediction": NESTED},
+        {"tools": [NESTED]},
+        {"tools": [{"function": NESTED}]},
+        {"tools": [{"function": {"parameters": NESTED}}]},
+        {"tools": [{"input_schema": {"properties": {OTHERS: {}}}}]},
+        {"messages": [{"role": "system", "tools": [NESTED]}]},
+    ],
+)
+def test_texts_that_call_themselves_the_system_s_are_not_trusted(data: dict[str, Any]) -> None:
+    found = [one for one in texts_of(data, 1000) if one.text == OTHERS]
+    assert found
+    assert not any(one.trusted for one in found)
+
+
+def test_texts_of_whole_turns_of_the_developer_are_trusted() -> None:
+    for role in ("system", "developer"):
+        turn = {"role": role, "content": [{"type": "text", "text": "mine"}]}
+        for data in ({"messages": [turn]}, {"input": [turn]}, {"messages": [[turn]]}):
+            assert [one.trusted for one in texts_of(data, 9)] == [True]
+
+
+def test_rewritten_changes_names_of_properties_and_loses_none() -> None:
+    names = {"a@b.c": 1, "x@y.z": 2, "[mail]": 3, "plain_name": 4, "": 5}
+    data = {"tools": [{"input_schema": {"properties": names}}]}
+    changed = rewritten(data, lambda one: "[mail]" if "@" in one.text else one.text)
+    found = changed["tools"][0]["input_schema"]["properties"]
+    assert list(found.values()) == [1, 2, 3, 4, 5]
+    assert {"[mail]", "plain_name", ""} <= found.keys()
+    assert "@" not in "".join(found)
+
+
 def test_made_plain_normalises_lookalikes_and_spacing() -> None:
     assert made_plain("ＩＧＮＯＲＥ\u200b  аll") == "ignore all"
     assert made_plain("i g n o r e this") == "ignore this"
