@@ -60,6 +60,9 @@ def parse_config(text: str, source: str) -> Config:
         at = f" line {where.line + 1}, column {where.column + 1}" if where else ""
         problem = getattr(error, "problem", None) or "can't be read"
         raise ConfigError(f"{source}:{at} not valid YAML: {problem}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+        # PyYAML's constructors raise them for explicit tags, such as `!!int x`.
+        raise ConfigError(f"{source}: not valid YAML: a value does not fit its tag") from None
     return _validated(data, source, text)
 
 

@@ -9,13 +9,15 @@ polls it, too: it lets Serve add, remove, replace and scale pools.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from service.pool.memory_plan import check_plan, folders_of, plan_pool
 log = logging.getLogger("coe.app")
 
 _POLL_S = 0.5
+_ATTEMPTS = 5
 # The delays before a failed config is applied again. The delay doubles from the first to the last.
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 30.0
 
@@ -112,7 +115,8 @@ def current_config(file: Path, given: str) -> Config:
 def reload(file: Path, resources: Mapping[str, float] | None = None) -> dict[str, list[str]]:
     """Read the user's config again and put it in force; fetches missing models.
 
-    If it raises, the present config stays in force.
+    If it raises, the present config stays in force. Where another reload was faster, it reads
+    again: it may have fetched models for minutes, and must not put an older config in force.
 
     Args:
         file: The config in force.
@@ -124,10 +128,19 @@ def reload(file: Path, resources: Mapping[str, float] | None = None) -> dict[str
 
     Raises:
         ConfigError: The config is wrong, needs more than there is, or changes a section that needs
-            a restart.
+            a restart; or others reload all the time.
         ArtifactError: The router's artifact is wrong.
         ModelStoreError: A model can't be fetched.
     """
+    for _ in range(_ATTEMPTS):
+        if (told := _reload_once(file, resources)) is not None:
+            return told
+    raise ConfigError("the config was put in force by others at the same time: try again")
+
+
+def _reload_once(file: Path, resources: Mapping[str, float] | None) -> dict[str, list[str]] | None:
+    """Reload as `reload` does; None where another reload was faster."""
+    seen = version(file)
     before = RunningConfig.load(file)
     read = load_config(Path(before.source))
     check_fixed(before.read, read)
@@ -154,7 +167,10 @@ def reload(file: Path, resources: Mapping[str, float] | None = None) -> dict[str
         )
         check_plan(plan, None)
     profiles, files = profile_digests(config), _files(config)
-    RunningConfig(before.source, read, config).save(file)
+    with _locked(file):
+        if version(file) != seen:
+            return None
+        RunningConfig(before.source, read, config).save(file)
     old, new = before.config.experts, config.experts
     exchanged = {name for name in new if before.profiles.get(name) != profiles.get(name)}
     # Files that were missing at the last check have been fetched since, and did not change.
@@ -167,6 +183,20 @@ def reload(file: Path, resources: Mapping[str, float] | None = None) -> dict[str
         ],
     }
     return {**told, "pools": changes.sentences()} if changes else told
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold the lock of the config in force, against other processes and threads."""
+    try:
+        lock = os.open(file.with_name(f"{file.name}.lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write the config in force: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _files(config: Config) -> dict[str, str]:

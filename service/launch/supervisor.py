@@ -116,7 +116,7 @@ def run(config: Config, *, source: Path) -> None:
         while True:
             if hangup.wait(retry_s or _POLL_S):
                 hangup.clear()
-                _reload(in_force, cluster.resources())
+                _reload(in_force, cluster.resources)
             # A gateway may have reloaded the config as well.
             now = version(in_force)
             if now is None or (now == seen and not retry_s):
@@ -174,12 +174,14 @@ def _redeploy(cluster: LocalCluster, in_force: Path) -> bool:
     return True
 
 
-def _reload(in_force: Path, resources: dict[str, float]) -> None:
+def _reload(in_force: Path, resources: Callable[[], dict[str, float]]) -> None:
     """Reload the user's config. A refused config is reported, and the present config stays."""
     try:
-        diff = reload(in_force, resources)
-    except CoeError as error:
-        _say(f"the config stays as it was: {error.message}")
+        diff = reload(in_force, resources())
+    except Exception as error:
+        # Whatever is wrong with a new config must not end a service that runs.
+        message = error.message if isinstance(error, CoeError) else f"{error!r:.400}"
+        _say(f"the config stays as it was: {message}")
         return
     changes = [
         f"{change} {', '.join(names)}"

@@ -358,3 +358,17 @@ def test_config_budget_of_a_tenant_that_a_request_can_have_passes(
     budget = {"amount": 1, "period": "day", "tenant": tenant}
     data = minimal(budgets={"b": budget}, **sections)
     assert parse_config(yaml.safe_dump(data), "coe.yaml").budgets["b"].tenant == tenant
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int foo", "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "!!int 0x"),
+        *("!!timestamp 2026-99-99", "!!pairs [1]", "!!omap {a: 1}", "!!binary é", "!!set [1]"),
+    ],
+)
+def test_values_that_do_not_fit_their_tags_are_faults_of_the_config(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"f\.yaml"):
+        parse_config(
+            f"experts: {{a: {{model: ./a}}}}\npools: {{p: {{}}}}\nspare: {value}\n", "f.yaml"
+        )

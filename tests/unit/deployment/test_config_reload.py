@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from service.config import Config, load_config
+from service.deployment import config_reload
 from service.deployment.config_reload import (
     RunningConfig,
     config_file,
@@ -141,6 +142,35 @@ def test_reload_config_that_can_not_be_saved_raises_and_keeps_serving(file: Path
     assert [path.name for path in file.parent.iterdir() if "config.json" in path.name] == [
         "config.json"
     ]
+
+
+def test_reload_that_was_overtaken_puts_no_older_config_in_force(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = dict(CONFIG["experts"])
+    write(file, experts={**experts, "old": {"model": "m"}})
+    faster: list[dict[str, list[str]]] = []
+
+    def slow(config: Config) -> None:
+        # While the first one fetches models, the user changes the file, and reloads again.
+        if "old" in config.experts:
+            write(file, experts={**experts, "new": {"model": "m"}})
+            faster.append(reload(file))
+
+    monkeypatch.setattr(config_reload, "configured", slow)
+    told = reload(file)
+    assert [one["added"] for one in faster] == [["new"]]
+    assert told == {"added": [], "removed": [], "changed": []}
+    assert set(current_config(file, "").experts) == {*experts, "new"}
+
+
+def test_reload_gives_up_where_others_always_are_faster(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = RunningConfig.load(file)
+    monkeypatch.setattr(config_reload, "configured", lambda _: running.save(file))
+    with pytest.raises(ConfigError, match="by others at the same time"):
+        reload(file)
 
 
 def test_reload_tells_what_becomes_of_pools_and_refuses_what_ray_has_not(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,3 +35,16 @@ def test_ready_is_printed_only_when_the_service_can_answer(
     monkeypatch.setattr(supervisor, "_ready", lambda _: details)
     assert supervisor.report_experts(config(a={"model": "m"}, b={"model": "m"}), 0.0) is works
     assert "expert b failed: told to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("Ray is away"), OSError("no"), KeyError("x")])
+def test_reload_that_fails_in_any_way_does_not_end_the_service(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Exception
+) -> None:
+    def resources() -> dict[str, float]:
+        raise fault
+
+    supervisor._reload(tmp_path / "config.json", resources)
+    said = "".join(capsys.readouterr())
+    assert "the config stays as it was" in said
+    assert str(fault) in said
