@@ -95,11 +95,12 @@ class GatewayMetrics:
             queue_s = record.queue_ms / 1000
             overhead_s = max(0.0, record.first_byte_s - queue_s - engine_s)
             registry.observe(metric_declarations.GATEWAY_OVERHEAD, overhead_s)
-            error_s = queue_s - record.predicted_s
-            direction = "under" if error_s > 0 else "over"
-            registry.observe(metric_declarations.WAIT_PREDICTION_ERROR, abs(error_s), direction)
-            registry.add(metric_declarations.WAIT_PREDICTED, record.predicted_s, expert)
-            registry.add(metric_declarations.WAIT_ACTUAL, queue_s, expert)
+            if (predicted_s := record.predicted_wait_s) is not None:
+                error_s = queue_s - predicted_s
+                direction = "under" if error_s > 0 else "over"
+                registry.observe(metric_declarations.WAIT_PREDICTION_ERROR, abs(error_s), direction)
+                registry.add(metric_declarations.WAIT_PREDICTED, predicted_s, expert)
+                registry.add(metric_declarations.WAIT_ACTUAL, queue_s, expert)
         elif expert in self.remote and record.streamed:
             # A remote engine is known by its bytes alone: only a stream tells its phases apart.
             decode_s = record.total_s - record.first_byte_s

@@ -126,7 +126,8 @@ class RequestRecord:
         queue_ms: Time in the pool's queue, swaps included.
         swap_ms: Time of these swaps.
         engine_ms: Until the engine's first byte, as the pool measured it.
-        predicted_s: The wait in seconds that was expected of the candidate that answered.
+        predicted_wait_s: The wait in seconds that was expected of the expert that answered; None
+            where several experts answered together.
         predicted_cost: Its expected cost, in the unit of prices.
         began_at_s: When choosing began.
         sent_at_s: When the call that answered was sent.
@@ -167,7 +168,7 @@ class RequestRecord:
     queue_ms: float = 0.0
     swap_ms: float = 0.0
     engine_ms: float = 0.0
-    predicted_s: float = 0.0
+    predicted_wait_s: float | None = None
     predicted_cost: float = 0.0
     began_at_s: float = 0.0
     sent_at_s: float = 0.0

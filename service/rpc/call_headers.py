@@ -35,7 +35,7 @@ class Call:
     Attributes:
         endpoint: Path of the endpoint.
         expert: The expert that answers.
-        request_id: Id of the client's request.
+        request_id: Id of this call: the client's request, and the number of the attempt.
         deadline_ms: Time left in ms, to the first byte if `stream`, else to the end.
         stream: Whether the answer is streamed.
         gateway: The gateway's id.

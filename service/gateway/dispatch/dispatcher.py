@@ -228,7 +228,7 @@ class Dispatcher:
             record.expert = option.expert
             record.recipe = recipe or option.expert
             record.local = option.boot is not None
-            record.predicted_s = option.wait_s
+            record.predicted_wait_s = option.wait_s
             record.attempts += 1
             if (tried := record.tried[option.expert, option.boot]) > 0:
                 await self.breakers.wait_before_retry(tried)

@@ -106,7 +106,6 @@ class RecipeExecutor:
         if position is not None:
             recipe = catalog.recipes[int(plan.rows[position])]
             dispatcher.note_session(selection, position, record)
-            record.predicted_s = float(selection.time[position])
             record.predicted_cost = float(selection.cost[position])
             contexts = [dispatcher.context(name) for name in recipe.experts]
             added = [dispatcher.defaults.system_bytes(request, name) for name in recipe.experts]

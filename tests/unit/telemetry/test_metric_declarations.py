@@ -41,7 +41,7 @@ OK = RequestRecord(
     ended_s=101.0,
     queue_ms=200.0,
     engine_ms=250.0,
-    predicted_s=0.1,
+    predicted_wait_s=0.1,
 )
 REJECTED = RequestRecord(
     recipe="single",
@@ -144,14 +144,15 @@ async def test_request_finished_counts_the_request_once_with_its_times() -> None
 
 
 @pytest.mark.parametrize(
-    ("predicted_s", "under_s", "over_s"), [(0.05, 0.15, None), (0.2, None, 0.0), (1.0, None, 0.8)]
+    ("predicted_wait_s", "under_s", "over_s"),
+    [(0.05, 0.15, None), (0.2, None, 0.0), (1.0, None, 0.8)],
 )
 async def test_request_finished_error_of_the_predicted_wait_has_a_direction(
-    predicted_s: float, under_s: float | None, over_s: float | None
+    predicted_wait_s: float, under_s: float | None, over_s: float | None
 ) -> None:
     gateway = GatewayMetrics()
     gateway.request_started()
-    gateway.request_finished(replace(OK, queue_ms=200.0, predicted_s=predicted_s))
+    gateway.request_finished(replace(OK, queue_ms=200.0, predicted_wait_s=predicted_wait_s))
     got = samples(await gateway.text({}))
     for direction, error_s in (("under", under_s), ("over", over_s)):
         name = "coe_wait_prediction_error_seconds_sum"
