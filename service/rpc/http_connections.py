@@ -57,7 +57,10 @@ class HttpConnection(asyncio.Protocol):
     def reusable(self) -> bool:
         """Whether another request may be sent: the last reply ended, and the server stays."""
         transport = self._transport
-        return self._ended and transport is not None and not transport.is_closing()
+        if not self._ended or transport is None or transport.is_closing():
+            return False
+        # A long reply that nobody read has stopped it, and would stop the next reply, too.
+        return transport.is_reading()
 
     async def request(self, head: bytes, body: bytes) -> HttpReply:
         """Send a request, and wait for the headers of its reply.

@@ -152,6 +152,20 @@ async def test_connection_left_before_the_end_is_closed() -> None:
         await until(lambda: server.closed == 1, "the server notices")
 
 
+@pytest.mark.parametrize("kib", [100, 520, 600, 700, 760, 1000])
+async def test_reply_that_ended_but_was_left_unread_holds_up_no_later_call(kib: int) -> None:
+    body = b"x" * (kib << 10)
+    first = HEAD + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+    async with connected(saying(first)) as (connections, server):
+        for _ in range(3):
+            # Like a client that leaves while it gets a long answer.
+            async with asked(connections):
+                await asyncio.sleep(0.05)
+        async with asyncio.timeout(5), asked(connections) as reply:
+            assert await reply.body.read() == body
+    assert len(server.requests) == 4
+
+
 async def test_cancelled_call_is_closed() -> None:
     async with connected(saying()) as (connections, server):
 
