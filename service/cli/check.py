@@ -196,6 +196,27 @@ def _print_prices(prices: dict[str, Any]) -> None:
         click.echo(f"warning: {line}", err=True)
 
 
+def _gpu_lines(plan: Any) -> list[str]:
+    """Describe this machine's GPUs, and what the plan's engines reserve of those of a replica."""
+    from service.gpu_devices import gpu_memory
+
+    reserved: dict[int, float] = {}
+    for share in plan.gpu_shares:
+        for gpu in share.device_ids or (0,):
+            reserved[gpu] = reserved.get(gpu, 0.0) + share.utilization
+    lines = [
+        f"GPU {gpu} of a replica: {100 * share:.1f} % reserved"
+        for gpu, share in sorted(reserved.items())
+    ]
+    if reserved:
+        lines += [
+            f"this machine's GPU {memory.index}, {memory.name}: {size(memory.used_bytes)} of "
+            f"{size(memory.total_bytes)} used now, {size(memory.free_bytes)} free"
+            for memory in gpu_memory()
+        ]
+    return lines
+
+
 def _print_plans(config: Config, plans: list[Any]) -> None:
     rows = []
     for plan in plans:
@@ -226,6 +247,8 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
             click.echo(
                 f"{plan.kind}: {engine.base}{where}: gpu_memory_utilization {share.utilization:g}"
             )
+        for line in _gpu_lines(plan):
+            click.echo(f"{plan.kind}: {line}")
         for line in (*plan.moe, *plan.notes):
             click.echo(f"{plan.kind}: {line}")
         for name, other in plan.shared.items():

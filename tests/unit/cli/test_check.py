@@ -11,6 +11,7 @@ from service.cli import cli
 from service.cli.check import _print_plans, plans_of
 from service.config import load_config
 from service.errors import ConfigError
+from service.gpu_devices import GpuMemory
 from tests.unit.pool.test_memory_plan import model
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +51,15 @@ GPU = "pools: {p: {gpus: 2, vllm: {kv_cache_bytes: 1GiB, dtype: bfloat16}}}\n"
 @pytest.mark.parametrize(
     ("gpu_gib", "said"),
     [
-        (24, ["p: a on GPU 0: gpu_memory_utilization 0.129", "p: b on GPU 1: "]),
+        (
+            24,
+            [
+                "p: a on GPU 0: gpu_memory_utilization 0.129",
+                "p: b on GPU 1: ",
+                "p: GPU 0 of a replica: 12.9 % reserved",
+                "p: this machine's GPU 1, L4: 1.00 GiB of 24.00 GiB used now, 22.00 GiB free",
+            ],
+        ),
         (3, ["pools.p.gpus: engines that share a GPU: 1; they need 3.10 GiB of it"]),
         (None, ["warning: pools.p: the GPUs' memory is unknown", "gpu_memory_utilization 0.92"]),
     ],
@@ -64,6 +73,8 @@ def test_check_tells_whether_engines_start_on_the_gpus(
 ) -> None:
     memory = gpu_gib and gpu_gib * 1024**3
     monkeypatch.setattr("service.gpu_devices.largest_gpu_bytes", lambda: memory)
+    here = (GpuMemory(1, "GPU-1", "L4", 24 << 30, 1 << 30, 22 << 30),) if gpu_gib else ()
+    monkeypatch.setattr("service.gpu_devices.gpu_memory", lambda: here)
     monkeypatch.setattr("service.models.locate", lambda source, root: Path(source))
     monkeypatch.setattr("service.models.inspect_model", lambda path: model(path=path))
     path = tmp_path / "coe.yaml"
