@@ -200,14 +200,12 @@ def _gpu_lines(plan: Any) -> list[str]:
     """Describe this machine's GPUs, and what the plan's engines reserve of those of a replica."""
     from service.gpu_devices import gpu_memory
 
-    reserved: dict[int, float] = {}
+    reserved: dict[str, float] = {}
     for share in plan.gpu_shares:
-        for gpu in share.device_ids or (0,):
+        # An engine without ids takes all GPUs of its replica.
+        for gpu in [f"GPU {index}" for index in share.device_ids] or ["each GPU"]:
             reserved[gpu] = reserved.get(gpu, 0.0) + share.utilization
-    lines = [
-        f"GPU {gpu} of a replica: {100 * share:.1f} % reserved"
-        for gpu, share in sorted(reserved.items())
-    ]
+    lines = [f"{gpu} of a replica: {100 * share:.1f} % reserved" for gpu, share in reserved.items()]
     if reserved:
         lines += [
             f"this machine's GPU {memory.index}, {memory.name}: {size(memory.used_bytes)} of "
