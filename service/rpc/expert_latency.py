@@ -17,6 +17,8 @@ from service.rpc.snapshot import Speed
 _EWMA = 0.2
 # Least spread of prompt lengths (standard deviation over mean) for fitting a slope.
 _LEAST_SPREAD = 0.1
+# The share of a stream's time for which its reader may hold it up, if its speed is to count.
+_MOST_HELD = 0.1
 # Speed of an expert that was never measured.
 PRIOR = Speed(first_s=0.2, chunk_s=0.02)
 # Half-life of the decay to the prior. The decay has steps, because each change of the speed
@@ -176,12 +178,14 @@ class ResponseTimer:
     Attributes:
         first_s: When the head of the response passed; 0 before.
         chunks: Number of body messages that passed.
+        held_s: Time in which the reader held the answer up.
     """
 
     def __init__(self, began_s: float) -> None:
         self.began_s = began_s
         self.first_s = 0.0
         self.chunks = 0
+        self.held_s = 0.0
         self._last_s = 0.0
         self._good = False
         self._streams = False
@@ -210,7 +214,10 @@ class ResponseTimer:
         if self._streams:
             # The last message only ends the stream, so it is no chunk.
             between = self.chunks - 2
-            chunk_s = (self._last_s - self.first_s) / between if between > 0 else 0.0
+            took_s = self._last_s - self.first_s
+            # One client that reads slowly must not make the expert slow for all others.
+            counts = between > 0 and self.held_s <= _MOST_HELD * took_s
+            chunk_s = took_s / between if counts else 0.0
             estimator.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
             return
         tokens = _answer_tokens(self._body)
