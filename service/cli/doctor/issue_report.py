@@ -31,7 +31,16 @@ from service.pool.swap_method import resolve_swap_method
 
 _PACKAGES = ("torch", "transformers", "ray", "safetensors", "triton", "flashinfer-python")
 _RECORDS = 8
-_PATH = re.compile(r"(?<![\w:/])~?/[^\s'\",:;)]+")
+# What a reason may quote of the machine, and what stands for it. Whole quotations come first, since
+# paths may hold spaces.
+_QUOTED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\b[\w+.-]+://[^\s'\"]+"), "(address)"),
+    (re.compile(r"(['\"])~?/[^'\"]*\1"), r"\1(path)\1"),
+    (re.compile(r"(?<![\w:/])~?/[^\s'\",:;)]+"), "(path)"),
+    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "(address)"),
+    (re.compile(r"(\w*(?:key|token|secret|password)\w*)\s*[=:]\s*[^\s,;]+", re.I), r"\1=(key)"),
+    (re.compile(r"\b(?:hf_|sk-|coe-)[\w-]{8,}"), "(key)"),
+)
 _POOL_FIELDS = (
     "engine",
     "slots",
@@ -84,10 +93,17 @@ def report_of(config: Config | None) -> dict[str, Any]:
     }
 
 
+def without_places(reason: str) -> str:
+    """Return a reason without paths, addresses and keys."""
+    for pattern, instead in _QUOTED:
+        reason = pattern.sub(instead, reason)
+    return reason
+
+
 def _record(proof: SwapProof) -> dict[str, Any]:
     """Return a record whose reasons name no folder. They may quote an exception."""
     findings = {
-        part: replace(finding, reason=_PATH.sub("(path)", finding.reason))
+        part: replace(finding, reason=without_places(finding.reason))
         for part, finding in proof.findings.items()
     }
     record: dict[str, Any] = json.loads(proof_to_json(replace(proof, findings=findings)))

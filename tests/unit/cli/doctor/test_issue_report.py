@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.cli.doctor.issue_report import report_of
+from service.cli.doctor.issue_report import report_of, without_places
 from service.config import Config
 from service.engine.swap_proof import ProofFinding, Verdict
 from service.engine.swap_proof_store import SwapProofStore
@@ -88,3 +88,21 @@ def test_report_needs_no_config_and_no_weights(tmp_path: Path) -> None:
     assert report_of(None)["config"] is None
     report = report_of(whole_config(tmp_path))
     assert report["config"]["experts"]["a"]["weights"] == "not here, or not readable"
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("no '/home/jane doe/models/x' here", "no '(path)' here"),
+        ("401 for https://me:pass@hub.local/api?token=abc", "401 for (address)"),
+        ("file:///srv/x or s3://bucket/key", "(address) or (address)"),
+        ("at 10.0.0.7:8000", "at (address)"),
+        ("HF_TOKEN=hf_abcdefghijkl; api_key: abc", "HF_TOKEN=(key); api_key=(key)"),
+        ("Bearer sk-abcdefghijkl", "Bearer (key)"),
+        ("~/models and (/srv/x)", "(path) and ((path))"),
+        ("2 of 48 tokens differ: 3, 4", "2 of 48 tokens differ: 3, 4"),
+        ("driver 580.65.06, torch 2.13.0+cpu, 1/2", "driver 580.65.06, torch 2.13.0+cpu, 1/2"),
+    ],
+)
+def test_reasons_are_told_without_places_and_keys(reason: str, told: str) -> None:
+    assert without_places(reason) == told
