@@ -7,11 +7,13 @@ them as they share the models.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import platform
 import secrets
 import stat
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -79,6 +81,24 @@ class SwapProofStore:
         probe = self.folder / f"{secrets.token_hex(4)}.new"
         probe.touch()
         probe.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def only_run(self) -> Iterator[bool]:
+        """Hold the lock of a run on this machine; the value is False where another run holds it."""
+        path = self.folder / f"{platform.node() or 'here'}.lock"
+        lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                # Some file systems of networks have no locks.
+                log.debug("no lock for coe doctor: %s", error)
+            yield True
+        finally:
+            os.close(lock)
 
     def write(self, proof: SwapProof) -> Path:
         """Write a record. Readers see the old file or the new one, never a part.

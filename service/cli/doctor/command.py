@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from service.cli.doctor.layouts_to_try import TrialSubject
     from service.config import Config
     from service.engine.swap_proof import SwapProof
+    from service.engine.swap_proof_store import SwapProofStore
 
 QUICK_S, FULL_S = 180.0, 720.0
 
@@ -57,8 +58,6 @@ def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
 
 def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapProof]:
     """Try each layout within one time limit, and write its record."""
-    from service.cli.doctor.trial_runner import prove, with_left_out
-    from service.engine.swap_proof import SwapProof, merged_proof
     from service.engine.swap_proof_store import SwapProofStore, this_machine
     from service.errors import CoeError
 
@@ -72,17 +71,38 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
         if not quiet:
             click.echo(f"{time.monotonic() - began_s:5.0f} s  {line}", err=True)
 
-    unwritable = f"the record can't be written to {store.folder}: "
     try:
         store.check_writable()
     except OSError as error:
-        raise CoeError(f"{unwritable}{error.strerror}") from error
+        raise CoeError(_unwritable(store, error)) from error
     if not all(subject.on_cpu for subject in subjects) and not this_machine(on_gpu=True).is_known:
         raise CoeError(
             "nvidia-smi does not tell the name and the driver of the GPUs, so that a record would "
             "hold for any other GPU as well; in a container set NVIDIA_DRIVER_CAPABILITIES to "
             "compute,utility"
         )
+    with store.only_run() as alone:
+        if not alone:
+            raise CoeError("another coe doctor runs on this machine: both would measure each other")
+        return _prove_each(subjects, store, quick, deadline_s, tell, quiet=quiet)
+
+
+def _prove_each(
+    subjects: Sequence[TrialSubject],
+    store: SwapProofStore,
+    quick: bool,
+    deadline_s: float,
+    tell: Callable[[str], None],
+    *,
+    quiet: bool,
+) -> list[SwapProof]:
+    import time
+
+    from service.cli.doctor.trial_runner import prove, with_left_out
+    from service.engine.swap_proof import SwapProof, merged_proof
+    from service.engine.swap_proof_store import this_machine
+    from service.errors import CoeError
+
     proofs = []
     for subject in subjects:
         tell(f"{subject.layout}, on {'the CPU' if subject.on_cpu else 'a GPU'}")
@@ -100,10 +120,14 @@ def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapP
         try:
             written = store.write(proof)
         except OSError as error:
-            raise CoeError(f"{unwritable}{error.strerror}") from error
+            raise CoeError(_unwritable(store, error)) from error
         if not quiet:
             click.echo(f"written: {written}")
     return proofs
+
+
+def _unwritable(store: SwapProofStore, error: OSError) -> str:
+    return f"the record can't be written to {store.folder}: {error.strerror}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def findings_of(outcomes: Iterable[TrialOutcome]) -> dict[str, ProofFinding]:
     for outcome in outcomes:
         for line in outcome.lines:
             if line.kind == "figure":
-                figures.setdefault(line.part, {}).update(line.figures)
+                # A clock that stood still makes a rate of infinity, which no record can hold.
+                found = {n: value for n, value in line.figures.items() if math.isfinite(value)}
+                figures.setdefault(line.part, {}).update(found)
             elif line.kind == "verdict" and line.part in PARTS:
                 verdict = Verdict.PROVEN if line.ok else Verdict.FAILED
                 verdicts[line.part] = verdict, "" if line.ok else _reason(line, outcome.root_cause)

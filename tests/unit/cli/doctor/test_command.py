@@ -123,6 +123,20 @@ def test_doctor_that_could_not_keep_a_record_is_refused_before_its_trials(
     assert asked == []
 
 
+def test_doctor_beside_another_one_is_refused(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = prove_with(monkeypatch, inplace=PROVEN)
+    store = SwapProofStore()
+    store.check_writable()
+    with store.only_run() as alone:
+        assert alone
+        done = CliRunner().invoke(cli, ["doctor", "--quick"])
+    assert "another coe doctor runs on this machine" in str(done.exception)
+    assert asked == []
+    assert CliRunner().invoke(cli, ["doctor", "--quick"]).exit_code == 0
+
+
 def test_doctor_that_is_terminated_ends_its_trials_and_writes_nothing(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

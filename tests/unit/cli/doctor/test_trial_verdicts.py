@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from service.cli.doctor.trial_spec import TrialLine
@@ -13,7 +15,8 @@ from service.cli.doctor.trial_verdicts import (
     prepare_fault,
     root_cause,
 )
-from service.engine.swap_proof import ProofFinding, Verdict
+from service.engine.swap_proof import ProofFinding, Verdict, proof_from_json, proof_to_json
+from tests.unit.engine.test_swap_proof import proof
 
 STEP = TrialLine("step", "asking model one")
 PROVEN = TrialLine("verdict", "inplace", ok=True)
@@ -118,3 +121,11 @@ def test_prepare_fault_tells_why_nothing_can_be_tried(
 ) -> None:
     found = prepare_fault(given)
     assert found == fault if fault is None else fault in str(found)
+
+
+def test_findings_leave_out_figures_that_are_no_numbers() -> None:
+    odd = {"swap_s": 1.0, "copy_bytes_per_s": math.inf, "fill_s": math.nan}
+    found = findings_of([outcome(TrialLine("figure", "inplace", figures=odd), PROVEN)])
+    assert found["inplace"].figures == {"swap_s": 1.0}
+    record = proof(inplace=found["inplace"])
+    assert proof_from_json(proof_to_json(record)) == record
