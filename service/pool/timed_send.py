@@ -15,8 +15,6 @@ from service.pool.slots.base_slot import Lease
 from service.rpc.call_headers import ENGINE_MS, QUEUE_MS, SWAP_MS, Times
 from service.rpc.expert_latency import EngineStay, ExpertLatency, ResponseTimer
 
-_WAITED_S = 0.001
-
 
 class TimedSend:
     """An ASGI send that times chunks, counts tokens, and adds the headers with the times.
@@ -80,9 +78,8 @@ class TimedSend:
             self._count(message, self._timer.chunks)
         began_s = self._clock()
         await self._send(message)
-        # A send that does not wait takes some 20 µs.
-        if self._timer is not None and (sent_s := self._clock() - began_s) > _WAITED_S:
-            self._timer.held_s += sent_s
+        if self._timer is not None:
+            self._timer.on_sent(self._clock() - began_s)
 
     def _count(self, message: Message, chunks: int) -> None:
         """Record tokens. A chunk has about one token, and a whole answer reports its usage."""

@@ -19,6 +19,8 @@ _EWMA = 0.2
 _LEAST_SPREAD = 0.1
 # The share of a stream's time for which its reader may hold it up, if its speed is to count.
 _MOST_HELD = 0.1
+# A send that does not wait for the reader takes some 20 µs.
+_WAITED_S = 0.001
 # Speed of an expert that was never measured.
 PRIOR = Speed(first_s=0.2, chunk_s=0.02)
 # Half-life of the decay to the prior. The decay has steps, because each change of the speed
@@ -202,6 +204,11 @@ class ResponseTimer:
         self._last_s = now_s
         self.chunks += 1
         self._body = message.get("body", b"")
+
+    def on_sent(self, took_s: float) -> None:
+        """Record how long the send of a message took."""
+        if took_s > _WAITED_S:
+            self.held_s += took_s
 
     def tokens(self) -> int:
         """Tokens so far: the chunks of a stream, or the usage of a whole answer."""

@@ -141,8 +141,10 @@ class RemotePool:
         watch = ResponseTimer(time.monotonic())
 
         async def timed(message: Message) -> None:
-            watch.on_bytes(message, time.monotonic())
+            began_s = time.monotonic()
+            watch.on_bytes(message, began_s)
             await send(message)
+            watch.on_sent(time.monotonic() - began_s)
 
         engine = self.engine
         self._users[engine] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -81,3 +82,23 @@ async def test_run_without_a_queue_refuses_beyond_the_limit() -> None:
     engine.go.set()
     await asyncio.gather(*tasks)
     await ask(seat, "3", A)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.02])
+async def test_speed_of_a_stream_that_its_client_reads_slowly_is_not_learnt(wait_s: float) -> None:
+    class Streams:
+        async def run(self, request: EngineRequest, send: Any) -> None:
+            head = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            for i in range(8):
+                await asyncio.sleep(0.005)
+                await send({"type": "http.response.body", "body": b"x", "more_body": i < 7})
+
+    async def read(_: Any) -> None:
+        if wait_s:
+            await asyncio.sleep(wait_s)
+
+    seat = RemotePool(Streams(), 1, 1)  # type: ignore[arg-type]
+    await seat.run(EngineRequest("/v1/completions", "far", b"{}", "a"), read, None, A)
+    learnt = seat.latency.usual.speed(time.monotonic()).chunk_s
+    assert (learnt > 0) == (wait_s == 0)
