@@ -93,7 +93,7 @@ def test_report_needs_no_config_and_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reason", "told"),
     [
-        ("no '/home/jane doe/models/x' here", "no '(path)' here"),
+        ("no '/srv/jane doe/models/x' here", "no '(path)' here"),
         ("401 for https://me:pass@hub.local/api?token=abc", "401 for (address)"),
         ("file:///srv/x or s3://bucket/key", "(address) or (address)"),
         ("at 10.0.0.7:8000", "at (address)"),
