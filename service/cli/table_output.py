@@ -26,9 +26,9 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
         # As Text, so that brackets are not taken for markup.
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
         table.add_row(*map(Text, row))
     # A file or a pipe gets long lines unbroken.
     Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS).print(table)

@@ -107,6 +107,7 @@ def route_row(route: dict[str, Any]) -> tuple[str, ...]:
 
 def make_app(url: str) -> Any:
     """Make the terminal application; defined in here so that `coe --help` needs no textual."""
+    from rich.text import Text
     from textual.app import App, ComposeResult
     from textual.containers import Vertical
     from textual.widgets import DataTable, Footer, Static
@@ -177,7 +178,7 @@ def make_app(url: str) -> Any:
                 self.hello = event
                 table = self.query_one("#routes", DataTable)
                 table.clear(columns=True)
-                table.add_columns(*route_columns(event))
+                table.add_columns(*map(Text, route_columns(event)))
                 self._add_routes(event["routes"])
                 self._draw(event["state"])
             elif name == "routes":
@@ -200,7 +201,7 @@ def make_app(url: str) -> Any:
             cursor = table.cursor_row
             table.clear()
             for row in rows_of(self.hello, state):
-                table.add_row(*row)
+                table.add_row(*map(Text, row))
             if cursor:
                 table.move_cursor(row=cursor)
 
@@ -208,7 +209,9 @@ def make_app(url: str) -> Any:
             table = self.query_one("#routes", DataTable)
             kept = [table.get_row(key) for key in table.rows]
             table.clear()
-            for row in ([route_row(route) for route in reversed(routes)] + kept)[:100]:
+            # As Text, so that brackets are not taken for markup.
+            new = [tuple(map(Text, route_row(route))) for route in reversed(routes)]
+            for row in [*new, *kept][:100]:
                 table.add_row(*row)
 
         def action_operate(self, operation: str) -> None:

@@ -106,7 +106,9 @@ async def test_tables_can_be_printed_as_json() -> None:
 
 
 async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
-    async with run_gateway(TURNS) as s:
+    # A unit that looks like markup of a terminal.
+    prices = TURNS.prices.model_copy(update={"unit": "[/b] [red]EUR"})
+    async with run_gateway(TURNS.model_copy(update={"prices": prices})) as s:
         app = make_app(s.url)
         async with app.run_test(size=(140, 40)) as pilot:
             experts = app.query_one("#experts", DataTable)
@@ -114,11 +116,11 @@ async def test_top_follows_experts_and_requests_and_moves_weights() -> None:
             await until(lambda: experts.row_count == 2, "the experts are shown")
             await s.ask(chat(model="math"))
             await until(lambda: routes.row_count == 1, "the request is shown")
-            assert "math" in routes.get_row_at(0)
+            assert "math" in map(str, routes.get_row_at(0))
             heads = [str(column.label) for column in routes.columns.values()]
-            assert "cost, compute" in heads
+            assert "cost, [/b] [red]EUR" in heads
             assert len(heads) == len(routes.get_row_at(0))
-            await until(lambda: experts.get_row_at(1)[2] == "device", "the swap is shown")
+            await until(lambda: str(experts.get_row_at(1)[2]) == "device", "the swap is shown")
             await pilot.press("p")
             message = app.query_one("#message", Static)
             await until(lambda: "pin general: done" in str(message.render()), "it was pinned")
