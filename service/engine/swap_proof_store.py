@@ -27,7 +27,7 @@ from service.engine.swap_proof import (
     proof_to_json,
     withdrawn_proof,
 )
-from service.gpu_devices import driver_version, gpus
+from service.gpu_devices import driver_version, gpu_memory, visible_gpus
 from service.models.model_store import model_root
 
 log = logging.getLogger("coe.engine")
@@ -170,8 +170,15 @@ def _regular_file(path: Path) -> bytes:
 
 
 def this_machine(on_gpu: bool) -> ProofMachine:
-    """Describe this machine and the installed versions. On GPUs this runs nvidia-smi."""
-    names = sorted({gpu.name for gpu in gpus()}) if on_gpu else []
+    """Describe this machine and the installed versions. On GPUs this runs nvidia-smi.
+
+    Where a machine has several kinds of GPUs, those count that this process sees.
+    """
+    names: list[str] = []
+    if on_gpu:
+        found = gpu_memory()
+        # Parts of a GPU are not in the list; their process sees no GPU of it.
+        names = sorted({gpu.name for gpu in visible_gpus(found, os.environ) or found})
     return ProofMachine(
         device="gpu" if on_gpu else "cpu",
         hardware=", ".join(names) if on_gpu else cpu_name(),

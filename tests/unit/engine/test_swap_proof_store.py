@@ -135,12 +135,20 @@ def test_this_machine_names_its_parts(monkeypatch: pytest.MonkeyPatch, tmp_path:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         '#!/bin/sh\ncase "$1" in *driver*) echo 580.65.06;; '
-        '*) echo "NVIDIA H200, 143771"; echo "NVIDIA H200, 143771";; esac\n'
+        '*) for i in 0 1; do echo "$i, GPU-h$i, NVIDIA H200, 143771, 0, 143000"; done\n'
+        'echo "2, GPU-l2, NVIDIA L4, 23034, 0, 22500";; esac\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    there = this_machine(on_gpu=True)
-    assert (there.device, there.hardware, there.driver) == ("gpu", "NVIDIA H200", "580.65.06")
+    for visible, hardware in {
+        "1,0": "NVIDIA H200",
+        "GPU-l2": "NVIDIA L4",
+        "0,2": "NVIDIA H200, NVIDIA L4",
+        "MIG-x": "NVIDIA H200, NVIDIA L4",
+    }.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        there = this_machine(on_gpu=True)
+        assert (there.device, there.hardware, there.driver) == ("gpu", hardware, "580.65.06")
 
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert (this_machine(on_gpu=True).hardware, this_machine(on_gpu=True).driver) == ("", "")

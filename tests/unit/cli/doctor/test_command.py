@@ -116,7 +116,7 @@ def test_doctor_that_could_not_keep_a_record_is_refused_before_its_trials(
     path.write_text(
         f"experts: {{a: {{model: {models / 'a'}}}}}\npools: {{p: {{gpus: 1}}}}\n", encoding="utf-8"
     )
-    monkeypatch.setattr(swap_proof_store, "gpus", tuple)
+    monkeypatch.setattr(swap_proof_store, "gpu_memory", tuple)
     monkeypatch.setattr(swap_proof_store, "driver_version", str)
     done = CliRunner().invoke(cli, ["doctor", "-c", str(path)])
     assert "nvidia-smi does not tell the name and the driver" in str(done.exception)
