@@ -16,7 +16,7 @@ class SessionsConfig(Section):
         "that called the tool, and other turns change the expert only for a gain.",
     )
     handover_cost: float = Field(
-        0.03,
+        0.035,
         ge=0,
         le=1,
         description="Quality by which another expert has to be better to take over a "
