@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -16,12 +17,15 @@ from service.classifier.static_embedding_table import built_in_table
 from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.engine.engine_interface import RoutingSample
+from service.gpu_devices import GpuMemory
 from service.telemetry import metric_declarations
 from tests.integration.test_recipes import Cast
 from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
 from tests.support.polling import until
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 
+# The simulated pool is said to be on it.
+GPU = GpuMemory(0, "GPU-0", "H200", 140 << 30, 60 << 30, 79 << 30)
 # The first two differ, so that the cascade goes on to the strong one.
 LINES = {"far": "41", "near": "42", "strong": "The answer is 42."}
 
@@ -45,7 +49,7 @@ def everything(url: str) -> Config:
     given["recipes"] = {
         "careful": {"kind": "cascade", "members": ["far", "near"], "later": ["strong"]}
     }
-    given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}}
+    given["pools"]["cpu"] |= {"slots": 1, "swap": {"min_stay_s": 0.02}, "gpus": 1}
     given["tenants"] = {
         "default": {
             "guard": {"pii": {"action": "flag"}},
@@ -85,8 +89,9 @@ async def busy_site(folder: Path) -> AsyncIterator[RunningGateway]:
     async with serving(cast) as upstream:
         given = everything(upstream.url).model_dump(mode="json", exclude_defaults=True)
         given["tenants"]["default"]["shadow"] = True
-        async with run_gateway(Config.model_validate(given | learning(folder))) as s:
-            yield s
+        with mock.patch("service.pool.pool_process.visible_gpus", return_value=(GPU,)):
+            async with run_gateway(Config.model_validate(given | learning(folder))) as s:
+                yield s
 
 
 def routers_choose(s: RunningGateway) -> None:
@@ -98,17 +103,16 @@ def routers_choose(s: RunningGateway) -> None:
     s.pools["cpu"].process.pool_metrics.on_routing_sample(sample)
 
 
-def a_gpu_is_counted(s: RunningGateway) -> None:
-    """As in a pool on GPUs whose engine swaps by sleeping."""
-    metrics = s.pools["cpu"].process.pool_metrics
-    metrics.set_gpu_memory("0", total=24 << 30, used=20 << 30, free=3 << 30, reserved=19 << 30)
-    metrics.registry.put(metric_declarations.SWAP_METHOD, 1, "sleep", "record")
+def swap_method_is_told(s: RunningGateway) -> None:
+    """As in a pool of real engines that take turns."""
+    registry = s.pools["cpu"].process.pool_metrics.registry
+    registry.put(metric_declarations.SWAP_METHOD, 1, "sleep", "proof")
 
 
 async def round_of_traffic(s: RunningGateway) -> None:
     """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
     routers_choose(s)
-    a_gpu_is_counted(s)
+    swap_method_is_told(s)
     for model in ("general", "math", "auto", "auto/math"):
         for stream in (True, False):
             async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:
