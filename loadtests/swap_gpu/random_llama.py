@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.cli.doctor.random_models import write_byte_tokenizer
+
 _NOISE = 1 << 22
 _ELEMENT_BYTES = 2  # bfloat16
 # Tokens that every shape has: the bytes.
@@ -75,7 +77,7 @@ def write_random(folder: Path, shape: Shape, seed: int) -> Path:
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_config(shape)))
-    _tokenizer(folder)
+    write_byte_tokenizer(folder)
     noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed))
     files: dict[str, dict[str, Any]] = {}
     where: dict[str, str] = {}
@@ -126,17 +128,3 @@ def _config(shape: Shape) -> dict[str, Any]:
         "eos_token_id": 257,
         "dtype": "bfloat16",
     }
-
-
-def _tokenizer(folder: Path) -> None:
-    """Every byte is a token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|start|>", "<|end|>"]
-    words = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_special_tokens(letters[-2:])
-    words.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -161,7 +161,7 @@ def write_random_model(folder: Path, config: Mapping[str, Any], dtype: str, seed
             times = -(-weight.numel() // _NOISE)
             weight.copy_(scaled.repeat(times)[: weight.numel()].view(weight.shape))
     model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_byte_tokenizer(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -175,7 +175,8 @@ def _scale(name: str, shape: tuple[int, ...], tied: bool) -> float:
     return _GATE_SCALE * plain if name.endswith("gate.weight") else plain
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of which every byte is a token; 256 begins a text, and 257 ends it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|start|>", "<|end|>"]
