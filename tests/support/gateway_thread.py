@@ -124,13 +124,15 @@ def gateway_in_thread(config: Config) -> Iterator[GatewayThread]:
     living.add_done_callback(lambda done: made.done() or made.set_exception(_why(done)))
     try:
         yield GatewayThread(loop, made.result(60), made.result().gateway)
-        loop.call_soon_threadsafe(enough.set)
-        living.result(60)
     finally:
-        living.cancel()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        # Also after a failure: what is left open would fail the tests that come next.
+        loop.call_soon_threadsafe(enough.set)
+        try:
+            living.result(60)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
 
 def _why(done: Future[None]) -> BaseException:
