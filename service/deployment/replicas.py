@@ -32,7 +32,7 @@ from service.deployment.service_stop_signal import EndableApp, EndOfService
 from service.engine.compile_cache import compile_cache
 from service.errors import UnavailableError
 from service.gateway.gateway_reload import GatewayRuntime
-from service.gpu_devices import gpus
+from service.gpu_devices import gpu_memory, visible_gpus
 from service.models.model_store import model_root
 from service.pool.pool_process import PoolProcess
 from service.rpc import pool_address_registry
@@ -77,8 +77,8 @@ class PoolReplica:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
         if config.pools[kind].gpus > 0:
             models = Path(config.models_dir) if config.models_dir else model_root()
-            names = [gpu.name for gpu in await asyncio.to_thread(gpus)]
-            os.environ |= compile_cache(models, names[0] if names else "", os.environ)
+            seen = visible_gpus(await asyncio.to_thread(gpu_memory), os.environ)
+            os.environ |= compile_cache(models, seen[0].name if seen else "", os.environ)
         self._process = PoolProcess(config, kind, secret, node=node)
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)
