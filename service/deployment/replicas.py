@@ -77,8 +77,8 @@ class PoolReplica:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", str(node))
         if config.pools[kind].gpus > 0:
             models = Path(config.models_dir) if config.models_dir else model_root()
-            seen = visible_gpus(await asyncio.to_thread(gpu_memory), os.environ)
-            os.environ |= compile_cache(models, seen[0].name if seen else "", os.environ)
+            visible = visible_gpus(await asyncio.to_thread(gpu_memory), os.environ)
+            os.environ |= compile_cache(models, visible[0].name if visible else "", os.environ)
         self._process = PoolProcess(config, kind, secret, node=node)
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)
