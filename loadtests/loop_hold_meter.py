@@ -17,14 +17,10 @@ class HoldMeter:
 
     `collections`: garbage collections count. Their time depends on all that the process holds, so a
     test that shares its process with what is measured leaves them out.
-
-    `bound_s`: callbacks that hold the loop for longer are counted in `over_bound`.
     """
 
-    def __init__(self, *, collections: bool = True, bound_s: float = float("inf")) -> None:
+    def __init__(self, *, collections: bool = True) -> None:
         self._collections = collections
-        self._bound_s = bound_s
-        self.over_bound = 0
         self._collecting_since_s = 0.0
         self._collected_s = 0.0
         self._thread = 0
@@ -35,7 +31,7 @@ class HoldMeter:
 
     def reset(self) -> None:
         """Begin anew."""
-        self.longest_s, self.where, self.callbacks, self.over_bound = 0.0, "", 0, 0
+        self.longest_s, self.where, self.callbacks = 0.0, "", 0
 
     def __enter__(self) -> HoldMeter:
         self._real = real = asyncio.Handle._run
@@ -50,7 +46,6 @@ class HoldMeter:
                 if not self._collections:
                     held_s -= self._collected_s
                 self.callbacks += 1
-                self.over_bound += held_s > self._bound_s
                 if held_s > self.longest_s:
                     self.longest_s, self.where = held_s, _name(handle)
 

@@ -47,19 +47,14 @@ CONFIG = simulated(
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[GatewayThread]:
-    with (
-        gateway_in_thread(CONFIG) as made,
-        HoldMeter(collections=False, bound_s=MOST_HELD_S) as held,
-    ):
+    with gateway_in_thread(CONFIG) as made, HoldMeter(collections=False) as held:
         pools = made.gateway.pools
         engines = {kind: pool.engine for kind, pool in pools.items()}
         yield made
         # No pool was lost, and nobody else's answer waited for one request.
         assert {kind: pool.engine for kind, pool in pools.items()} == engines
         assert all(engine.failure() is None for engine in engines.values())
-        # Each body is sent in several forms. One callback alone may have met a page fault of the
-        # machine's, which counts as processor time.
-        assert held.over_bound <= 1, f"held {held.longest_s:.3f} s by {held.where}"
+        assert held.longest_s < MOST_HELD_S, f"held {held.longest_s:.3f} s by {held.where}"
         seen = Counter(sorted(statuses.elements()))
         assert sum(seen.values()) >= ALL, seen
         assert seen[200] > ALL // 100, f"hardly anything got through: {seen}"
