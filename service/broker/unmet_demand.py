@@ -10,6 +10,8 @@ from service.rpc.snapshot import Queue
 from service.types import Residency
 
 _NEAR = (Residency.DEVICE, Residency.HOST, Residency.LOADING)
+_EQUAL_LOAD = 16
+"""Requests by which loads differ from one moment to the next: a few batches come and go."""
 
 
 def can_serve(view: PoolView, expert: str) -> bool:
@@ -21,25 +23,33 @@ def can_serve(view: PoolView, expert: str) -> bool:
 def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
     """The one pool to report an expert's unmet demand to: where loading it displaces least.
 
-    A pool that has it in memory or is loading it comes first. Loads are compared by powers of two,
-    and ties are broken by a rendezvous hash of expert and pool, so that gateways with slightly
-    different snapshots agree without communication.
+    A pool that has it in memory or is loading it comes first. Among the others, those with about
+    the load of the least loaded one are equally good, and a rendezvous hash of expert and pool
+    chooses. So gateways agree without communication, though each sees the loads of another moment.
     """
-
-    def key(view: PoolView) -> tuple[int, int, bytes]:
-        snapshot = view.snapshot
-        state = snapshot.experts[expert]
-        load = 0
-        for name, other in snapshot.experts.items():
-            same = snapshot.weights_of(name) == snapshot.weights_of(expert)
-            if other.slot == state.slot and not same:
-                queue = snapshot.queues.get(name, Queue())
-                load += queue.waiting + queue.running
-        digest = hashlib.blake2b(f"{expert}\0{view.boot}".encode(), digest_size=8).digest()
-        return 0 if state.state in _NEAR else 1, load.bit_length(), digest
-
     able = [view for view in views if can_serve(view, expert)]
-    return min(able, key=key).boot if able else None
+    near = [view for view in able if view.snapshot.experts[expert].state in _NEAR]
+    loads = {view.boot: _displaced_requests(expert, view) for view in near or able}
+    if not loads:
+        return None
+    bound = 2 * min(loads.values()) + _EQUAL_LOAD
+
+    def hashed(boot: str) -> bytes:
+        return hashlib.blake2b(f"{expert}\0{boot}".encode(), digest_size=8).digest()
+
+    return min((boot for boot, load in loads.items() if load <= bound), key=hashed)
+
+
+def _displaced_requests(expert: str, view: PoolView) -> int:
+    """Requests of the experts that would leave the slot which the expert is loaded into."""
+    snapshot = view.snapshot
+    slot, weights = snapshot.experts[expert].slot, snapshot.weights_of(expert)
+    queues = (
+        snapshot.queues.get(name, Queue())
+        for name, other in snapshot.experts.items()
+        if other.slot == slot and snapshot.weights_of(name) != weights
+    )
+    return sum(queue.waiting + queue.running for queue in queues)
 
 
 def failure_reason(expert: str, views: Iterable[PoolView]) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import Exclusion, RequestBounds
@@ -283,12 +285,12 @@ def test_select_without_candidates_reports_the_exclusion_reason() -> None:
     held = {"a": ExpertState(Residency.DEVICE, max_model_len=1000)}
     pool = view("x", experts=held)
     resting = frozenset({("a", "x"), ("", "https://far.example"), ("a", "gone")})
-    for given, tokens, why in (
+    for case, tokens, why in (
         ({"excluded": resting}, 10, Exclusion.CIRCUIT_OPEN),
         ({"excluded": resting}, 0, Exclusion.CIRCUIT_OPEN),
         ({"excluded": {("a", "gone")}}, 10, Exclusion.NONE),
     ):
-        assert list(decided(pool, context_tokens=tokens, **given).exclusion) == [why]
+        assert list(decided(pool, context_tokens=tokens, **case).exclusion) == [why]
     assert list(decided(view("x", draining=True), context_tokens=10).exclusion) == [
         Exclusion.NO_POOL
     ]
@@ -335,14 +337,35 @@ def test_pool_for_demand_is_the_same_at_every_gateway() -> None:
     pools = [view(boot, experts=cold) for boot in ("x", "y", "z")]
     homes = {pool_for_demand("b", order) for order in (pools, pools[::-1], pools[1:] + pools[:1])}
     assert len(homes) == 1
-    # Slightly different loads, as gateways see them, change nothing.
-    noisy = [
-        view(boot, experts=cold, queues={"a": Queue(running=6 + i), "b": Queue()})
-        for i, boot in enumerate(("x", "y"))
-    ]
-    assert pool_for_demand("b", noisy) == pool_for_demand(
-        "b", [view(b, experts=cold, running=6) for b in ("x", "y")]
-    )
+
+
+@given(st.lists(st.lists(st.integers(0, 16), min_size=3, max_size=3), min_size=2, max_size=8))
+def test_pool_for_demand_is_the_same_for_loads_of_different_moments(
+    moments: list[list[int]],
+) -> None:
+    cold = {"a": READY, "b": COLD}
+    homes = {
+        pool_for_demand(
+            "b",
+            [
+                view(boot, experts=cold, queues={"a": Queue(running=load), "b": Queue()})
+                for boot, load in zip("xyz", loads, strict=True)
+            ],
+        )
+        for loads in moments
+    }
+    assert len(homes) == 1
+
+
+def test_pool_for_demand_avoids_a_pool_with_several_times_the_load() -> None:
+    cold = {"a": READY, "b": COLD}
+    for busy, idle in (("x", "y"), ("y", "x")):
+        loads = {busy: 90, idle: 20}
+        views = [
+            view(boot, experts=cold, queues={"a": Queue(running=load), "b": Queue()})
+            for boot, load in loads.items()
+        ]
+        assert pool_for_demand("b", views) == idle
 
 
 def test_pool_for_demand_prefers_the_pool_that_is_loading_the_expert() -> None:
