@@ -16,6 +16,7 @@ from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.models import locate
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "config" / "swap.yaml"
+# vLLM reads these when it is imported, its engine core when it starts.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -12,6 +12,7 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.swap.real_shared_slot_engine import ENVIRONMENT as ENVIRONMENT
 from service.config import VllmOptions
 from service.engine.engine_interface import EngineRequest, Message
 from service.engine.vllm.async_llm_handle import LaunchSettings
@@ -39,17 +40,6 @@ ON_ONE_ENGINE = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not Path(BASE).is_dir(), reason="coe models pull smollm2-135m-instruct"),
 ]
-# vLLM reads these when it is imported, its engine core when it starts.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 # Between them, each of the demo's experts goes on in its own way.
 _PROMPTS = (
     "A train leaves at 9 and drives 60 km an hour. When has it driven 150 km?",
