@@ -1,0 +1,188 @@
+"""What a reviewer is asked about the answers of others, and how its reviews are read. Pure.
+
+A reviewer sees answers without the names of who gave them, and in an order that is shuffled for
+each reviewer. It never sees its own answer among them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.broker.answer_agreement import after_thinking
+from service.broker.deliberation import MAX_SCORE, Review, Reviews
+from service.broker.prompt_fences import NewMark, filled
+
+MAX_CORRECTION_CHARS = 600
+_MAX_READ_CHARS = 20_000
+# A JSON value is looked for behind this many of the last opening brackets.
+_MAX_BRACKETS = 64
+_LINE = re.compile(
+    r"^[\W_]*(?:(?:answer|score)\W{0,3}){1,2}#?(\d{1,2})\W{0,6}?(?:score\W{0,3})?"
+    r"[:=\s]\W{0,3}?(-?\d{1,6}(?:\.\d{1,6})?)\b(?!\.?\d)(?:\s*(?:/|out\s+of)\s*10\b)?(.*)$",
+    re.IGNORECASE,
+)
+_LABEL = ("answer", "id", "number")
+# Signs between a score and its correction.
+_AROUND = " \t-\u2013\u2014:;,|*"
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """The answers that one reviewer sees.
+
+    Attributes:
+        reviewer: The reviewer's position among the members.
+        order: Positions of the members whose answers it sees, in the order in which it sees them.
+    """
+
+    reviewer: int
+    order: tuple[int, ...]
+
+
+def ballots(answered: Sequence[int], reviewers: Sequence[int], rng: random.Random) -> list[Ballot]:
+    """Give each reviewer the answers of all others in a shuffled order.
+
+    Args:
+        answered: Positions of the members that answered.
+        reviewers: Positions of the members that review.
+        rng: Shuffles.
+
+    Returns:
+        A ballot for each reviewer that has an answer to review.
+    """
+    found = []
+    for reviewer in reviewers:
+        order = [at for at in answered if at != reviewer]
+        rng.shuffle(order)
+        if order:
+            found.append(Ballot(reviewer, tuple(order)))
+    return found
+
+
+def review_prompt(
+    template: str,
+    question: str,
+    answers: Mapping[int, str],
+    ballot: Ballot,
+    new_mark: NewMark,
+) -> str:
+    """Write the prompt for one reviewer.
+
+    Args:
+        template: A template with `{question}` and `{answers}`.
+        question: What was asked.
+        answers: By member the part of its answer that others see.
+        ballot: Whose answers the reviewer sees, and in which order.
+        new_mark: Draws a fence's mark at random.
+    """
+    return filled(
+        template,
+        {
+            "question": [("Question", question)],
+            "answers": [
+                (f"Answer {number}", answers[at]) for number, at in enumerate(ballot.order, 1)
+            ],
+        },
+        new_mark,
+    )
+
+
+def revise_prompt(template: str, answer: str, corrections: Sequence[str], new_mark: NewMark) -> str:
+    """Write what members are told in a further round, with the leading answer as context."""
+    return filled(
+        template,
+        {
+            "answer": [("Best answer so far", answer)],
+            "corrections": [
+                (f"Correction {number}", text) for number, text in enumerate(corrections, 1)
+            ]
+            or [("Corrections", "none")],
+        },
+        new_mark,
+    )
+
+
+def read_reviews(text: str, ballot: Ballot) -> dict[int, Review]:
+    """Read a reviewer's text.
+
+    It states a score for each answer in a JSON value, or in lines such as `Answer 1: 7 - too long`.
+    Of several scores for one answer, the last counts. Scores outside [0, `MAX_SCORE`] and all else
+    are left out, so that the result may lack answers.
+
+    Args:
+        text: What the reviewer wrote.
+        ballot: The answers that it saw.
+
+    Returns:
+        Member → review of its answer.
+    """
+    text = after_thinking(text)[-_MAX_READ_CHARS:]
+    found: dict[int, Review] = {}
+    for label, score, correction in _from_json(text) or _from_lines(text):
+        if 1 <= label <= len(ballot.order) and 0.0 <= score <= MAX_SCORE:
+            kept = correction.strip(_AROUND)[:MAX_CORRECTION_CHARS]
+            found[ballot.order[label - 1]] = Review(score, kept)
+    return found
+
+
+def corrections_of(reviews: Reviews, leader_at: int) -> list[str]:
+    """What the reviewers want corrected in the leading answer, without repetitions."""
+    texts = [
+        seen[leader_at].correction
+        for reviewer, seen in sorted(reviews.items())
+        if leader_at in seen and reviewer != leader_at
+    ]
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _from_lines(text: str) -> list[tuple[int, float, str]]:
+    return [
+        (int(found[1]), float(found[2]), found[3])
+        for line in text.splitlines()
+        if (found := _LINE.match(line)) is not None
+    ]
+
+
+def _from_json(text: str) -> list[tuple[int, float, str]]:
+    """The reviews of the last JSON value in a text that has any."""
+    decoder = json.JSONDecoder()
+    last: list[tuple[int, float, str]] = []
+    at = 0
+    for start in [match.start() for match in re.finditer(r"[\[{]", text)][-_MAX_BRACKETS:]:
+        if start < at:
+            continue
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        last = _entries(value) or last
+    return last
+
+
+def _entries(value: Any) -> list[tuple[int, float, str]]:
+    if isinstance(value, dict):
+        inner = next((v for v in value.values() if isinstance(v, list)), None)
+        value = [value] if "score" in value else inner
+    found = []
+    for item in value if isinstance(value, list) else ():
+        if not isinstance(item, dict):
+            continue
+        label = next((item[name] for name in _LABEL if name in item), None)
+        score, correction = item.get("score"), item.get("correction")
+        if (
+            isinstance(label, int)
+            and isinstance(score, int | float)
+            and not isinstance(score, bool)
+            and not isinstance(label, bool)
+        ):
+            try:
+                number = float(score)
+            except OverflowError:
+                continue
+            found.append((label, number, correction if isinstance(correction, str) else ""))
+    return found
