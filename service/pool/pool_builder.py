@@ -154,9 +154,10 @@ class PoolBuilder:
             return config
         return with_swap_method(config, self._kind, self.swap_method.choice.method)
 
-    def _withdraw_proof(self, unit: str, method: str) -> None:
+    def _withdraw_proof(self, unit: str, method: str | None, why: str) -> None:
         if self.swap_method is not None:
-            withdraw = partial(self.swap_method.withdraw, unit, method)
+            method = method or self.engines.swap_method
+            withdraw = partial(self.swap_method.withdraw, unit, method, why)
             asyncio.get_running_loop().run_in_executor(None, withdraw)
 
     # --- removals

@@ -45,8 +45,8 @@ class ResolvedSwapMethod:
     layouts: Mapping[str, WeightLayout] = field(default_factory=dict)
     store: SwapProofStore = field(default_factory=SwapProofStore)
 
-    def withdraw(self, unit: str, method: str) -> bool:
-        """Withdraw the proof of a method whose weights failed verification in service.
+    def withdraw(self, unit: str, method: str, why: str) -> bool:
+        """Withdraw the proof of a method that has failed in service, for a reason.
 
         Returns:
             False where no record had proven it.
@@ -54,7 +54,6 @@ class ResolvedSwapMethod:
         layout = self.layouts.get(unit)
         if layout is None:
             return False
-        why = "the weights failed verification after a swap in service"
         return self.store.withdraw(self.machine, layout, method, why)
 
 

@@ -43,6 +43,7 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _SWAPS_KEPT = 64
+_UNVERIFIED = "the weights failed verification after a swap"
 _EWMA = 0.3  # the weight of the newest measurement in the average duration of a drain
 
 
@@ -88,7 +89,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         changed: A callback for every change that the pool's snapshot would show.
         apart: Whether to assume that units with weights of their own can't share an engine. The
             assumption holds until an engine has reported which units it can run.
-        refuted: Receives the unit and the method of a swap whose weights failed verification.
+        refuted: Receives the unit of a swap that has failed, its method where it is known, and the
+            reason: its weights failed verification, or the engine died of it.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         guess: UnitState,
         changed: Callable[[], None],
         apart: bool = False,
-        refuted: Callable[[str, str], None] = lambda unit, method: None,
+        refuted: Callable[[str, str | None, str], None] = lambda unit, method, why: None,
     ) -> None:
         super().__init__(
             tuple(name for unit in units for name in unit.experts),
@@ -510,10 +512,13 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         began_s = time.monotonic()
         # The unit counts as neither held nor running during the swap, so that it can't be evicted.
         weights.state(unit).tier = Residency.LOADING
+        lived = engine.failure() is None
         try:
             result = await engine.swap_in(unit)
         except CoeError as error:
             if isinstance(error, EngineDeadError) or engine.failure() is not None:
+                if lived:
+                    self._refuted(unit, None, f"the engine died in a swap: {error.message}")
                 weights.record_engine_death(unit, error)
                 return False
             weights.mark_failed(unit, error.message)
@@ -525,7 +530,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return True
         if not result.ok:
             self.canary_failures += 1
-            self._refuted(unit, result.method)
+            self._refuted(unit, result.method, _UNVERIFIED)
             log.error("weight verification failed for %s after swap; restarting engine", unit)
             self._respawn_for(unit, "canary")
             return False

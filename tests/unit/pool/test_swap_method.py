@@ -170,17 +170,21 @@ async def test_pool_tells_its_method_once_and_keeps_it(
     await builder.stop(0)
 
 
-async def test_failed_verification_withdraws_the_proof_for_the_next_start(config: Any) -> None:
+@pytest.mark.parametrize("method", ["inplace", None])
+async def test_failed_swap_withdraws_the_proof_for_the_next_start(
+    config: Any, method: str | None
+) -> None:
     made = config(1)
     proof = record(made, 1, inplace=PROVEN, sleep=PROVEN)
     builder = PoolBuilder(made, "p", Pool("p"), PoolMetrics())
     (slot,) = builder.pool.shared
-    slot._refuted("b", "inplace")
+    slot._refuted("b", method, "the engine died in a swap")
     store = SwapProofStore(Path(made.models_dir))
     await until(lambda: store.read(proof.machine, proof.layout) != proof, "it is marked")
     found = store.read(proof.machine, proof.layout)
     assert found is not None
     assert found.findings["inplace"].verdict is Verdict.WITHDRAWN
+    assert found.findings["inplace"].reason == "the engine died in a swap"
     assert builder.engines.swap_method == "inplace"
     await builder.stop(0)
     assert resolved(made).choice.method == "sleep"

@@ -102,10 +102,10 @@ def test_failed_swap_keeps_the_running_unit_serving() -> None:
 
 
 def test_corrupted_weights_after_a_swap_restart_the_engine_before_any_answer() -> None:
-    refuted: list[tuple[str, str]] = []
+    refuted: list[tuple[str, str | None, str]] = []
 
     async def act(stage: Stage) -> None:
-        stage.slot._refuted = lambda unit, method: refuted.append((unit, method))
+        stage.slot._refuted = lambda *given: refuted.append(given)
         assert await stage.ask("b") == "ok"
         engines = len(stage.world.engines)
         stage.world.armed["exchange"] = "spoil"
@@ -115,7 +115,22 @@ def test_corrupted_weights_after_a_swap_restart_the_engine_before_any_answer() -
     stage = play(world(), act)
     assert stage.slot.canary_failures == 1
     assert stage.slot.swap_counts()[("c", "respawn", "canary")] == 1
-    assert refuted == [("c", "inplace")]
+    assert refuted == [("c", "inplace", "the weights failed verification after a swap")]
+
+
+@pytest.mark.parametrize("step", ["exchange", "fill"])
+def test_swap_of_which_the_engine_dies_counts_against_its_method(step: str) -> None:
+    refuted: list[tuple[str, str | None, str]] = []
+
+    async def act(stage: Stage) -> None:
+        stage.slot._refuted = lambda *given: refuted.append(given)
+        assert await stage.ask("b") == "ok"
+        stage.world.armed[step] = "die"
+        assert await stage.ask("c") == "ok"
+
+    play(world(), act)
+    died = [("c", None, "the engine died in a swap: told to die")]
+    assert refuted == (died if step == "exchange" else [])
 
 
 def test_evict_of_a_unit_being_swapped_in_raises_conflict() -> None:
