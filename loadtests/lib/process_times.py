@@ -1,4 +1,4 @@
-"""Processor time of a running service, by role: HAProxy, gateways, pools.
+"""Processor time of a running service, by role: HAProxy, gateways, pools, encoders.
 
 It says what a request costs even where other programs take part of the machine, which replies per
 second do not.
@@ -18,6 +18,7 @@ _ROLES = {
     "gateway": (b"ServeReplica", b":gateway"),
     "pool": (b"ServeReplica", b":pool-"),
     "HAProxy": (b"haproxy.cfg",),
+    "encoder": (b"service.encoder.encoder_worker",),
 }
 
 

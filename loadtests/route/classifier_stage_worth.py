@@ -1,7 +1,8 @@
 """The classifier's stages: what each costs, what each is worth, and what the encoder costs `auto`.
 
 The throughput is that of the gateway's planning in one process: every request is parsed and planned
-on one event loop, with many in flight, with the encoder and without.
+on one event loop, with many in flight, with the encoder and without. Each category has an expert of
+its own, so that every doubt matters. `auto_with_encoder` measures whole requests.
 """
 
 from __future__ import annotations
@@ -173,9 +174,7 @@ async def _running(artifact: Path, encoder: str | None) -> tuple[RoutingSetup, M
     names = [label for label in labels if label != "general"]
     config = Config.model_validate(
         {
-            "experts": {
-                "general": {"model": "m", "categories": ["general", *names]},
-            },
+            "experts": {name: {"model": "m", "categories": [name]} for name in ("general", *names)},
             "pools": {"cpu": {"engine": "simulated"}},
             "router": {
                 "artifact": str(artifact),

@@ -263,6 +263,19 @@ class ExpertMap:
             reach=trust * reach + (1 - trust) * direct.reach,
         )
 
+    def quality_by_category(self, factors: Floats) -> Floats:
+        """The quality of every recipe were the category certain, (categories, recipes).
+
+        Args:
+            factors: (factors,), see `Assessment`.
+        """
+        if not len(factors):
+            return self.score
+        count = len(self.recipes)
+        slopes = self._slopes.reshape(len(self.categories), len(factors), 2 * count)[..., :count]
+        harder = np.tensordot(slopes, factors, axes=(1, 0))
+        return np.asarray(np.clip(self.score + harder, 0.0, 1.0))
+
     def only(self, experts: Sequence[str]) -> ExpertMap:
         """Return the map of the recipes that use only these experts.
 

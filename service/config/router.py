@@ -24,7 +24,15 @@ class EncoderConfig(Section):
         ge=0,
         le=1,
         description="Ask it where the confidence of the first stage is below this, and where the "
-        "prompt is new to it. 1 asks for every prompt.",
+        "prompt is new to it, as far as `min_gain` allows. 1 is unsure of every prompt.",
+    )
+    min_gain: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="Ask it only where the knowledge of the category could raise the expected "
+        "quality by more than this, whatever experts cost and however long they wait. So it is not "
+        "asked where the categories in doubt have the same experts.",
     )
     threads: int = Field(1, ge=1, le=64, description="Threads of one batch.")
     max_tokens: int = Field(

@@ -79,10 +79,13 @@ class EncoderSettings:
     timeout_s: float = 0.05
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
+    """A text on its way through the encoder, and how many requests wait for its vector."""
+
     text: str
     vector: asyncio.Future[Vector]
+    wanted: int = 0
 
     def fail(self, reason: str = "failed") -> None:
         """Give up, if there is no vector yet."""
@@ -120,6 +123,17 @@ class _FairQueue:
         self._of[most].pop().fail("busy")
         self._size -= 1
         return True
+
+    def drop(self, tenant: str, waiting: _Waiting) -> None:
+        """Take a text out that nobody waits for any more, unless a batch has it already."""
+        texts = self._of.get(tenant)
+        if texts is None or waiting not in texts:
+            return
+        texts.remove(waiting)
+        self._size -= 1
+        if not texts:
+            del self._of[tenant]
+        waiting.fail("slow")
 
     def take(self, most: int) -> list[_Waiting]:
         """Take texts out, one of each tenant in turn."""
@@ -162,7 +176,7 @@ class EncoderClient:
         self.problem: str | None = None
         self._clock = clock
         self._cache: OrderedDict[bytes, Vector] = OrderedDict()
-        self._pending: dict[bytes, asyncio.Future[Vector]] = {}
+        self._pending: dict[bytes, _Waiting] = {}
         self._queue = _FairQueue()
         self._wake = asyncio.Event()
         self._ready = asyncio.Event()
@@ -210,13 +224,19 @@ class EncoderClient:
                 raise EncoderUnavailableError("busy")
             found = self._enqueue(text, tenant)
             self._pending[key] = found
-            found.add_done_callback(lambda done: self._keep(key, done))
+            found.vector.add_done_callback(lambda done: self._keep(key, done))
+        found.wanted += 1
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                vector = await asyncio.shield(found)
+                vector = await asyncio.shield(found.vector)
         except TimeoutError:
             self._count_slow(tenant)
             raise EncoderUnavailableError("slow") from None
+        finally:
+            found.wanted -= 1
+            if not found.wanted:
+                # An overloaded worker must not spend its time on texts whose requests have gone on.
+                self._queue.drop(tenant, found)
         self._slow.pop(tenant, None)
         return vector
 
@@ -231,7 +251,8 @@ class EncoderClient:
         found: list[Vector] = []
         # Requests come between the parts.
         for begin in range(0, len(texts), _MAX_BATCH):
-            part = [self._enqueue(clip(text), None) for text in texts[begin : begin + _MAX_BATCH]]
+            chunk = texts[begin : begin + _MAX_BATCH]
+            part = [self._enqueue(clip(text), None).vector for text in chunk]
             found += await asyncio.gather(*part)
         return np.stack(found) if found else np.zeros((0, self.dims), np.float32)
 
@@ -247,11 +268,11 @@ class EncoderClient:
         raw = f"{len(tenant)}:{tenant}{text}".encode("utf-8", "surrogatepass")
         return hashlib.blake2b(raw, digest_size=16, key=self._salt).digest()
 
-    def _enqueue(self, text: str, tenant: str | None) -> asyncio.Future[Vector]:
-        vector: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
-        self._queue.put(tenant, _Waiting(text, vector))
+    def _enqueue(self, text: str, tenant: str | None) -> _Waiting:
+        waiting = _Waiting(text, asyncio.get_running_loop().create_future())
+        self._queue.put(tenant, waiting)
         self._wake.set()
-        return vector
+        return waiting
 
     def _keep(self, key: bytes, done: asyncio.Future[Vector]) -> None:
         del self._pending[key]

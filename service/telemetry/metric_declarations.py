@@ -101,8 +101,9 @@ ROUTER_ENCODER_REQUESTS = counter(
     "coe_router_encoder_total",
     Side.GATEWAY,
     ("reason",),
-    "Prompts for which the router asked its encoder: ok where it had a vector in time, else why "
-    "the first stage decided (missing, mismatch, starting, failed, busy, slow, paused).",
+    "Prompts of which the router's first stage was unsure: ok where the encoder had a vector in "
+    "time, needless where it was not asked as every category in doubt has the same experts, else "
+    "why the first stage decided (missing, mismatch, starting, failed, busy, slow, paused).",
 )
 ROUTER_ENCODER = histogram(
     "coe_router_encoder_seconds",

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.broker.cost_model import LONG_TOKENS, CostModel
+from service.broker.information_value import value_of_category
 from service.broker.pool_state import Floats, Place
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.reference_cost import best_shares
@@ -44,7 +45,7 @@ _NO_LATER = np.zeros((1, MAX_LATER))
 
 # `PromptStages.assess` and `PromptStages.refine` of `classifier_stages`.
 Assess = Callable[[Mapping[str, Any]], Assessment]
-Refine = Callable[[Mapping[str, Any], Assessment, str], Awaitable[Assessment]]
+Refine = Callable[[Mapping[str, Any], Assessment, str, Callable[[], float]], Awaitable[Assessment]]
 
 
 def _held_by_request(needs: frozenset[str]) -> str:
@@ -111,7 +112,7 @@ class CandidatePlanner:
     async def plan_by_all_stages(
         self, request: InferenceRequest, session: SessionLookup = NO_SESSION
     ) -> RoutePlan:
-        """Find the candidates for a request; the encoder is asked where the first stage is unsure.
+        """Find the candidates for a request; the encoder is asked where that can change them.
 
         Args:
             request: The request.
@@ -122,8 +123,38 @@ class CandidatePlanner:
         if self._assess is None or self._refine is None or not self._prompt_decides(request.model):
             return self.plan(request, session=session)
         first = self._assess(request.data)
-        refined = await self._refine(request.data, first, request.tenant.name)
+        refined = await self._refine(
+            request.data,
+            first,
+            request.tenant.name,
+            lambda: self._value_of_category(request, first, session),
+        )
         return self.plan(request, refined, session)
+
+    def _value_of_category(
+        self, request: InferenceRequest, first: Assessment, session: SessionLookup
+    ) -> float:
+        """How much quality the category can add at most, were it known, in [0, 1].
+
+        It is 1 where that can't be told. Lengths of answers, which also depend on the category,
+        are not counted.
+
+        Raises what `plan` raises.
+        """
+        if session.state.open and session.last is not None and session.certain:
+            return 0.0  # the expert is locked, and the prompt has nothing of the user's
+        quality = self._quality_model.quality_by_category(first, request.tenant.name)
+        if quality is None or request.min_quality > 0:
+            return 1.0
+        possible = self._possible(request)
+        if (allowed := allowed_experts(request, self._catalog.experts)) is not None:
+            possible &= ~(self._catalog.uses & ~allowed).any(axis=1)
+        if first.scores.stage == GENERAL:
+            # The first stage has given up, so that it may be any category.
+            posterior = np.ones(len(quality))
+        else:
+            posterior = self._quality_model.posterior(self._classify(request, first, session)[1])
+        return value_of_category(posterior, quality[:, possible])
 
     def _prompt_decides(self, model: str) -> bool:
         """Whether the prompt decides: the client names neither an expert nor a category."""

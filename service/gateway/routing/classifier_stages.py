@@ -1,8 +1,9 @@
 """The stages by which one config classifies prompts.
 
 The first stage (n-grams and the static table) always runs, on the event loop. Where it is unsure,
-the encoder is asked, in its own process and within a time limit. Where that gives no vector in
-time, the first stage decides. Where all are unsure, the prompt is `general`.
+and the categories in doubt have different experts, the encoder is asked, in its own process and
+within a time limit. Where that gives no vector in time, the first stage decides. Where all are
+unsure, the prompt is `general`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,32 @@ class PromptStages:
         assert self._first is not None
         return assess_turns(self._first, user_turns(body))
 
-    async def refine(self, body: Mapping[str, Any], first: Assessment, tenant: str) -> Assessment:
-        """Classify it by the encoder as well, where the first stage is unsure.
+    async def refine(
+        self,
+        body: Mapping[str, Any],
+        first: Assessment,
+        tenant: str,
+        value: Callable[[], float] = lambda: 1.0,
+    ) -> Assessment:
+        """Classify it by the encoder as well, where the first stage is unsure and that matters.
 
         It waits no longer than the encoder's time limit, and gives `first` back where there is no
         vector in time.
+
+        Args:
+            body: The request's body.
+            first: What the first stage says of it.
+            tenant: Whose request it is.
+            value: How much quality the category could add, were it known. It is called where the
+                first stage is unsure.
         """
         found = first
         encoder = self._config.router.encoder
         if encoder is not None and _is_unsure(first, encoder.when_below):
-            found = await self._asked(body, tenant) or first
+            if value() > encoder.min_gain:
+                found = await self._asked(body, tenant) or first
+            else:
+                self._count("needless")
         if self._metrics is not None:
             self._metrics.add(metric_declarations.ROUTER_STAGES, 1, found.scores.stage)
         return found

@@ -185,6 +185,31 @@ class QualityModel:
             quality += posterior @ shift
         return np.clip(quality, 0.0, 1.0), np.clip(reach + self._escalation_bias, 0.0, 1.0)
 
+    def quality_by_category(self, assessment: Assessment, tenant: str = "") -> Floats | None:
+        """The quality of every recipe were the category certain, (labels, recipes), in [0, 1].
+
+        Args:
+            assessment: The classifier's assessment of the prompt.
+            tenant: The tenant whose feedback counts.
+
+        Returns:
+            None where doubt changes the estimate by itself, as a map does that trusts a doubtful
+            category less, or a new prompt not at all.
+        """
+        table = self._table
+        if self._map is not None:
+            scores = assessment.scores
+            if self._map.trust_power > 0 or scores.stage == GENERAL:
+                return None
+            known = np.array([self.index[label] for label in self._map.categories])
+            table = table.copy()
+            table[known[:, None], self._map_columns] = self._map.quality_by_category(
+                assessment.factors
+            )
+        if (shift := self.shifts.get(tenant)) is not None:
+            table = np.clip(table + shift, 0.0, 1.0)
+        return table
+
     @staticmethod
     def _estimate(expert_map: ExpertMap, assessment: Assessment) -> tuple[Estimate, float]:
         """The map's estimate over its own categories, and their share of the posterior.

@@ -161,6 +161,22 @@ async def test_queue_of_one_tenant_leaves_room_and_turns_to_others(
     assert {getattr(e, "reason", None) for e in found} == {"busy", None}
 
 
+async def test_text_whose_requests_have_gone_on_leaves_the_queue() -> None:
+    client = EncoderClient(EncoderSettings(Path("/x"), timeout_s=0.05))
+    client.dims = 4
+    late = [asyncio.create_task(client.embed("same", "one")) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    patient = asyncio.create_task(client.embed("other", "one"))
+    late[0].cancel()
+    await asyncio.gather(late[0], return_exceptions=True)
+    assert len(client._queue) == 2, "one request still waits for it"
+    found = await asyncio.gather(*late, return_exceptions=True)
+    assert [getattr(e, "reason", None) for e in found] == [None, "slow"]
+    assert [one.text for one in client._queue.take(9)] == ["other"]
+    patient.cancel()
+    assert not client._pending.keys() - {client._key("other", "one")}
+
+
 async def test_batches_take_half_of_the_limit() -> None:
     client = EncoderClient(EncoderSettings(Path("/x"), timeout_s=0.05))
     sizes = []

@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from service.classifier.static_embedding_table import built_in_table
 from service.config import Config
 from service.encoder.onnx_encoder import OnnxEncoder
 from service.encoder.shared_encoders import SharedEncoders
+from service.gateway.request.conversation_turns import TurnState
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.routing.routing_setup import RoutingSetup
+from service.gateway.routing.session_affinity import SessionLookup
+from service.gateway.routing.session_memory import SessionTurn
 from service.telemetry import metric_declarations
 from service.telemetry.metric_types import Side
 from service.telemetry.metrics_registry import MetricsRegistry
@@ -91,7 +95,13 @@ async def running(config: Config, prepared: bool = True) -> AsyncIterator[Runnin
 
 
 def with_encoder(folder: Path, name: str = "encoder", **more: Any) -> dict[str, Any]:
-    encoder = {"model": str(folder / name), "when_below": 1.0, "timeout_ms": 1000, **more}
+    encoder = {
+        "model": str(folder / name),
+        "when_below": 1.0,
+        "min_gain": 0.0,
+        "timeout_ms": 1000,
+        **more,
+    }
     return {"artifact": str(folder / "mine@1"), "encoder": encoder}
 
 
@@ -110,6 +120,49 @@ async def test_plan_sure_prompt_or_named_model_asks_no_encoder(folder: Path) -> 
             request = ask("anything at all", model)
             assert not (await router.setup.planner.plan_by_all_stages(request)).stage
         assert router.encoder_count("ok") == 0
+
+
+@pytest.mark.parametrize(
+    ("apart", "asked"), [((), "needless"), (("law", "food"), "ok"), (SUBJECTS, "ok")]
+)
+async def test_encoder_is_asked_only_where_categories_in_doubt_have_different_experts(
+    folder: Path, apart: Collection[str], asked: str
+) -> None:
+    experts = {"general": {"model": "m", "categories": ["general"]}}
+    experts |= {name: {"model": "m", "categories": [name]} for name in apart}
+    settings = Config.model_validate(
+        {
+            "experts": experts,
+            "pools": {"cpu": {"engine": "simulated"}},
+            "router": with_encoder(folder, min_gain=0.0),
+        }
+    )
+    text = "court lasagna"
+    async with running(settings) as router:
+        first = router.setup.planner.plan(ask(text))
+        served = await router.setup.planner.plan_by_all_stages(ask(text))
+        assert router.encoder_count(asked) == 1
+        assert sum(router.encoder_count(reason) for reason in ("ok", "needless")) == 1
+        if asked == "needless":
+            assert (served.first, served.stage) == (first.first, first.stage)
+        # A bound on quality depends on the category, even where the choice does not.
+        bounded = replace(ask(text), min_quality=0.3)
+        await router.setup.planner.plan_by_all_stages(bounded)
+        assert router.encoder_count("ok") == (2 if asked == "ok" else 1)
+
+
+async def test_encoder_is_not_asked_while_a_tool_call_locks_the_expert(folder: Path) -> None:
+    turn = SessionTurn("", "law", "law", "law", None, 10, 0.0, ("call",), (("law", 1.0),))
+    session = SessionLookup(
+        state=TurnState(open=True, calls=frozenset({"call"})), last=turn, certain=True
+    )
+    async with running(config(with_encoder(folder))) as router:
+        request = ask("court lasagna")
+        plan = await router.setup.planner.plan_by_all_stages(request, session)
+        assert plan.session is not None
+        assert router.encoder_count("needless") == 1
+        await router.setup.planner.plan_by_all_stages(request, replace(session, certain=False))
+        assert router.encoder_count("ok") == 1
 
 
 async def test_prompt_that_all_stages_are_unsure_of_is_general(folder: Path) -> None:

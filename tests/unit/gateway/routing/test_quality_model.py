@@ -93,3 +93,38 @@ def test_quality_category_that_the_config_does_not_name_counts_as_general() -> N
     model = QualityModel(config, BOOK, ("law", "math", "general"))
     rows = {label: model.quality(model.posterior({label: 1.0}), None)[0] for label in model.labels}
     assert rows["law"].tolist() == rows["general"].tolist() != rows["math"].tolist()
+
+
+def test_quality_by_category_is_the_quality_of_a_certain_category() -> None:
+    worth = QualityModel(CONFIG, BOOK, ("math", "law"))
+    factors = np.array([0.5, -1.0])
+    draw = np.random.default_rng(1)
+    found = ExpertMap(
+        categories=("math", "law"),
+        recipes=(CASCADE, BOOK.recipes[0]),
+        prior=np.full(2, 0.5),
+        score=draw.random((2, 2)),
+        count=np.ones((2, 2)),
+        cost=np.ones((2, 2)),
+        reach=np.zeros((2, 2, MAX_LATER)),
+        score_slope=draw.normal(size=(2, 2, 2)) / 9,
+        cost_slope=draw.normal(size=(2, 2, 2)) / 9,
+        max_novelty=1.0,
+    )
+    for expert_map in (None, found):
+        if expert_map is not None:
+            worth.use_map(expert_map, BOOK)
+        worth.shifts["mine"] = draw.normal(size=(len(worth.labels), len(BOOK.recipes)))
+        for tenant in ("", "mine"):
+            for label in ("math", "law"):
+                p = (1.0, 0.0) if label == "math" else (0.0, 1.0)
+                seen = Assessment(CategoryScores(("math", "law"), p, label, 1.0, 0.0), factors)
+                whole = worth.quality_by_category(seen, tenant)
+                assert whole is not None
+                row = whole[worth.index[label]]
+                certain = worth.posterior({label: 1.0})
+                np.testing.assert_allclose(row, worth.quality(certain, seen, tenant)[0], atol=1e-6)
+    unsure = CategoryScores(("math", "law"), (0.5, 0.5), "general", 0.5, 1.0, "general")
+    assert worth.quality_by_category(Assessment(unsure, factors)) is None
+    found.trust_power = 4.0
+    assert worth.quality_by_category(seen) is None

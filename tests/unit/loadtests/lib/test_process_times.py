@@ -20,6 +20,7 @@ from loadtests.lib.process_times import processor_ms, role_of
         (b"ray::ServeReplica:coe:gateway", "gateway"),
         (b"ray::ServeReplica:coe:pool-cpu", "pool"),
         (b"/usr/sbin/haproxy\0-db\0-f\0/tmp/x/haproxy.cfg\0", "HAProxy"),
+        (b"python\0-m\0service.encoder.encoder_worker\0/x\0001\000128\0", "encoder"),
         (b"ray::ServeController.listen_for_change", None),
         (b"python\0-m\0service.cli\0serve\0", None),
     ],
