@@ -1,14 +1,14 @@
 """The state of all pools as arrays, so that a selection among thousands of places is fast.
 
-Rows are pools. A pool's row is computed once for each of its snapshots. Columns are the experts of
-a catalog. An expert that a pool does not have is marked as not usable there.
+Rows are pools. A pool's row is brought up to date once for each of its snapshots. Columns are the
+experts of a catalog. An expert that a pool does not have is marked as not usable there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ REMOTE: Final = None
 Place = tuple[str, BootId]
 
 _IDLE = Queue()
-_UNMEASURED = Speed()
+_UNMEASURED = (0.0, 0.0, 0.0, 0.0)
 # Rows of one pool's array.
 _ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
     range(10)
@@ -100,7 +100,7 @@ class PoolMatrix:
 
 
 class PoolStateTable:
-    """Caches the row of each pool until the pool's next snapshot.
+    """Keeps the row of each pool. A new snapshot changes only what differs from the one before.
 
     Args:
         index: The column of each expert, as in the catalog.
@@ -109,17 +109,24 @@ class PoolStateTable:
     def __init__(self, index: dict[str, int]) -> None:
         """Create an empty table."""
         self._index = index
-        self._rows: dict[BootId, tuple[Snapshot, Floats]] = {}
+        self._rows: dict[BootId, _PoolRow] = {}
+
+    def update(self, boot: BootId, snapshot: Snapshot) -> None:
+        """Bring a pool's row up to date, so that the next selection need not do it."""
+        row = self._rows.get(boot)
+        if row is None:
+            row = self._rows[boot] = _PoolRow(self._index)
+        row.update(snapshot)
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
         """Compute the arrays of these pools, in the same order."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}
             self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
-        width = len(self._index)
-        table = np.empty((len(views), _COLUMNS, width))
+        table = np.empty((len(views), _COLUMNS, len(self._index)))
         for i, view in enumerate(views):
-            table[i] = self._row(view.boot, view.snapshot)
+            self.update(view.boot, view.snapshot)
+            table[i] = self._rows[view.boot].figures
             if view.unseen:
                 self._count_unseen(table[i, _AHEAD], view)
         return PoolMatrix(
@@ -140,13 +147,6 @@ class PoolStateTable:
             idle_chunk=table[:, _IDLE_CHUNK],
         )
 
-    def _row(self, boot: BootId, snapshot: Snapshot) -> Floats:
-        held = self._rows.get(boot)
-        if held is None or held[0] is not snapshot:
-            held = snapshot, _row_of(snapshot, self._index)
-            self._rows[boot] = held
-        return held[1]
-
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
         """Add the requests on their way to `ahead`, (experts,).
 
@@ -163,66 +163,166 @@ class PoolStateTable:
                 ahead[self._index[name]] += by_slot[state.slot]
 
 
-def _row_of(snapshot: Snapshot, index: dict[str, int]) -> Floats:
-    row = np.zeros((_COLUMNS, len(index)))
-    row[_CAPACITY] = 1.0
-    queues, speeds = snapshot.queues, snapshot.speeds
-    in_slot: dict[int, int] = {}
-    requests: dict[int, int] = {}
-    # Requests by the weights that answer them.
-    own: dict[str, int] = {}
-    prompts: dict[int, int] = {}
-    for name, state in snapshot.experts.items():
-        queue = queues.get(name, _IDLE)
-        in_slot[state.slot] = in_slot.get(state.slot, 0) + queue.ahead
-        calls = queue.waiting + queue.running
-        requests[state.slot] = requests.get(state.slot, 0) + calls
-        weights = snapshot.weights_of(name)
-        own[weights] = own.get(weights, 0) + calls
-        prompts[state.slot] = prompts.get(state.slot, 0) + queue.waiting_tokens
-    guess = _guess(list(speeds.values()))
-    columns = []
-    values = []
-    for name, state in snapshot.experts.items():
-        at = index.get(name)
-        if at is None or snapshot.draining or state.state is Residency.FAILED:
-            continue
-        speed = speeds.get(name, guess)
-        idle = snapshot.idle_speeds.get(name, _UNMEASURED)
-        ahead = in_slot[state.slot]
-        others = requests[state.slot] - own[snapshot.weights_of(name)]
-        # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
-        displaced = 0.0 if state.state is Residency.DEVICE else 2 * state.swap_s * others
-        columns.append(at)
-        values.append(
-            (
-                state.eta_s,
-                speed.first_s,
-                speed.per_token_s,
-                speed.chunk_s,
-                max(1, snapshot.capacity.get(name, 1)),
-                ahead,
-                displaced,
-                1.0,
-                state.max_model_len,
-                prompts[state.slot],
-                idle.first_s,
-                idle.per_token_s,
-                idle.chunk_s,
-            )
-        )
-    if columns:
-        row[:, columns] = np.array(values).T
-    return row
-
-
-def _guess(measured: list[Speed]) -> Speed:
-    """Estimate the speed of an expert without measurements by the average of the others."""
-    if not measured:
-        return PRIOR
-    share = 1.0 / len(measured)
-    return Speed(
-        share * sum(speed.first_s for speed in measured),
-        share * sum(speed.chunk_s for speed in measured),
-        share * sum(speed.per_token_s for speed in measured),
+def _is_heartbeat(snapshot: Snapshot, last: Snapshot) -> bool:
+    """Whether a snapshot's tables are the last one's own."""
+    return snapshot is last or (
+        snapshot.draining == last.draining
+        and snapshot.experts is last.experts
+        and snapshot.queues is last.queues
+        and snapshot.capacity is last.capacity
+        and snapshot.speeds is last.speeds
+        and snapshot.idle_speeds is last.idle_speeds
+        and snapshot.shares is last.shares
     )
+
+
+class _PoolRow:
+    """One pool's row: the figures of its experts, brought up to date by each snapshot.
+
+    The experts of the snapshot have arrays of their own, in the snapshot's order. Sums over a slot
+    and averages over experts are computed from these arrays, in a few operations for all experts.
+
+    Attributes:
+        figures: (figures, experts of the catalog).
+    """
+
+    def __init__(self, index: dict[str, int]) -> None:
+        self._index = index
+        self._last: Snapshot | None = None
+        self.figures = np.zeros((_COLUMNS, len(index)))
+        self.figures[_CAPACITY] = 1.0
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot. Entries that are the same objects as before are not read again."""
+        last, self._last = self._last, snapshot
+        if last is not None and _is_heartbeat(snapshot, last):
+            return
+        if last is None or self._differs_in_structure(snapshot, last):
+            self._read_structure(snapshot)
+            last = None
+        self._read_states(snapshot.experts, last.experts if last else None)
+        self._read_queues(snapshot.queues, last.queues if last else None)
+        self._read_speeds(self._speeds, snapshot.speeds, last.speeds if last else None)
+        self._read_speeds(
+            self._idle_speeds, snapshot.idle_speeds, last.idle_speeds if last else None
+        )
+        self._write_figures(snapshot.draining)
+
+    @staticmethod
+    def _differs_in_structure(snapshot: Snapshot, last: Snapshot) -> bool:
+        """Whether experts, slots, or the weights that they share are others than before."""
+        for new, old in (snapshot.shares, last.shares), (snapshot.capacity, last.capacity):
+            if new is not old and new != old:
+                return True
+        if snapshot.experts is last.experts:
+            return False
+        if len(snapshot.experts) != len(last.experts):
+            return True
+        before = last.experts
+        return any(
+            name not in before or (state is not before[name] and state.slot != before[name].slot)
+            for name, state in snapshot.experts.items()
+        )
+
+    def _read_structure(self, snapshot: Snapshot) -> None:
+        names = self._names = list(snapshot.experts)
+        self._at = {name: i for i, name in enumerate(names)}
+        slots: dict[int, int] = {}
+        weights: dict[str, int] = {}
+        self._slot = np.array(
+            [slots.setdefault(snapshot.experts[name].slot, len(slots)) for name in names], np.intp
+        )
+        self._weights = np.array(
+            [weights.setdefault(snapshot.weights_of(name), len(weights)) for name in names], np.intp
+        )
+        known = [i for i, name in enumerate(names) if name in self._index]
+        self._known = np.array(known, np.intp)
+        self._column = np.array([self._index[names[i]] for i in known], np.intp)
+        self._capacity = np.array([max(1, snapshot.capacity.get(name, 1)) for name in names], float)
+        # Time until ready, time of a swap, context; whether it is not resident, and usable.
+        self._states = np.zeros((5, len(names)))
+        # Sequences ahead, requests, prompt tokens that wait.
+        self._queues = np.zeros((3, len(names)))
+        # Time to the first token, per prompt token, per token; whether it was measured.
+        self._speeds = np.zeros((4, len(names)))
+        self._idle_speeds = np.zeros((4, len(names)))
+
+    def _read_states(self, new: dict[str, ExpertState], old: dict[str, ExpertState] | None) -> None:
+        at, entries = self._changes(new, old)
+        if at:
+            values = [
+                (
+                    state.eta_s,
+                    state.swap_s,
+                    state.max_model_len,
+                    state.state is not Residency.DEVICE,
+                    state.state is not Residency.FAILED,
+                )
+                for state in entries
+            ]
+            self._states[:, at] = np.array(values, float).T
+
+    def _read_queues(self, new: dict[str, Queue], old: dict[str, Queue] | None) -> None:
+        at, entries = self._changes(new, old)
+        if at:
+            values = [
+                (queue.ahead, queue.waiting + queue.running, queue.waiting_tokens)
+                for queue in (entry or _IDLE for entry in entries)
+            ]
+            self._queues[:, at] = np.array(values, float).T
+
+    def _read_speeds(
+        self, speeds: Floats, new: dict[str, Speed], old: dict[str, Speed] | None
+    ) -> None:
+        at, entries = self._changes(new, old)
+        if at:
+            values = [
+                _UNMEASURED
+                if speed is None
+                else (speed.first_s, speed.per_token_s, speed.chunk_s, 1.0)
+                for speed in entries
+            ]
+            speeds[:, at] = np.array(values).T
+
+    def _changes(
+        self, new: dict[str, Any], old: dict[str, Any] | None
+    ) -> tuple[list[int], list[Any]]:
+        """Positions of experts whose entry is another object than before, and the new entries."""
+        if new is old:
+            return [], []
+        entries = [new.get(name) for name in self._names]
+        if old is None:
+            return list(range(len(entries))), entries
+        before = map(old.get, self._names)
+        at = [i for i, (a, b) in enumerate(zip(entries, before, strict=True)) if a is not b]
+        return at, [entries[i] for i in at]
+
+    def _write_figures(self, draining: bool) -> None:
+        figures = self.figures
+        figures[_USABLE] = 0.0
+        if draining or not len(self._column):
+            return
+        eta, swap, context, away, usable = self._states
+        ahead, requests, prompts = self._queues
+        slot = self._slot
+        requests_of_slot = np.bincount(slot, requests)[slot]
+        others = requests_of_slot - np.bincount(self._weights, requests)[self._weights]
+        *speed, measured = self._speeds
+        count = measured.sum()
+        guess = (
+            self._speeds[:3].sum(axis=1) / count
+            if count
+            else np.array((PRIOR.first_s, PRIOR.per_token_s, PRIOR.chunk_s))
+        )
+        values = np.empty((_COLUMNS, len(slot)))
+        values[_ETA] = eta
+        values[[_FIRST, _PER_TOKEN, _CHUNK]] = np.where(measured > 0, speed, guess[:, None])
+        values[_CAPACITY] = self._capacity
+        values[_AHEAD] = np.bincount(slot, ahead)[slot]
+        # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
+        values[_DISPLACED] = 2 * swap * others * away
+        values[_USABLE] = usable
+        values[_CONTEXT] = context
+        values[_PROMPTS] = np.bincount(slot, prompts)[slot]
+        values[[_IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK]] = self._idle_speeds[:3]
+        figures[:, self._column] = values[:, self._known]

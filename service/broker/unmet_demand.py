@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from service.broker.pool_state import PoolView
+from service.broker.pool_state import BootId, PoolView
 from service.rpc.snapshot import Queue
 from service.types import Residency
 
@@ -34,7 +34,7 @@ def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
         return None
     bound = 2 * min(loads.values()) + _EQUAL_LOAD
 
-    def hashed(boot: str) -> bytes:
+    def hashed(boot: BootId) -> bytes:
         return hashlib.blake2b(f"{expert}\0{boot}".encode(), digest_size=8).digest()
 
     return min((boot for boot, load in loads.items() if load <= bound), key=hashed)

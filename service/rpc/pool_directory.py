@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 import aiohttp
 
 from service.errors import PoolUnreachableError, UnknownModelError
 from service.rpc.pool_link import PoolAddress, PoolLink, new_session
-from service.rpc.snapshot import GONE_S
+from service.rpc.snapshot import GONE_S, Snapshot
 
 _MOST_POOLS = 64
 
@@ -37,6 +38,7 @@ class PoolDirectory:
         # Links to former pools that still have open calls.
         self._leaving: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
+        self._listeners: set[Callable[[str, Snapshot], None]] = set()
         # The greatest context of each expert over all pools; None if it has to be computed again.
         self._contexts: dict[str, int] | None = None
 
@@ -56,9 +58,23 @@ class PoolDirectory:
                 self.gateway,
                 self._changed,
                 self._forget_contexts,
+                self._received,
             )
         self._forget_contexts()
         self._changed()
+
+    def listen(self, listener: Callable[[str, Snapshot], None]) -> Callable[[], None]:
+        """Call `listener` with the boot id and the state of each pool at each of its lines.
+
+        Returns:
+            A function that ends this.
+        """
+        self._listeners.add(listener)
+        return partial(self._listeners.discard, listener)
+
+    def _received(self, boot: str, snapshot: Snapshot) -> None:
+        for listener in self._listeners:
+            listener(boot, snapshot)
 
     async def _disconnect(self, link: PoolLink) -> None:
         await link.unused()
@@ -108,7 +124,7 @@ class PoolDirectory:
     def context(self, expert: str) -> int:
         """The greatest context of an expert in any pool, in tokens; 0 if it is unknown.
 
-        The contexts of all experts are cached until an expert's state changes.
+        The contexts of all experts are cached until a pool tells of others.
         """
         if self._contexts is None:
             self._contexts = {}

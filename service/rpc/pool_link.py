@@ -20,7 +20,7 @@ from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
 from service.rpc.http_connections import ConnectError, HttpConnection, HttpConnections, HttpReply
-from service.rpc.snapshot import GONE_S, Snapshot, decode
+from service.rpc.snapshot import GONE_S, ExpertState, Snapshot, decode
 
 log = logging.getLogger("coe.link")
 
@@ -71,8 +71,9 @@ class PoolLink:
         secret: The cluster's secret.
         gateway: This gateway's id.
         changed: Called when the snapshot has changed.
-        experts_changed: Called before `changed` when the state of the experts has changed, or when
-            the stream of snapshots has ended.
+        contexts_changed: Called before `changed` when experts or their contexts have changed, or
+            when the stream of snapshots has ended.
+        received: Called with the boot id and each snapshot, before `changed`.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class PoolLink:
         secret: str,
         gateway: str,
         changed: Callable[[], None],
-        experts_changed: Callable[[], None] | None = None,
+        contexts_changed: Callable[[], None] | None = None,
+        received: Callable[[str, Snapshot], None] | None = None,
     ) -> None:
         self.address = address
-        self._experts_changed = experts_changed or changed
+        self._contexts_changed = contexts_changed or changed
+        self._received = received
         self.snapshot: Snapshot | None = None
         self.received_s = 0.0
         self.draining = False  # of the last snapshot, also after the pool has gone
@@ -277,7 +280,7 @@ class PoolLink:
             if self.snapshot is not None:
                 self._silent_since_s = self.received_s
             self.snapshot = None
-            self._experts_changed()
+            self._contexts_changed()
             self._changed()
             if time.monotonic() - self._silent_since_s > _SILENT_S:
                 # A pool that hangs does not close its connections, so calls would wait for ever.
@@ -308,8 +311,22 @@ class PoolLink:
         acknowledged = snapshot.acks.get(self._gateway, 0)
         for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):
             del self._unseen[seq]
-        # A line without experts leaves the same dict object in the snapshot.
-        if before is None or before.experts is not snapshot.experts:
-            self._experts_changed()
+        if before is None or _contexts_differ(before.experts, snapshot.experts):
+            self._contexts_changed()
+        if self._received is not None:
+            self._received(self.address.boot, snapshot)
         if before is None or before.seq != snapshot.seq:
             self._changed()
+
+
+def _contexts_differ(old: dict[str, ExpertState], new: dict[str, ExpertState]) -> bool:
+    # Without changes the table is the same object, and so is each entry that did not change.
+    if new is old:
+        return False
+    if len(new) != len(old):
+        return True
+    return any(
+        name not in old
+        or (state is not old[name] and state.max_model_len != old[name].max_model_len)
+        for name, state in new.items()
+    )

@@ -1,8 +1,8 @@
 """Snapshots of a pool for gateways, and their wire format.
 
 The format is a stream of NDJSON lines. The first line has the whole state, and each further line
-has the changed fields. A line without changes serves as a heartbeat. There is a line at least every
-250 ms.
+has what changed: whole fields, or entries of fields that are tables by expert. A line without
+changes serves as a heartbeat. There is a line at least every 250 ms.
 """
 
 from __future__ import annotations
@@ -124,16 +124,8 @@ class Snapshot:
         return self.shares.get(expert, expert)
 
 
-def encode(now: Snapshot, before: Snapshot | None) -> bytes:
-    """Encode a snapshot as a line. With `before`, the line has only the differences from it."""
-    changed = {
-        f.name: getattr(now, f.name)
-        for f in fields(now)
-        if before is None or f.name == "seq" or getattr(now, f.name) != getattr(before, f.name)
-    }
-    return orjson.dumps(changed) + b"\n"
-
-
+_CHANGED, _REMOVED = "changed", "removed"
+_TABLES = ("experts", "queues", "capacity", "speeds", "idle_speeds", "acks", "shares")
 _NESTED: dict[str, Any] = {
     "experts": ExpertState,
     "queues": Queue,
@@ -142,8 +134,38 @@ _NESTED: dict[str, Any] = {
 }
 
 
+def encode(now: Snapshot, before: Snapshot | None) -> bytes:
+    """Encode a snapshot as a line. With `before`, the line has only the differences from it."""
+    if before is None:
+        return orjson.dumps(now) + b"\n"
+    line: dict[str, Any] = {"seq": now.seq}
+    changed: dict[str, dict[str, Any]] = {}
+    removed: dict[str, list[str]] = {}
+    for name in _FIELDS:
+        new, old = getattr(now, name), getattr(before, name)
+        if new == old:
+            continue
+        if name not in _TABLES:
+            line[name] = new
+            continue
+        if entries := {key: value for key, value in new.items() if old.get(key) != value}:
+            changed[name] = entries
+        if gone := [key for key in old if key not in new]:
+            removed[name] = gone
+    if changed:
+        line[_CHANGED] = changed
+    if removed:
+        line[_REMOVED] = removed
+    return orjson.dumps(line) + b"\n"
+
+
+_FIELDS = tuple(f.name for f in fields(Snapshot) if f.name != "seq")
+
+
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:
     """Decode a line.
+
+    An entry that did not change is the same object in both snapshots, and so is a table.
 
     Args:
         line: The line.
@@ -165,9 +187,29 @@ def decode(line: bytes, before: Snapshot | None) -> Snapshot:
 def _decode(data: Any, before: Snapshot | None) -> Snapshot:
     if not isinstance(data, dict) or (before is None and "boot" not in data):
         raise ValueError("a snapshot stream begins with a whole state")
-    for name, kind in _NESTED.items():
-        if name in data:
-            data[name] = {key: kind(**value) for key, value in data[name].items()}
-    for state in data.get("experts", {}).values():
-        object.__setattr__(state, "state", Residency(state.state))
-    return Snapshot(**data) if before is None else replace(before, **data)
+    changed, removed = data.pop(_CHANGED, {}), data.pop(_REMOVED, {})
+    for name in _NESTED.keys() & data.keys():
+        data[name] = _entries(name, data[name])
+    if before is None:
+        if changed or removed:
+            raise ValueError("a snapshot stream begins with a whole state")
+        return Snapshot(**data)
+    if unknown := (changed.keys() | removed.keys()) - set(_TABLES):
+        raise ValueError(f"not a snapshot of this version: no table {min(unknown)!r}")
+    for name in changed.keys() | removed.keys():
+        table = {**getattr(before, name), **_entries(name, changed.get(name, {}))}
+        for key in removed.get(name, ()):
+            table.pop(key, None)
+        data[name] = table
+    return replace(before, **data)
+
+
+def _entries(name: str, entries: dict[str, Any]) -> dict[str, Any]:
+    kind = _NESTED.get(name)
+    if kind is None:
+        return entries
+    decoded = {key: kind(**value) for key, value in entries.items()}
+    if kind is ExpertState:
+        for state in decoded.values():
+            object.__setattr__(state, "state", Residency(state.state))
+    return decoded

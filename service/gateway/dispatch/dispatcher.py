@@ -126,12 +126,15 @@ class Dispatcher:
         self.cost_model = cost_model
         self._pool_table = PoolStateTable(catalog.index)
         self._directory = directory
+        # A request finds the table up to date, however many snapshots came since the last one.
+        self._stop_listening = directory.listen(self._pool_table.update)
         self._remote_pools = remote_pools
         self._wake = wake
         self._demand_reporter = DemandReporter(directory, self.views)
 
     async def close(self) -> None:
-        """Stop reporting unmet demand."""
+        """Stop following the pools' states, and stop reporting unmet demand."""
+        self._stop_listening()
         await self._demand_reporter.close()
 
     def views(self) -> list[PoolView]:

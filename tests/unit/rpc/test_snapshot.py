@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
 from service.types import Residency
@@ -29,11 +31,65 @@ def test_snapshot_round_trips() -> None:
     assert again.experts["a"].state is Residency.LOADING
 
 
-def test_snapshot_delta_has_only_changes() -> None:
-    later = Snapshot(**{**_fields(WHOLE), "seq": 4, "queues": {"a": Queue(0, 3)}})
-    line = encode(later, WHOLE)
-    assert orjson.loads(line).keys() == {"seq", "queues"}
-    assert decode(line, WHOLE) == later
+def test_snapshot_delta_has_only_changed_entries() -> None:
+    two = replace(WHOLE, queues={"a": Queue(1, 2), "b": Queue(3)}, speeds={"a": Speed(1)})
+    later = replace(two, seq=4, queues={"a": Queue(0, 3), "b": Queue(3)}, speeds={})
+    line = encode(later, two)
+    wire = orjson.loads(line)
+    assert wire.keys() == {"seq", "changed", "removed"}
+    assert wire["changed"].keys() == {"queues"}
+    assert wire["changed"]["queues"].keys() == {"a"}
+    assert wire["removed"] == {"speeds": ["a"]}
+    decoded = decode(line, two)
+    assert decoded == later
+    assert decoded.queues["b"] is two.queues["b"], "an entry that stays is the same object"
+    assert decoded.experts is two.experts
+
+
+names = st.sampled_from("abcd")
+small = st.integers(0, 3)
+snapshots = st.builds(
+    Snapshot,
+    st.just("b"),
+    st.just("cpu"),
+    seq=small,
+    draining=st.booleans(),
+    experts=st.dictionaries(
+        names, st.builds(ExpertState, st.sampled_from(Residency), max_model_len=small, slot=small)
+    ),
+    queues=st.dictionaries(names, st.builds(Queue, small, small)),
+    capacity=st.dictionaries(names, small),
+    speeds=st.dictionaries(names, st.builds(Speed, small.map(float))),
+    idle_speeds=st.dictionaries(names, st.builds(Speed, small.map(float))),
+    acks=st.dictionaries(names, small),
+    shares=st.dictionaries(names, names),
+)
+
+
+@given(st.lists(snapshots, min_size=1, max_size=6))
+def test_snapshot_stream_decodes_to_what_was_encoded(states: list[Snapshot]) -> None:
+    sent = received = None
+    for state in states:
+        received = decode(encode(state, sent), received)
+        sent = state
+        assert received == state
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"seq": 4, "changed": {"nothing": {}}}',
+        b'{"seq": 4, "changed": {"queues": 3}}',
+        b'{"seq": 4, "changed": {"queues": {"a": {"more": 1}}}}',
+        b'{"seq": 4, "changed": 3}',
+        b'{"seq": 4, "removed": {"seq": ["a"]}}',
+        b'{"seq": 4, "removed": {"queues": 3}}',
+        b'{"seq": 4, "removed": {"queues": [[]]}}',
+    ],
+)
+def test_snapshot_invalid_delta_raises_value_error(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r"not a snapshot of this version"):
+        decode(line, WHOLE)
 
 
 def test_snapshot_heartbeat_is_short() -> None:
@@ -49,6 +105,7 @@ def test_snapshot_heartbeat_is_short() -> None:
         b'{"seq": 1}',
         b'{"boot": "b"}',
         b'{"boot": "b", "kind": "k", "unknown": 1}',
+        b'{"boot": "b", "kind": "k", "changed": {"queues": {}}}',
         b'{"boot": "b", "kind": "k", "experts": {"a": {"state": "nowhere"}}}',
         b'{"boot": "b", "kind": "k", "experts": {"a": {"state": "disk", "more": 1}}}',
         b'{"boot": "b", "kind": "k", "queues": 3}',
@@ -59,7 +116,3 @@ def test_snapshot_heartbeat_is_short() -> None:
 def test_snapshot_invalid_line_raises_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode(line, None)
-
-
-def _fields(snapshot: Snapshot) -> dict[str, Any]:
-    return {name: getattr(snapshot, name) for name in Snapshot.__dataclass_fields__}
