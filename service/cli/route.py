@@ -34,7 +34,10 @@ _ENCODER_START_S = 30.0
 )
 @click.option("--url", help="Ask this running service instead, with its queues and swaps.")
 @click.option(
-    "--model", default="auto", show_default=True, help="Such as auto, auto:fast or auto/code."
+    "--model",
+    default="auto",
+    show_default=True,
+    help="Such as auto, auto:fast or auto/code, or an alias.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -> None:
@@ -44,6 +47,8 @@ def route(prompt: str, path: Path, url: str | None, model: str, as_json: bool) -
     if as_json:
         click.echo(json.dumps(decision))
         return
+    if alias := decision.get("alias"):
+        click.echo(f"alias     {alias['name']} → {alias['target']}")
     click.echo(f"chosen    {decision['chosen']}  ({decision['reason']})")
     click.echo(
         f"category  {decision['category'] or '-'}  (confidence {decision['confidence']:.2f}"
@@ -89,6 +94,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     from service.default_prices import with_default_prices
     from service.gateway.request.expert_defaults import RequestDefaults
     from service.gateway.request.parsing import parse_request
+    from service.gateway.routing.alias_resolution import AliasResolution
     from service.gateway.routing.candidate_planner import selection_request
     from service.gateway.routing.decision_explanation import explain
     from service.gateway.routing.routing_setup import RoutingSetup
@@ -96,6 +102,7 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     config = with_default_prices(load_config(path))
     raw = json.dumps(body).encode()
     request = parse_request("/v1/chat/completions", raw, {}, config.server.deadline_ms)
+    request = AliasResolution(config).resolve(request)
     routing = RoutingSetup(config)
     plan = asyncio.run(_plan(routing, request))
     pool_matrix = PoolStateTable(routing.catalog.index).to_matrix(
@@ -103,4 +110,4 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     )
     added = RequestDefaults(config).added(request, routing.catalog.experts)
     wanted = selection_request(routing.cost_model, request, plan, added=added)
-    return explain(plan, select(routing.catalog, pool_matrix, wanted))
+    return explain(plan, select(routing.catalog, pool_matrix, wanted), request.alias)

@@ -20,6 +20,8 @@ class Meaning(Enum):
 
     EXPERT = auto()
     EXPERT_OR_RECIPE = auto()
+    ALIAS_TARGET = auto()
+    """An expert, a recipe, `auto` or an alias, or weights by these."""
     CATEGORY = auto()
     TENANT = auto()
     PATH = auto()
@@ -67,6 +69,8 @@ TEXT_FIELDS: Mapping[Place, Meaning] = {
     ("recipes", "*", "members"): Meaning.EXPERT,
     ("recipes", "*", "later"): Meaning.EXPERT,
     ("recipes", "*", "quality"): Meaning.CATEGORY,
+    ("aliases",): Meaning.OTHER,
+    ("aliases", "*", "to"): Meaning.ALIAS_TARGET,
     ("categories",): Meaning.CATEGORY,
     ("categories", "*", "description"): Meaning.OTHER,
     ("categories", "*", "examples"): Meaning.OTHER,

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.config.aliases import AliasConfig, AliasName, resolve_aliases
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
@@ -60,6 +61,12 @@ class Config(Section):
     recipes: dict[Name, RecipeConfig] = Field(
         default_factory=dict, description="Recipes of several experts, by name."
     )
+    aliases: dict[AliasName, AliasConfig] = Field(
+        default_factory=dict,
+        description="Other names that clients may ask for, such as `gpt-4o-mini: auto`. In a name "
+        "`*` stands for any characters; a name without it comes before those with it, and the "
+        "longest of these comes first. Experts, recipes and `auto` keep their names.",
+    )
     categories: dict[Name, CategoryConfig] = Field(
         default_factory=dict,
         description="Categories of prompts by description and examples, by name. They need no fit, "
@@ -88,6 +95,7 @@ class Config(Section):
         _check_bases(self)
         _fill_variants(self)
         _check_names(self)
+        _check_aliases(self)
         _check_kernels(self)
         _check_tenants(self)
         _check_shadow(self)
@@ -227,6 +235,11 @@ def _check_tenants(config: Config) -> None:
     limits = [(f"tenants.{n}", t) for n, t in config.tenants.items()]
     for place, section in [*limits, *((f"keys.{n}", k) for n, k in config.keys.items())]:
         for name in section.experts or ():
+            if name in config.aliases:
+                raise ValueError(
+                    f"{place}.experts: {name!r} is an alias; list the experts that it stands for "
+                    f"({', '.join(sorted(names))})"
+                )
             if name not in names:
                 raise ValueError(f"{place}.experts: {_unknown(name, names)}")
     of_tenants = [(f"keys.{n}", k.tenant) for n, k in config.keys.items()]
@@ -398,6 +411,63 @@ def _check_names(config: Config) -> None:
         )
 
 
+def _check_aliases(config: Config) -> None:
+    """Check that aliases take nobody's name, and that each leads to something that answers."""
+    names = {**config.experts, **config.recipes}
+    for alias in config.aliases:
+        if alias in names or _is_auto(alias):
+            owner = "an expert or a recipe" if alias in names else "the reserved prefix 'auto'"
+            raise ValueError(f"aliases.{alias}: the name is taken by {owner}")
+    for alias, settings in config.aliases.items():
+        for target in settings.to:
+            if target in names or (target in config.aliases and "*" not in target):
+                continue
+            if not _is_auto(target) or not _auto_exists(config, target):
+                raise ValueError(f"aliases.{alias}: {_unknown_target(config, target)}")
+    for alias, resolved in resolve_aliases(config.aliases).items():
+        spaces = {
+            config.experts[target].space or config.owner_of(target): target
+            for target in resolved.targets
+            if target in config.experts and "embeddings" in config.experts[target].capabilities
+        }
+        if len(spaces) > 1:
+            raise ValueError(
+                f"aliases.{alias}: {', '.join(map(repr, spaces.values()))} embed into several "
+                "vector spaces, which an index must not mix; share requests among experts of one "
+                "`space` only"
+            )
+
+
+def _is_auto(name: str) -> bool:
+    return name == "auto" or name.startswith(("auto/", "auto:"))
+
+
+def _auto_exists(config: Config, name: str) -> bool:
+    """Whether this `auto[:preset][/category]` exists."""
+    head, slash, category = name.partition("/")
+    preset = head.removeprefix("auto")
+    known = preset in ("", *(f":{name}" for name in PresetsConfig.model_fields if name != "auto"))
+    return known and (not slash or category in config.category_map())
+
+
+def _unknown_target(config: Config, target: str) -> str:
+    """The error text for a target of an alias that does not exist."""
+    exact = [alias for alias in config.aliases if "*" not in alias]
+    presets = ["auto", *(f"auto:{name}" for name in PresetsConfig.model_fields if name != "auto")]
+    allowed = [*presets, *config.experts, *config.recipes, *exact]
+    close = difflib.get_close_matches(target, allowed, n=1)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    kinds = {
+        "auto": [*presets, "auto/CATEGORY"],
+        "categories": sorted(config.category_map()),
+        "experts": list(config.experts),
+        "recipes": list(config.recipes),
+        "aliases without *": exact,
+    }
+    listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    return f"no target {target[:128]!r};{hint} allowed: {listed}"
+
+
 def _check_kernels(config: Config) -> None:
     for kind, pool in config.pools.items():
         if pool.engine != "vllm" or pool.gpus > 0:
@@ -488,6 +558,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "media"): MediaConfig,
     ("experts", "*", "defaults"): DefaultsConfig,
     ("recipes", "*"): RecipeConfig,
+    ("aliases", "*"): AliasConfig,
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
     ("savings",): SavingsConfig,

@@ -32,6 +32,7 @@ from service.gateway.request.request_intake import RequestIntake
 from service.gateway.request_record import ExpertCall
 from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
+from service.gateway.routing.alias_resolution import AliasResolution
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.routing_setup import RoutingSetup
@@ -180,11 +181,15 @@ class ConfiguredGateway:
             self._registry,
             random,
         )
+        self.aliases = AliasResolution(config)
         self.services = GatewayServices(
             config=config,
             state=state,
             admission=self._admission,
-            intake=RequestIntake(config, Guard(config, resources.screens), self._registry),
+            intake=RequestIntake(
+                config, Guard(config, resources.screens), self._registry, self.aliases
+            ),
+            aliases=self.aliases,
             planner=routing.planner,
             executor=RecipeExecutor(
                 self.dispatcher,

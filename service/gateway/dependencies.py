@@ -17,6 +17,7 @@ from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.request.request_intake import RequestIntake
+from service.gateway.routing.alias_resolution import AliasResolution
 from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.session_affinity import SessionService
@@ -41,6 +42,7 @@ class GatewayServices:
         state: Counters and learned values, which outlive the config.
         admission: Identifies tenants, and reserves what a request may use.
         intake: Reads, checks and parses requests.
+        aliases: Finds what aliases stand for.
         planner: Finds the candidates for a request, and what is expected of each.
         executor: Chooses among the candidates and runs the choice.
         sessions: Finds and records the sessions of conversations.
@@ -58,6 +60,7 @@ class GatewayServices:
     state: GatewayState
     admission: Admission
     intake: RequestIntake
+    aliases: AliasResolution
     planner: CandidatePlanner
     executor: RecipeExecutor
     sessions: SessionService

@@ -179,7 +179,8 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     model = {
         "type": "string",
-        "description": "auto, auto:fast, auto:best, auto/<category>, or an expert",
+        "description": "auto, auto:fast, auto:best, auto/<category>, an expert, a recipe, or an "
+        "alias",
         "examples": ["auto", *(config.experts if named else ())],
     }
     for path, (summary, properties, required) in _POSTS.items():

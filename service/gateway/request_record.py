@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from service.broker.model_aliases import AliasChoice
 from service.broker.pool_state import BootId, Place
 from service.broker.savings import Comparison
 from service.broker.session_terms import SessionOutcome
@@ -108,7 +109,8 @@ class RequestRecord:
         arrived_s: When the request arrived. Its deadline counts from here.
         path: The path that was asked.
         client_id: The request's id, as the client knows it.
-        model: The model that the client named.
+        model: The model that the client named, or what its alias stands for.
+        alias: The alias that the client named; None if it named none.
         streamed: Whether the answer is a stream.
         own_deadline: Whether the client has set a deadline of its own.
         category: The category of its prompt; empty until it was classified.
@@ -151,6 +153,7 @@ class RequestRecord:
     path: str = ""
     client_id: str = ""
     model: str = ""
+    alias: AliasChoice | None = None
     streamed: bool = False
     own_deadline: bool = False
     category: str = ""

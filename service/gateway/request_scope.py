@@ -82,6 +82,7 @@ class RequestScope:
         """Record the request once it is validated."""
         request, record = validated.request, self.record
         record.client_id, record.model = request.client_id, request.model
+        record.alias = request.alias
         record.streamed, record.own_deadline = request.stream, request.own_deadline
         log_fields(request_id=request.client_id)
         if record.trace is not None:
@@ -89,6 +90,8 @@ class RequestScope:
                 request.request_id, request.model, request.stream, request.data
             )
         self.headers += self._id_header() + validated.headers
+        if request.alias is not None:
+            self.headers.append(request.alias.header)
         if request.left_out:
             self.headers.append((b"x-coe-tools-left-out", ", ".join(request.left_out).encode()))
         return request

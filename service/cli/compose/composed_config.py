@@ -17,6 +17,7 @@ from typing import Any
 
 from router_models.composition.composition_problem import Problem, SwapMethod, Unit
 from router_models.composition.composition_value import Composition, Holding, shortest_waits
+from service.config.aliases import alias_section
 from service.config.name_and_path_fields import TEXT_FIELDS, Meaning, holders, move_paths
 from service.errors import ConfigError
 from service.types import Recipe
@@ -83,6 +84,7 @@ def compose_config(
         del data["pools"]
     _leave_out(data, kept, renamed)
     _give_categories_experts(data, found, fallback)
+    _leave_out_targets(data, renamed)
     return data
 
 
@@ -338,6 +340,43 @@ def _give_categories_experts(data: dict[str, Any], found: Composition, fallback:
         if name not in named and category.get("expert") is None:
             bought = found.recipes.get(name)
             category["expert"] = bought.experts[0] if bought is not None else fallback
+
+
+def _leave_out_targets(data: dict[str, Any], renamed: Mapping[str, str]) -> None:
+    """Leave out targets of aliases that are not bought, and aliases whose targets are all gone.
+
+    Args:
+        data: The config's data, with the bought experts, recipes and categories.
+        renamed: By a recipe's name in the base config, its name here.
+    """
+    aliases = {name: alias_section(alias) for name, alias in (data.get("aliases") or {}).items()}
+    if not aliases:
+        return
+    experts = data["experts"]
+    categories = {_GENERAL, *(data.get("categories") or {})}
+    categories |= {c for expert in experts.values() for c in expert.get("categories") or ()}
+
+    def exists(target: str) -> bool:
+        if target in experts or target in (data.get("recipes") or {}) or target in aliases:
+            return True
+        head, slash, category = target.partition("/")
+        return head.partition(":")[0] == "auto" and (not slash or category in categories)
+
+    for alias in aliases.values():
+        # Two recipes may have become one.
+        to: dict[str, float] = {}
+        for target, weight in alias["to"].items():
+            name = renamed.get(target, target)
+            to[name] = to.get(name, 0) + weight
+        alias["to"] = to
+    gone: list[str] | None = None
+    while gone is None or gone:
+        for alias in aliases.values():
+            alias["to"] = {target: w for target, w in alias["to"].items() if exists(target)}
+        gone = [name for name, alias in aliases.items() if not any(alias["to"].values())]
+        for name in gone:
+            del aliases[name]
+    data["aliases"] = aliases
 
 
 def rebased(data: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:

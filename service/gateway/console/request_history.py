@@ -20,7 +20,7 @@ class CompletedRequest:
     Attributes:
         at_s: When it ended, in seconds since 1970.
         request: The request id that the client knows.
-        asked: The model that the client named.
+        asked: The model that the client named; of an alias its name in the config.
         category: The prompt's category.
         confidence: The probability of the category.
         recipe: The recipe that answered.
@@ -62,7 +62,7 @@ class CompletedRequest:
         return cls(
             at_s=round(time.time(), 1),
             request=record.client_id,
-            asked=record.model,
+            asked=record.model if record.alias is None else record.alias.alias,
             category=record.category,
             confidence=round(record.confidence, 3),
             recipe=record.recipe or record.expert,

@@ -231,7 +231,7 @@ class RecipeExecutor:
 
     def explain(self, request: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
         """Explain the decision as JSON: the posterior, and every candidate with its reason."""
-        return explain(plan, self._dispatcher.weigh_candidates(request, plan))
+        return explain(plan, self._dispatcher.weigh_candidates(request, plan), request.alias)
 
     def _learn_lengths(self, plan: RoutePlan, reply: ResponseSend, *, complete: bool) -> None:
         """Learn the lengths of the answers.

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import orjson
 
+from service.broker.model_aliases import AliasChoice
 from service.config.tenants import Priority
 from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
@@ -37,7 +38,7 @@ class InferenceRequest:
 
     Attributes:
         endpoint: Its path.
-        model: The model that the client named.
+        model: The model that the client named, or what its alias stands for.
         stream: Whether the answer is a stream.
         needs: The capabilities that an expert must have.
         data: The body, without the gateway's own fields.
@@ -63,6 +64,7 @@ class InferenceRequest:
         left_out: Types of the tools that were removed, because the service does not run them.
         turn: Where its conversation stands.
         session_id: The client's own name of the session, from the header `x-session-id`.
+        alias: The alias that the client named; None if it named none.
     """
 
     endpoint: str
@@ -91,6 +93,7 @@ class InferenceRequest:
     left_out: tuple[str, ...] = ()
     turn: TurnState = field(default_factory=TurnState)
     session_id: str | None = None
+    alias: AliasChoice | None = None
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Takes in a request: reads the body, checks limits, parses it, runs the guard, adds defaults."""
+"""Takes in a request: reads, checks and parses it, resolves aliases, runs the guard."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.token_limits import check_extent
+from service.gateway.routing.alias_resolution import AliasResolution
 from service.http.asgi_helpers import Receive, read_body
 from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
@@ -28,12 +29,15 @@ _LARGE_BYTES = 128 * 1024
 class RequestIntake:
     """Takes in the requests of one gateway."""
 
-    def __init__(self, config: Config, guard: Guard, registry: MetricsRegistry) -> None:
+    def __init__(
+        self, config: Config, guard: Guard, registry: MetricsRegistry, aliases: AliasResolution
+    ) -> None:
         self._server = config.server
         self._limits = RequestLimitChecker(config)
         self._media = MediaPrices(config)
         self._defaults = RequestDefaults(config)
         self._guard = guard
+        self._aliases = aliases
         self._registry = registry
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
@@ -49,12 +53,13 @@ class RequestIntake:
     async def read(
         self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
     ) -> GuardResult:
-        """Read and parse a body, run the tenant's guard, and add the defaults of a named expert.
+        """Read and parse a body, resolve its alias, run the guard, and add an expert's defaults.
 
         The guard does not look at the system prompts of the config.
 
         Raises:
             InvalidRequestError: The body is not valid.
+            ForbiddenError: The key may use nothing that the alias stands for.
             GuardRefusedError: The tenant's guard refuses it.
             ClientDisconnectedError: The client left before its body was complete.
         """
@@ -78,6 +83,7 @@ class RequestIntake:
         server = self._server
         most = server.limits.max_messages
         request = parse_request(path, raw, headers, server.deadline_ms, tenant, most)
+        request = self._aliases.resolve(request)
         if tokens := self._media.tokens(request.model, request.media):
             request = replace(request, media_tokens=tokens)
         check_extent(request, server.limits)

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the experts and recipes that a tenant may use, with the experts' states."""
+"""`GET /v1/models`: the experts, recipes and aliases that a tenant may use, with their states."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from fastapi import APIRouter, Response
 from service.broker.pool_state import PoolView
 from service.broker.token_prices import prices_of
 from service.config import Config
+from service.config.aliases import ResolvedAlias
 from service.errors import UnknownEndpointError, UnknownModelError
 from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
 from service.gateway.folder_redaction import without_folders
 from service.gateway.request.parsing import AUTO, GENERAL
+from service.gateway.routing.alias_resolution import AliasResolution
 from service.gateway.routing.candidate_planner import PRESETS
 from service.types import NOBODY, Residency, Tenant
 
@@ -36,7 +38,9 @@ _RECIPE_CAPABILITIES = ("chat", "json", "vision", "audio")
 async def list_models(services: Services, tenant: CurrentTenant) -> Response:
     """Return OpenAI's list of models."""
     states = _public_states(services)
-    return json_response(listing(services.config, states, services.state.created_s, tenant))
+    created_s = services.state.created_s
+    models = listing(services.config, states, created_s, tenant, services.aliases)
+    return json_response(models)
 
 
 @router.get("/v1/models/{name:path}")
@@ -45,7 +49,8 @@ async def get_model(name: str, services: Services, tenant: CurrentTenant) -> Res
     if not name:
         raise UnknownEndpointError("there is no /v1/models/; did you mean /v1/models?")
     states = _public_states(services)
-    model = entry(services.config, states, services.state.created_s, name, tenant)
+    created_s = services.state.created_s
+    model = entry(services.config, states, created_s, name, tenant, services.aliases)
     if model is None:
         raise UnknownModelError(f"the model {name[:128]!r} does not exist", param="model")
     return json_response(model)
@@ -173,6 +178,34 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
     }
 
 
+def _alias(
+    config: Config,
+    states: dict[str, dict[str, Any]],
+    created_s: int,
+    name: str,
+    tenant: Tenant,
+    resolved: ResolvedAlias,
+) -> dict[str, Any]:
+    """An alias with the targets that the tenant may use, and what all of these can do."""
+    targets = [entry(config, states, created_s, target, tenant) for target in resolved.targets]
+    abilities = [set(target["coe"]["capabilities"]) for target in targets if target is not None]
+    model: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "coe",
+        "coe": {
+            "kind": "alias",
+            "targets": dict(resolved.targets),
+            "capabilities": sorted(set.intersection(*abilities)) if abilities else [],
+        },
+    }
+    known = [target for target in targets if target is not None and "max_model_len" in target]
+    if known and len(known) == len(targets):
+        model["max_model_len"] = min(target["max_model_len"] for target in known)
+    return model
+
+
 def categories(config: Config, tenant: Tenant) -> list[str]:
     """The categories of which a tenant may ask an expert, and `general`, which everybody has."""
     named = {
@@ -206,17 +239,26 @@ def listing(
     states: dict[str, dict[str, Any]],
     created_s: int,
     tenant: Tenant = NOBODY,
+    aliases: AliasResolution | None = None,
 ) -> dict[str, Any]:
-    """OpenAI's list of models: `auto`, and every expert and recipe that the tenant may use.
+    """OpenAI's list of models: `auto`, and every expert, recipe and alias that the tenant may use.
+
+    Aliases with `*` have no names that could be listed.
 
     Args:
         config: The config that names them.
         states: Each expert's state, as `expert_states` returns them.
         created_s: When the gateway started, in seconds since 1970.
         tenant: The tenant that the list is for.
+        aliases: The config's aliases; None leaves them out.
     """
     names = [name for name in (*config.experts, *config.recipes) if may_ask(config, name, tenant)]
     entries = [entry(config, states, created_s, name, tenant) for name in names]
+    if aliases is not None:
+        entries += [
+            _alias(config, states, created_s, name, tenant, resolved)
+            for name, resolved in aliases.exact(tenant)
+        ]
     return {"object": "list", "data": [_auto(config, AUTO, created_s, tenant), *entries]}
 
 
@@ -226,14 +268,20 @@ def entry(
     created_s: int,
     name: str,
     tenant: Tenant = NOBODY,
+    aliases: AliasResolution | None = None,
 ) -> dict[str, Any] | None:
-    """One model of the list; None where it doesn't exist, or the tenant may not use it."""
+    """One model of the list; None where it doesn't exist, or the tenant may not use it.
+
+    With `aliases` any name that an alias of them matches is a model, too.
+    """
     if name in config.recipes or name in config.experts:
         if not may_ask(config, name, tenant):
             return None
         if name in config.recipes:
             return _recipe(config, name, created_s)
         return _expert(config, name, states[name], created_s, tenant)
+    if aliases is not None and (resolved := aliases.find(name, tenant)) is not None:
+        return _alias(config, states, created_s, name, tenant, resolved)
     head, slash, category = name.partition("/")
     base, colon, preset = head.partition(":")
     known = not slash or category in categories(config, tenant)

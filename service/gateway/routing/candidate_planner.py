@@ -21,6 +21,7 @@ from service.broker.session_terms import SessionTerms
 from service.classifier.classifier import Assessment
 from service.classifier.topic_filter import carried_over, with_topics
 from service.config import Config
+from service.config.aliases import resolve_aliases
 from service.config.router_presets import PresetConfig, PresetsConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
@@ -92,6 +93,11 @@ class CandidatePlanner:
         self._known = config.category_map()
         self._assess = assess
         self._named = {name: recipe.recipe() for name, recipe in config.recipes.items()}
+        self._aliases = {
+            name: alias.targets
+            for name, alias in resolve_aliases(config.aliases).items()
+            if "*" not in name
+        }
         kinds = sorted({c for expert in config.experts.values() for c in expert.capabilities})
         self._able = {
             kind: np.array([kind in config.experts[name].capabilities for name in catalog.experts])
@@ -471,6 +477,11 @@ class CandidatePlanner:
         named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
         named |= {name: recipe.experts for name, recipe in self._named.items()}
         names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
+        names += [
+            alias
+            for alias, targets in self._aliases.items()
+            if any(target in names or target not in named for target in targets)
+        ]
         close = difflib.get_close_matches(model[:128], names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return UnknownModelError(

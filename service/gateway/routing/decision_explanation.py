@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from service.broker.model_aliases import AliasChoice
 from service.broker.quality_cost_bounds import Exclusion
 from service.broker.selection import Selection
 from service.gateway.routing.route_plan import RoutePlan
@@ -23,12 +24,15 @@ _WHY = {
 _MAX_CANDIDATES = 256
 
 
-def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
+def explain(
+    plan: RoutePlan, selection: Selection, alias: AliasChoice | None = None
+) -> dict[str, Any]:
     """Explain a selection.
 
     Args:
         plan: The candidates.
         selection: The selection among them.
+        alias: The alias that was asked for; None without one.
 
     Returns:
         A JSON object. Times are in seconds, null where there are none. The best candidate comes
@@ -39,6 +43,7 @@ def explain(plan: RoutePlan, selection: Selection) -> dict[str, Any]:
     order = [int(at) for at in selection.order()[:_MAX_CANDIDATES]]
     best = selection.best_position()
     return {
+        "alias": None if alias is None else {"name": alias.alias, "target": alias.target},
         "category": plan.category,
         "confidence": round(plan.confidence, 4),
         "novelty": round(scores.novelty, 4) if scores else None,

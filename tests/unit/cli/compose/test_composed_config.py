@@ -241,6 +241,12 @@ def _name_everywhere(case: Case, names: list[str]) -> None:
         f"of-{name}": {"examples": [f"{name} {i}" for i in range(3)], "expert": name}
         for name in names
     }
+    base["aliases"] = {f"is-{name}": name for name in names} | {
+        "shared": dict.fromkeys(names, 1),
+        "recipes": {"own": 2, "same": 1},
+        "nick": {"to": f"is-{names[-1]}"},
+        "law-*": f"auto:best/of-{names[0]}",
+    }
     for name in names:
         base["categories"][f"by-{name}"] = {"examples": [f"by {name} {i}" for i in range(3)]}
         base["experts"][name]["categories"] = [f"by-{name}"]
@@ -274,6 +280,12 @@ def test_compose_config_of_a_base_that_names_every_expert_everywhere_loads(on_gp
             if owner in config.experts:
                 assert config.category_map()[name] == owner
                 assert (category.expert is None) == (prefix == "by")
+        aliases = {name for name in config.aliases if name.startswith("is-")}
+        assert aliases == {f"is-{name}" for name in everyone if name in config.experts}
+        shared = config.aliases.get("shared")
+        assert (set() if shared is None else set(shared.to)) <= set(config.experts)
+        assert ("nick" in config.aliases) == (everyone[-1] in config.experts)
+        assert "law-*" in config.aliases
         lost += len(config.experts) < len(everyone)
         against = config.savings.against or ()
         made = [n for n, r in config.recipes.items() if r.recipe() == case.problem.recipes[-1]]
