@@ -4,8 +4,9 @@ It measures the time to classify, the memory of the artifact, and the time to se
 `--outcomes` and `--costs` it also compares the online choice under a budget with the exact optimum.
 With `--share` it shows how traffic shifts in the running service as load grows. With `--stages`
 and `--test` it measures accuracy, time, memory and throughput of the stages of the classifier.
-With `--auto` it measures whole requests for `auto` with the encoder and without. With `--sessions`
-it simulates how often agents in tool loops change their expert.
+With `--auto` it measures whole requests for `auto` with the encoder and without. With `--snapshots`
+it measures what the snapshots of many pools cost, and a choice among them. With `--sessions` it
+simulates how often agents in tool loops change their expert.
 
 It uses one core, the demo's artifact unless another is named, and prompts of the given size from
 many different words. Each figure is the median over prompts, each of which is timed alone, as in
@@ -32,6 +33,7 @@ from loadtests.route import (
     budget_replay,
     classifier_stage_worth,
     selection_latency,
+    snapshot_streams,
     traffic_share_by_load,
 )
 from service.classifier.classifier import Classifier
@@ -143,11 +145,14 @@ def main() -> int:
     words.add_argument(
         "--auto", action="store_true", help="whole requests with the encoder and without"
     )
+    words.add_argument(
+        "--snapshots", action="store_true", help="what the snapshots of many pools cost"
+    )
     words.add_argument("--stages", action="store_true", help="what each stage costs and is worth")
     words.add_argument("--encoder", default="all-minilm-l6-v2", help="with --stages: the encoder")
     words.add_argument("--test", type=Path, nargs="+", help="with --stages: labelled prompts")
     words.add_argument(
-        "--seconds", type=float, default=5.0, help="with --stages and --auto: each round"
+        "--seconds", type=float, default=5.0, help="with --stages, --auto, --snapshots: each round"
     )
     words.add_argument("--turns", type=int, default=8, help="with --auto: rounds (default 8)")
     words.add_argument("--plot", type=Path, help="with --share: write the figure to this PNG file")
@@ -175,6 +180,8 @@ def _measured(given: argparse.Namespace) -> Report:
         traffic_share_by_load.measure(report, given.port, given.plot)
     elif given.auto:
         auto_with_encoder.measure(report, given.port, given.turns, given.seconds)
+    elif given.snapshots:
+        snapshot_streams.measure(report, given.seconds)
     elif given.sessions:
         agent_sessions.measure(report)
     elif given.outcomes:

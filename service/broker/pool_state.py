@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.rpc.expert_latency import PRIOR
-from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, Speed
+from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, SnapshotDelta, Speed
 from service.types import Residency
 
 Floats = NDArray[np.float64]
@@ -27,12 +27,18 @@ Place = tuple[str, BootId]
 
 _IDLE = Queue()
 _UNMEASURED = (0.0, 0.0, 0.0, 0.0)
+# The tables of a snapshot that a row is read from, but for its structure.
+_TABLES = ("experts", "queues", "speeds", "idle_speeds")
 # Rows of one pool's array.
 _ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
     range(10)
 )
 _IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK = range(10, 13)
 _COLUMNS = 13
+# The first token, each prompt token, each token; the same where nothing else runs.
+_SPEED = slice(_FIRST, _CHUNK + 1)
+_IDLE_SPEED = slice(_IDLE_FIRST, _IDLE_CHUNK + 1)
+_PRIOR = np.array((PRIOR.first_s, PRIOR.per_token_s, PRIOR.chunk_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,40 +117,47 @@ class PoolStateTable:
         self._index = index
         self._rows: dict[BootId, _PoolRow] = {}
 
-    def update(self, boot: BootId, snapshot: Snapshot) -> None:
-        """Bring a pool's row up to date, so that the next selection need not do it."""
+    def update(self, boot: BootId, snapshot: Snapshot, delta: SnapshotDelta | None = None) -> None:
+        """Bring a pool's row up to date, so that the next selection need not do it.
+
+        Args:
+            boot: The pool's boot id.
+            snapshot: The pool's state.
+            delta: What it changes; None where that is unknown.
+        """
         row = self._rows.get(boot)
         if row is None:
             row = self._rows[boot] = _PoolRow(self._index)
-        row.update(snapshot)
+        row.update(snapshot, delta)
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
         """Compute the arrays of these pools, in the same order."""
         if len(self._rows) > 2 * len(views) + 8:
             known = {view.boot for view in views}
             self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
-        table = np.empty((len(views), _COLUMNS, len(self._index)))
+        # By figure, so that each figure of all pools is one block of memory.
+        table = np.empty((_COLUMNS, len(views), len(self._index)))
         for i, view in enumerate(views):
             self.update(view.boot, view.snapshot)
-            table[i] = self._rows[view.boot].figures
+            table[:, i] = self._rows[view.boot].figures
             if view.unseen:
-                self._count_unseen(table[i, _AHEAD], view)
+                self._count_unseen(table[_AHEAD, i], view)
         return PoolMatrix(
             boots=tuple(view.boot for view in views),
             fresh=np.array([view.age_s <= STALE_S for view in views], dtype=bool),
-            usable=table[:, _USABLE] > 0,
-            eta=table[:, _ETA],
-            first=table[:, _FIRST],
-            per_token=table[:, _PER_TOKEN],
-            chunk=table[:, _CHUNK],
-            capacity=table[:, _CAPACITY],
-            ahead=table[:, _AHEAD],
-            displaced=table[:, _DISPLACED],
-            context=table[:, _CONTEXT],
-            prompts=table[:, _PROMPTS],
-            idle_first=table[:, _IDLE_FIRST],
-            idle_per_token=table[:, _IDLE_PER_TOKEN],
-            idle_chunk=table[:, _IDLE_CHUNK],
+            usable=table[_USABLE] > 0,
+            eta=table[_ETA],
+            first=table[_FIRST],
+            per_token=table[_PER_TOKEN],
+            chunk=table[_CHUNK],
+            capacity=table[_CAPACITY],
+            ahead=table[_AHEAD],
+            displaced=table[_DISPLACED],
+            context=table[_CONTEXT],
+            prompts=table[_PROMPTS],
+            idle_first=table[_IDLE_FIRST],
+            idle_per_token=table[_IDLE_PER_TOKEN],
+            idle_chunk=table[_IDLE_CHUNK],
         )
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
@@ -163,19 +176,6 @@ class PoolStateTable:
                 ahead[self._index[name]] += by_slot[state.slot]
 
 
-def _is_heartbeat(snapshot: Snapshot, last: Snapshot) -> bool:
-    """Whether a snapshot's tables are the last one's own."""
-    return snapshot is last or (
-        snapshot.draining == last.draining
-        and snapshot.experts is last.experts
-        and snapshot.queues is last.queues
-        and snapshot.capacity is last.capacity
-        and snapshot.speeds is last.speeds
-        and snapshot.idle_speeds is last.idle_speeds
-        and snapshot.shares is last.shares
-    )
-
-
 class _PoolRow:
     """One pool's row: the figures of its experts, brought up to date by each snapshot.
 
@@ -192,36 +192,40 @@ class _PoolRow:
         self.figures = np.zeros((_COLUMNS, len(index)))
         self.figures[_CAPACITY] = 1.0
 
-    def update(self, snapshot: Snapshot) -> None:
-        """Take over a snapshot. Entries that are the same objects as before are not read again."""
+    def update(self, snapshot: Snapshot, delta: SnapshotDelta | None) -> None:
+        """Take over a snapshot. With what it changes, only that is read."""
         last, self._last = self._last, snapshot
-        if last is not None and _is_heartbeat(snapshot, last):
+        if snapshot is last:
             return
-        if last is None or self._differs_in_structure(snapshot, last):
+        if delta is not None and delta.before is last and self._keeps_structure(snapshot, delta):
+            keys = delta.changed
+            touched = {
+                table: [*keys.get(table, ()), *delta.removed.get(table, ())] for table in _TABLES
+            }
+            if snapshot.draining == last.draining and not any(touched.values()):
+                return
+        else:
             self._read_structure(snapshot)
-            last = None
-        self._read_states(snapshot.experts, last.experts if last else None)
-        self._read_queues(snapshot.queues, last.queues if last else None)
-        self._read_speeds(self._speeds, snapshot.speeds, last.speeds if last else None)
-        self._read_speeds(
-            self._idle_speeds, snapshot.idle_speeds, last.idle_speeds if last else None
-        )
+            touched = dict.fromkeys(_TABLES, self._names)
+        self._read_states(snapshot.experts, touched["experts"])
+        self._read_queues(snapshot.queues, touched["queues"])
+        self._read_speeds(self._speeds, snapshot.speeds, touched["speeds"])
+        self._read_speeds(self._idle_speeds, snapshot.idle_speeds, touched["idle_speeds"])
         self._write_figures(snapshot.draining)
 
     @staticmethod
-    def _differs_in_structure(snapshot: Snapshot, last: Snapshot) -> bool:
-        """Whether experts, slots, or the weights that they share are others than before."""
-        for new, old in (snapshot.shares, last.shares), (snapshot.capacity, last.capacity):
-            if new is not old and new != old:
-                return True
-        if snapshot.experts is last.experts:
-            return False
-        if len(snapshot.experts) != len(last.experts):
-            return True
-        before = last.experts
-        return any(
-            name not in before or (state is not before[name] and state.slot != before[name].slot)
-            for name, state in snapshot.experts.items()
+    def _keeps_structure(snapshot: Snapshot, delta: SnapshotDelta) -> bool:
+        """Whether experts, slots, capacities and shared weights are those of before."""
+        before = delta.before.experts
+        return (
+            "experts" not in delta.removed
+            and not any(
+                name in delta.changed or name in delta.removed for name in ("shares", "capacity")
+            )
+            and all(
+                name in before and before[name].slot == snapshot.experts[name].slot
+                for name in delta.changed.get("experts", ())
+            )
         )
 
     def _read_structure(self, snapshot: Snapshot) -> None:
@@ -239,6 +243,8 @@ class _PoolRow:
         self._known = np.array(known, np.intp)
         self._column = np.array([self._index[names[i]] for i in known], np.intp)
         self._capacity = np.array([max(1, snapshot.capacity.get(name, 1)) for name in names], float)
+        self._values = np.empty((_COLUMNS, len(names)))
+        self.figures[_USABLE] = 0.0
         # Time until ready, time of a swap, context; whether it is not resident, and usable.
         self._states = np.zeros((5, len(names)))
         # Sequences ahead, requests, prompt tokens that wait.
@@ -247,76 +253,61 @@ class _PoolRow:
         self._speeds = np.zeros((4, len(names)))
         self._idle_speeds = np.zeros((4, len(names)))
 
-    def _read_states(self, new: dict[str, ExpertState], old: dict[str, ExpertState] | None) -> None:
-        at, entries = self._changes(new, old)
-        if at:
-            values = [
-                (
-                    state.eta_s,
-                    state.swap_s,
-                    state.max_model_len,
-                    state.state is not Residency.DEVICE,
-                    state.state is not Residency.FAILED,
-                )
-                for state in entries
-            ]
-            self._states[:, at] = np.array(values, float).T
+    def _read_states(self, states: dict[str, ExpertState], names: Sequence[str]) -> None:
+        if names:
+            self._states[:, self._positions(names)] = np.array(
+                [
+                    (
+                        state.eta_s,
+                        state.swap_s,
+                        state.max_model_len,
+                        state.state is not Residency.DEVICE,
+                        state.state is not Residency.FAILED,
+                    )
+                    for state in map(states.__getitem__, names)
+                ],
+                float,
+            ).T
 
-    def _read_queues(self, new: dict[str, Queue], old: dict[str, Queue] | None) -> None:
-        at, entries = self._changes(new, old)
-        if at:
-            values = [
-                (queue.ahead, queue.waiting + queue.running, queue.waiting_tokens)
-                for queue in (entry or _IDLE for entry in entries)
-            ]
-            self._queues[:, at] = np.array(values, float).T
+    def _read_queues(self, queues: dict[str, Queue], names: Sequence[str]) -> None:
+        if names:
+            self._queues[:, self._positions(names)] = np.array(
+                [
+                    (queue.ahead, queue.waiting + queue.running, queue.waiting_tokens)
+                    for queue in (queues.get(name, _IDLE) for name in names)
+                ],
+                float,
+            ).T
 
-    def _read_speeds(
-        self, speeds: Floats, new: dict[str, Speed], old: dict[str, Speed] | None
-    ) -> None:
-        at, entries = self._changes(new, old)
-        if at:
-            values = [
-                _UNMEASURED
-                if speed is None
-                else (speed.first_s, speed.per_token_s, speed.chunk_s, 1.0)
-                for speed in entries
-            ]
-            speeds[:, at] = np.array(values).T
+    def _read_speeds(self, figures: Floats, speeds: dict[str, Speed], names: Sequence[str]) -> None:
+        if names:
+            figures[:, self._positions(names)] = np.array(
+                [
+                    _UNMEASURED
+                    if speed is None
+                    else (speed.first_s, speed.per_token_s, speed.chunk_s, 1.0)
+                    for speed in map(speeds.get, names)
+                ]
+            ).T
 
-    def _changes(
-        self, new: dict[str, Any], old: dict[str, Any] | None
-    ) -> tuple[list[int], list[Any]]:
-        """Positions of experts whose entry is another object than before, and the new entries."""
-        if new is old:
-            return [], []
-        entries = [new.get(name) for name in self._names]
-        if old is None:
-            return list(range(len(entries))), entries
-        before = map(old.get, self._names)
-        at = [i for i, (a, b) in enumerate(zip(entries, before, strict=True)) if a is not b]
-        return at, [entries[i] for i in at]
+    def _positions(self, names: Sequence[str]) -> list[int]:
+        return [self._at[name] for name in names]
 
     def _write_figures(self, draining: bool) -> None:
         figures = self.figures
-        figures[_USABLE] = 0.0
         if draining or not len(self._column):
+            figures[_USABLE] = 0.0
             return
         eta, swap, context, away, usable = self._states
         ahead, requests, prompts = self._queues
-        slot = self._slot
-        requests_of_slot = np.bincount(slot, requests)[slot]
-        others = requests_of_slot - np.bincount(self._weights, requests)[self._weights]
-        *speed, measured = self._speeds
+        slot, weights = self._slot, self._weights
+        others = np.bincount(slot, requests)[slot] - np.bincount(weights, requests)[weights]
+        measured = self._speeds[3]
         count = measured.sum()
-        guess = (
-            self._speeds[:3].sum(axis=1) / count
-            if count
-            else np.array((PRIOR.first_s, PRIOR.per_token_s, PRIOR.chunk_s))
-        )
-        values = np.empty((_COLUMNS, len(slot)))
+        guess = self._speeds[:3].sum(axis=1) / count if count else _PRIOR
+        values = self._values
         values[_ETA] = eta
-        values[[_FIRST, _PER_TOKEN, _CHUNK]] = np.where(measured > 0, speed, guess[:, None])
+        values[_SPEED] = np.where(measured > 0, self._speeds[:3], guess[:, None])
         values[_CAPACITY] = self._capacity
         values[_AHEAD] = np.bincount(slot, ahead)[slot]
         # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
@@ -324,5 +315,5 @@ class _PoolRow:
         values[_USABLE] = usable
         values[_CONTEXT] = context
         values[_PROMPTS] = np.bincount(slot, prompts)[slot]
-        values[[_IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK]] = self._idle_speeds[:3]
+        values[_IDLE_SPEED] = self._idle_speeds[:3]
         figures[:, self._column] = values[:, self._known]

@@ -12,10 +12,21 @@ from functools import partial
 import aiohttp
 
 from service.errors import PoolUnreachableError, UnknownModelError
-from service.rpc.pool_link import PoolAddress, PoolLink, new_session
-from service.rpc.snapshot import GONE_S, Snapshot
+from service.rpc.pool_link import PoolAddress, PoolLink, SnapshotListener, new_session
+from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta
 
 _MOST_POOLS = 64
+
+
+def followed_subset(gateway: str, addresses: list[PoolAddress]) -> list[PoolAddress]:
+    """The pools that a gateway follows: all of them, or 64 that a rendezvous hash selects."""
+    if len(addresses) <= _MOST_POOLS:
+        return addresses
+
+    def weight(address: PoolAddress) -> bytes:
+        return hashlib.blake2b(f"{gateway}\0{address.boot}".encode()).digest()
+
+    return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
 
 
 class PoolDirectory:
@@ -38,13 +49,15 @@ class PoolDirectory:
         # Links to former pools that still have open calls.
         self._leaving: dict[PoolLink, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
-        self._listeners: set[Callable[[str, Snapshot], None]] = set()
+        self._listeners: set[SnapshotListener] = set()
         # The greatest context of each expert over all pools; None if it has to be computed again.
         self._contexts: dict[str, int] | None = None
 
     def update(self, addresses: Iterable[PoolAddress]) -> None:
         """Follow exactly these pools. The call must happen in the event loop's thread."""
-        wanted = {address.boot: address for address in self._subset(list(addresses))}
+        wanted = {
+            address.boot: address for address in followed_subset(self.gateway, list(addresses))
+        }
         if self._session is None:
             self._session = new_session()
         for boot in self.followed.keys() - wanted.keys():
@@ -63,8 +76,8 @@ class PoolDirectory:
         self._forget_contexts()
         self._changed()
 
-    def listen(self, listener: Callable[[str, Snapshot], None]) -> Callable[[], None]:
-        """Call `listener` with the boot id and the state of each pool at each of its lines.
+    def listen(self, listener: SnapshotListener) -> Callable[[], None]:
+        """Call `listener` with each snapshot of each pool.
 
         Returns:
             A function that ends this.
@@ -72,23 +85,14 @@ class PoolDirectory:
         self._listeners.add(listener)
         return partial(self._listeners.discard, listener)
 
-    def _received(self, boot: str, snapshot: Snapshot) -> None:
+    def _received(self, boot: str, snapshot: Snapshot, delta: SnapshotDelta | None) -> None:
         for listener in self._listeners:
-            listener(boot, snapshot)
+            listener(boot, snapshot, delta)
 
     async def _disconnect(self, link: PoolLink) -> None:
         await link.unused()
         await link.close()
         del self._leaving[link]
-
-    def _subset(self, addresses: list[PoolAddress]) -> list[PoolAddress]:
-        if len(addresses) <= _MOST_POOLS:
-            return addresses
-
-        def weight(address: PoolAddress) -> bytes:
-            return hashlib.blake2b(f"{self.gateway}\0{address.boot}".encode()).digest()
-
-        return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
 
     def links(self) -> list[PoolLink]:
         """Links to pools whose last snapshot is at most 3 s old."""

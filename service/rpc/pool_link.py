@@ -20,7 +20,7 @@ from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
 from service.rpc.http_connections import ConnectError, HttpConnection, HttpConnections, HttpReply
-from service.rpc.snapshot import GONE_S, ExpertState, Snapshot, decode
+from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta, decode_with_delta
 
 log = logging.getLogger("coe.link")
 
@@ -29,6 +29,10 @@ _CONNECT_TIMEOUT_S = 2.0
 _SILENT_S = 15.0
 # An engine may take seconds to stop a request.
 _USED_TIMEOUT_S = 8.0
+
+
+SnapshotListener = Callable[[str, Snapshot, SnapshotDelta | None], None]
+"""Takes a pool's boot id, its snapshot, and what that changes; None where it may be everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class PoolLink:
         changed: Called when the snapshot has changed.
         contexts_changed: Called before `changed` when experts or their contexts have changed, or
             when the stream of snapshots has ended.
-        received: Called with the boot id and each snapshot, before `changed`.
+        received: Called with each snapshot, before `changed`.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class PoolLink:
         gateway: str,
         changed: Callable[[], None],
         contexts_changed: Callable[[], None] | None = None,
-        received: Callable[[str, Snapshot], None] | None = None,
+        received: SnapshotListener | None = None,
     ) -> None:
         self.address = address
         self._contexts_changed = contexts_changed or changed
@@ -299,34 +303,32 @@ class PoolLink:
                 raise ValueError(f"status {reply.status}")
             snapshot: Snapshot | None = None
             async for line in reply.content:
-                snapshot = decode(line, snapshot)
+                snapshot, delta = decode_with_delta(line, snapshot)
                 if snapshot.boot != self.address.boot:
                     raise ValueError("another process has this address now")
-                self.receive_snapshot(snapshot)
+                self.receive_snapshot(snapshot, delta)
 
-    def receive_snapshot(self, snapshot: Snapshot) -> None:
+    def receive_snapshot(self, snapshot: Snapshot, delta: SnapshotDelta | None = None) -> None:
+        """Take over a snapshot, and what it changes where that is known."""
         before, self.snapshot = self.snapshot, snapshot
         self.draining = snapshot.draining
         self.received_s = time.monotonic()
         acknowledged = snapshot.acks.get(self._gateway, 0)
         for seq in list(takewhile(lambda seq: seq <= acknowledged, self._unseen)):
             del self._unseen[seq]
-        if before is None or _contexts_differ(before.experts, snapshot.experts):
+        if before is None or _contexts_differ(snapshot, before, delta):
             self._contexts_changed()
         if self._received is not None:
-            self._received(self.address.boot, snapshot)
+            self._received(self.address.boot, snapshot, delta)
         if before is None or before.seq != snapshot.seq:
             self._changed()
 
 
-def _contexts_differ(old: dict[str, ExpertState], new: dict[str, ExpertState]) -> bool:
-    # Without changes the table is the same object, and so is each entry that did not change.
-    if new is old:
-        return False
-    if len(new) != len(old):
-        return True
-    return any(
-        name not in old
-        or (state is not old[name] and state.max_model_len != old[name].max_model_len)
-        for name, state in new.items()
+def _contexts_differ(new: Snapshot, old: Snapshot, delta: SnapshotDelta | None) -> bool:
+    if delta is None or delta.before is not old:
+        return new.experts is not old.experts
+    before = old.experts
+    return "experts" in delta.removed or any(
+        name not in before or before[name].max_model_len != new.experts[name].max_model_len
+        for name in delta.changed.get("experts", ())
     )

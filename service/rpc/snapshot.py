@@ -7,9 +7,11 @@ changes serves as a heartbeat. There is a line at least every 250 ms.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import msgspec
 import orjson
 
 from service.types import Residency
@@ -124,14 +126,23 @@ class Snapshot:
         return self.shares.get(expert, expert)
 
 
-_CHANGED, _REMOVED = "changed", "removed"
 _TABLES = ("experts", "queues", "capacity", "speeds", "idle_speeds", "acks", "shares")
-_NESTED: dict[str, Any] = {
-    "experts": ExpertState,
-    "queues": Queue,
-    "speeds": Speed,
-    "idle_speeds": Speed,
-}
+_FIELDS = tuple(f.name for f in fields(Snapshot) if f.name != "seq")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDelta:
+    """What differs between two snapshots of one stream.
+
+    Attributes:
+        before: The earlier snapshot.
+        changed: By table, the keys of entries that are new or have another value.
+        removed: By table, the keys that are gone.
+    """
+
+    before: Snapshot
+    changed: Mapping[str, Collection[str]]
+    removed: Mapping[str, Collection[str]]
 
 
 def encode(now: Snapshot, before: Snapshot | None) -> bytes:
@@ -153,19 +164,44 @@ def encode(now: Snapshot, before: Snapshot | None) -> bytes:
         if gone := [key for key in old if key not in new]:
             removed[name] = gone
     if changed:
-        line[_CHANGED] = changed
+        line["changed"] = changed
     if removed:
-        line[_REMOVED] = removed
+        line["removed"] = removed
     return orjson.dumps(line) + b"\n"
 
 
-_FIELDS = tuple(f.name for f in fields(Snapshot) if f.name != "seq")
+class _Tables(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Entries of a snapshot's tables; None for a table without any."""
+
+    experts: dict[str, ExpertState] | None = None
+    queues: dict[str, Queue] | None = None
+    capacity: dict[str, int] | None = None
+    speeds: dict[str, Speed] | None = None
+    idle_speeds: dict[str, Speed] | None = None
+    acks: dict[str, int] | None = None
+    shares: dict[str, str] | None = None
+
+
+class _Line(_Tables, forbid_unknown_fields=True):
+    """A line of the stream, with the fields of a snapshot that it tells of."""
+
+    boot: str | None = None
+    kind: str | None = None
+    seq: int | None = None
+    draining: bool | None = None
+    changed: _Tables | None = None
+    removed: dict[str, list[str]] = {}
+
+
+_DECODER = msgspec.json.Decoder(_Line)
+_LINE_FIELDS = ("boot", "kind", "seq", "draining", *_TABLES)
 
 
 def decode(line: bytes, before: Snapshot | None) -> Snapshot:
     """Decode a line.
 
-    An entry that did not change is the same object in both snapshots, and so is a table.
+    An entry that did not change is the same object in both snapshots, and so is a table. Fields of
+    entries that this version does not know are left out.
 
     Args:
         line: The line.
@@ -177,39 +213,45 @@ def decode(line: bytes, before: Snapshot | None) -> Snapshot:
     Raises:
         ValueError: The line is not valid.
     """
+    return decode_with_delta(line, before)[0]
+
+
+def decode_with_delta(
+    line: bytes, before: Snapshot | None
+) -> tuple[Snapshot, SnapshotDelta | None]:
+    """Decode a line, as `decode` does, and tell what it changes.
+
+    Returns:
+        The whole state, and what differs from `before`; None where the line has whole tables.
+
+    Raises:
+        ValueError: The line is not valid.
+    """
     try:
-        return _decode(orjson.loads(line), before)
-    except (TypeError, AttributeError) as error:
+        wire = _DECODER.decode(line)
+    except msgspec.MsgspecError as error:
         # The line has unknown fields, because gateway and pool have different versions.
         raise ValueError(f"not a snapshot of this version: {error}") from None
-
-
-def _decode(data: Any, before: Snapshot | None) -> Snapshot:
-    if not isinstance(data, dict) or (before is None and "boot" not in data):
-        raise ValueError("a snapshot stream begins with a whole state")
-    changed, removed = data.pop(_CHANGED, {}), data.pop(_REMOVED, {})
-    for name in _NESTED.keys() & data.keys():
-        data[name] = _entries(name, data[name])
+    data: dict[str, Any] = {
+        name: value for name in _LINE_FIELDS if (value := getattr(wire, name)) is not None
+    }
     if before is None:
-        if changed or removed:
+        if wire.boot is None or wire.kind is None or wire.changed is not None or wire.removed:
             raise ValueError("a snapshot stream begins with a whole state")
-        return Snapshot(**data)
-    if unknown := (changed.keys() | removed.keys()) - set(_TABLES):
-        raise ValueError(f"not a snapshot of this version: no table {min(unknown)!r}")
-    for name in changed.keys() | removed.keys():
-        table = {**getattr(before, name), **_entries(name, changed.get(name, {}))}
-        for key in removed.get(name, ()):
+        return Snapshot(**data), None
+    whole = any(name in data for name in _TABLES)
+    changed: dict[str, dict[str, Any]] = {}
+    if wire.changed is not None:
+        for name in _TABLES:
+            if (entries := getattr(wire.changed, name)) is not None:
+                changed[name] = entries
+                data[name] = {**getattr(before, name), **entries}
+    for name, keys in wire.removed.items():
+        if name not in _TABLES:
+            raise ValueError(f"not a snapshot of this version: it has no table {name!r}")
+        table = data[name] if name in changed else dict(getattr(before, name))
+        for key in keys:
             table.pop(key, None)
         data[name] = table
-    return replace(before, **data)
-
-
-def _entries(name: str, entries: dict[str, Any]) -> dict[str, Any]:
-    kind = _NESTED.get(name)
-    if kind is None:
-        return entries
-    decoded = {key: kind(**value) for key, value in entries.items()}
-    if kind is ExpertState:
-        for state in decoded.values():
-            object.__setattr__(state, "state", Residency(state.state))
-    return decoded
+    after = replace(before, **data)
+    return after, None if whole else SnapshotDelta(before, changed, wire.removed)

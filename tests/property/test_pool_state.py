@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.rpc.expert_latency import PRIOR
-from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
+from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode_with_delta, encode
 from service.types import Residency
 
 INDEX = {name: i for i, name in enumerate("abcde")}
@@ -53,9 +53,13 @@ def test_row_that_follows_snapshots_equals_the_last_snapshots_row(
     received: Snapshot | None = None
     sent: Snapshot | None = None
     for state in given_states:
-        received = decode(encode(state, sent), received) if over_the_wire else state
+        delta = None
+        if over_the_wire:
+            received, delta = decode_with_delta(encode(state, sent), received)
+        else:
+            received = state
         sent = state
-        table.update("boot", received)
+        table.update("boot", received, delta)
         matrix = table.to_matrix([PoolView("boot", received, 0.0, {})])
         expected = expected_figures(state)
         usable = {name for name, i in INDEX.items() if matrix.usable[0, i]}

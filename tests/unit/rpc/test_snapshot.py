@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
+from service.rpc.snapshot import (
+    ExpertState,
+    Queue,
+    Snapshot,
+    Speed,
+    decode,
+    decode_with_delta,
+    encode,
+)
 from service.types import Residency
 
 WHOLE = Snapshot(
@@ -70,9 +78,20 @@ snapshots = st.builds(
 def test_snapshot_stream_decodes_to_what_was_encoded(states: list[Snapshot]) -> None:
     sent = received = None
     for state in states:
-        received = decode(encode(state, sent), received)
+        before = received
+        received, delta = decode_with_delta(encode(state, sent), before)
         sent = state
         assert received == state
+        if before is None:
+            assert delta is None
+            continue
+        assert delta is not None
+        assert delta.before is before
+        for table in ("experts", "queues", "capacity", "speeds", "idle_speeds", "acks", "shares"):
+            new, old = getattr(received, table), getattr(before, table)
+            changed = {key for key in new if key not in old or new[key] != old[key]}
+            assert {*delta.changed.get(table, ())} == changed
+            assert {*delta.removed.get(table, ())} == old.keys() - new.keys()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +99,7 @@ def test_snapshot_stream_decodes_to_what_was_encoded(states: list[Snapshot]) -> 
     [
         b'{"seq": 4, "changed": {"nothing": {}}}',
         b'{"seq": 4, "changed": {"queues": 3}}',
-        b'{"seq": 4, "changed": {"queues": {"a": {"more": 1}}}}',
+        b'{"seq": 4, "changed": {"queues": {"a": {"waiting": "many"}}}}',
         b'{"seq": 4, "changed": 3}',
         b'{"seq": 4, "removed": {"seq": ["a"]}}',
         b'{"seq": 4, "removed": {"queues": 3}}',
@@ -107,7 +126,7 @@ def test_snapshot_heartbeat_is_short() -> None:
         b'{"boot": "b", "kind": "k", "unknown": 1}',
         b'{"boot": "b", "kind": "k", "changed": {"queues": {}}}',
         b'{"boot": "b", "kind": "k", "experts": {"a": {"state": "nowhere"}}}',
-        b'{"boot": "b", "kind": "k", "experts": {"a": {"state": "disk", "more": 1}}}',
+        b'{"boot": "b", "kind": "k", "experts": {"a": {"swap_s": 1}}}',
         b'{"boot": "b", "kind": "k", "queues": 3}',
         b'{"boot": "b", "kind": "k", "queues": {"a": 3}}',
         b'{"boot": "b", "kind": "k", "experts": [1]}',
@@ -116,3 +135,8 @@ def test_snapshot_heartbeat_is_short() -> None:
 def test_snapshot_invalid_line_raises_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode(line, None)
+
+
+def test_snapshot_field_of_an_entry_that_is_not_known_is_left_out() -> None:
+    line = b'{"boot": "b", "kind": "k", "experts": {"a": {"state": "disk", "more": 1}}}'
+    assert decode(line, None).experts == {"a": ExpertState(Residency.DISK)}
