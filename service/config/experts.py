@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.moe_options import ExpertKernels
 from service.config.section_base import ENV_VARIABLE_PATTERN, Section
+from service.config.thinking import Thinking
 
 
 class RemoteConfig(Section):
@@ -33,6 +34,12 @@ class RemoteConfig(Section):
         False,
         description="The endpoint returns log probabilities of tokens on request (`logprobs` of "
         "chat completions). A cascade with `sure` needs them from its first member.",
+    )
+    thinking_fields: Literal["openai", "anthropic", "vllm"] = Field(
+        "openai",
+        description="Fields by which the endpoint is told how to think, but on /v1/messages, where "
+        "they are always Anthropic's. openai: reasoning_effort, which has no budget. anthropic: "
+        "thinking, with budget_tokens. vllm: chat_template_kwargs and thinking_token_budget.",
     )
     max_in_flight: int = Field(64, ge=1, description="Concurrent requests; more wait.")
     max_queued_requests: int = Field(
@@ -86,7 +93,8 @@ Capability = Literal["chat", "completions", "embeddings", "tools", "json", "visi
 class ExpertConfig(Section):
     """One named model.
 
-    It has full weights (`model`), or a `base` with `adapter`, `profile` or `defaults`, or `remote`.
+    It has full weights (`model`), or a `base` with `adapter`, `profile`, `defaults` or `thinking`,
+    or `remote`.
     """
 
     model: str | None = Field(
@@ -121,6 +129,11 @@ class ExpertConfig(Section):
         "and others. With `base` alone it is a variant: another way to ask the base, in the same "
         "batch, without weights of its own. It has its base's price, capabilities and media where "
         "it sets none.",
+    )
+    thinking: Thinking | None = Field(
+        None,
+        description="Whether it thinks before it answers: true, false, or a section. With `base` "
+        "alone it is a variant, too. Default: as each request says, and else as the model does.",
     )
     pinned: bool = Field(False, description="Never evict its weights from host memory.")
     categories: tuple[str, ...] = Field(
@@ -171,7 +184,8 @@ class ExpertConfig(Section):
         own_remote = self.remote is not None and not self.is_variant
         if sum([self.model is not None, self.base is not None, own_remote]) != 1:
             raise ValueError(
-                "needs exactly one of model, base (with adapter, profile or defaults), remote"
+                "needs exactly one of model, base (with adapter, profile, defaults or thinking), "
+                "remote"
             )
         if self.profile is not None and (self.adapter is not None or self.base is None):
             raise ValueError("profile needs base, and no adapter")
@@ -179,8 +193,8 @@ class ExpertConfig(Section):
             raise ValueError("form 'steered' requires `profile`, and `profile` requires this form")
         if self.base is None and self.adapter is not None:
             raise ValueError("adapter goes together with base")
-        if self.is_variant and self.defaults is None:
-            raise ValueError("base goes together with adapter, profile or defaults")
+        if self.is_variant and self.defaults is None and self.thinking is None:
+            raise ValueError("base goes together with adapter, profile, defaults or thinking")
         if self.adapter is None and self.form == "merged":
             raise ValueError("form merged needs base and adapter")
         if self.form != "merged" and self.strength != 1.0:
@@ -189,7 +203,30 @@ class ExpertConfig(Section):
             raise ValueError("space is for experts with the capability embeddings")
         if self.model is None and self.vllm != ExpertKernels():
             raise ValueError("vllm is for experts with full weights of their own (model)")
+        self._check_thinking()
         return self
+
+    def _check_thinking(self) -> None:
+        if self.thinking is None:
+            return
+        if "chat" not in self.capabilities:
+            raise ValueError("thinking is for experts with the capability chat")
+        if self.defaults is None:
+            return
+        enabled = self.thinking.enabled
+        for name in ("enable_thinking", "thinking"):
+            said = (self.defaults.chat_template_kwargs or {}).get(name, enabled)
+            if said is not enabled:
+                raise ValueError(
+                    f"defaults.chat_template_kwargs.{name} says {str(said).lower()}, and thinking "
+                    f"says {str(enabled).lower()}; leave it out there"
+                )
+        effort = self.defaults.reasoning_effort
+        if effort is not None and enabled is (effort == "none"):
+            raise ValueError(
+                f"defaults.reasoning_effort says {effort}, and thinking says "
+                f"{str(enabled).lower()}; leave one of them out"
+            )
 
     @property
     def is_variant(self) -> bool:

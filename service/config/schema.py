@@ -45,6 +45,7 @@ from service.config.tenants import (
     TenantConfig,
     known_tenant,
 )
+from service.config.thinking import ThinkingConfig
 from service.types import Recipe
 
 
@@ -97,6 +98,7 @@ class Config(Section):
         _check_names(self)
         _check_aliases(self)
         _check_kernels(self)
+        _check_thinking(self)
         _check_tenants(self)
         _check_shadow(self)
         _check_categories(self)
@@ -171,6 +173,21 @@ class Config(Section):
         own = (settings if settings.base is None else self.experts[settings.base]).vllm
         given = {name: value for name, value in own if value is not None}
         return self.pools[kind].vllm.model_copy(update=given)
+
+    def bounds_thinking(self, expert: str) -> bool:
+        """Return whether budgets of thinking hold for an expert, wherever it is answered.
+
+        vLLM needs to know the marks of thinking, by a parser or by `reasoning_config`. OpenAI's
+        fields have no budget.
+        """
+        remote, owner = self.experts[expert].remote, self.owner_of(expert)
+        if remote is not None:
+            return remote.thinking_fields != "openai"
+        return all(
+            pool.vllm.reasoning_parser is not None or "reasoning_config" in pool.vllm.args
+            for pool in self.pools.values()
+            if pool.engine == "vllm" and (pool.experts is None or owner in pool.experts)
+        )
 
     def groups(self, kind: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
         """Return the units of a pool, grouped by slot: each base with its virtual experts."""
@@ -479,6 +496,22 @@ def _check_kernels(config: Config) -> None:
                     raise ValueError(f"experts.{expert}.vllm.{name}: pools.{kind}: {ON_CPU[name]}")
 
 
+def _check_thinking(config: Config) -> None:
+    for name, expert in config.experts.items():
+        if expert.thinking is None or expert.thinking.budget_tokens is None:
+            continue
+        if not config.bounds_thinking(name):
+            raise ValueError(
+                f"experts.{name}.thinking.budget_tokens: nothing would keep it; set "
+                + (
+                    "vllm.reasoning_parser of each of its pools"
+                    if expert.remote is None
+                    else f"experts.{config.owner_of(name)}.remote.thinking_fields to anthropic or "
+                    "vllm, if the endpoint takes these"
+                )
+            )
+
+
 def _check_recipes(config: Config, names: set[str]) -> None:
     for name, recipe in config.recipes.items():
         if name in names or name == "auto" or name.startswith(("auto/", "auto:")):
@@ -557,6 +590,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "vllm"): ExpertKernels,
     ("experts", "*", "media"): MediaConfig,
     ("experts", "*", "defaults"): DefaultsConfig,
+    ("experts", "*", "thinking"): ThinkingConfig,
     ("recipes", "*"): RecipeConfig,
     ("aliases", "*"): AliasConfig,
     ("prices",): PricesConfig,

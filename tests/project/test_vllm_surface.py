@@ -65,6 +65,7 @@ ASSIGNED = {
     "config.model": MODEL_CONFIG,
     "config.tokenizer": MODEL_CONFIG,
     "logger.gauge_lora_info": LOGGER,
+    "params.thinking_token_budget": "vllm.sampling_params:SamplingParams",
     "own.model_config": CONFIG,
     "own.model_config.model": MODEL_CONFIG,
     "own.compilation_config": CONFIG,

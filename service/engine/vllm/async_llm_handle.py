@@ -31,6 +31,7 @@ from service.engine.gpu_share import GpuShare
 from service.engine.grammar_check import Grammar, Vocabulary
 from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_secrets
 from service.engine.sleeping_engines import exact_pinned_blocks
+from service.engine.thinking_budget import thinking_budget
 from service.errors import InvalidRequestError, OverCapacityError
 
 if TYPE_CHECKING:
@@ -597,6 +598,7 @@ class SaltingEngineClient:
 
     The prompts of all endpoints pass through `generate` and `encode`. These methods add the salt
     that separates tenants in the engine's prefix cache, and record the ids that vLLM generates.
+    `generate` also sets the budget of thinking where vLLM's API has no field for it.
     """
 
     def __init__(self, llm: AsyncLLM, rendering: Rendering) -> None:
@@ -607,6 +609,9 @@ class SaltingEngineClient:
 
     def generate(self, prompt: object, *args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
         _note_request_id(args, kwargs)
+        if (budget := thinking_budget()) is not None:
+            params = kwargs["sampling_params"] if "sampling_params" in kwargs else args[0]
+            params.thinking_token_budget = budget
         stream: AsyncGenerator[Any] = self._llm.generate(
             with_salt(prompt, cache_salt()), *args, **kwargs
         )

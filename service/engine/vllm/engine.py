@@ -29,6 +29,7 @@ from service.engine.engine_interface import (
 )
 from service.engine.gpu_share import GpuShare
 from service.engine.steering_data import RECORD_CHOICES_KEY
+from service.engine.thinking_budget import set_thinking_budget
 from service.engine.vllm.async_llm_handle import (
     AdapterError,
     LaunchSettings,
@@ -275,8 +276,9 @@ class VllmEngine:
         asgi = _AsgiRequest(request)
         if self._stats is not None:
             self._stats.add_request(request.request_id, request.counted_as)
-        # Three context variables: vLLM's handlers run in this task and in tasks that they start.
+        # Four context variables: vLLM's handlers run in this task and in tasks that they start.
         set_cache_salt(request.cache_salt)
+        set_thinking_budget(request.endpoint, request.body)
         refusal = watch_refusal()
         vllm_ids = track_request_ids()
         # vLLM's own OpenAI app. It calls `SaltingEngineClient.generate` in `async_llm_handle.py`,

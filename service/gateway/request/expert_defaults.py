@@ -1,7 +1,7 @@
 """Puts an expert's defaults into a request, where the request does not set the fields itself.
 
 A system prompt is added only to a request without one. Every endpoint has its own names for the
-fields, and lacks some.
+fields, and lacks some. `thinking_ways` tells the expert how to think.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from service.broker.pool_state import Floats
 from service.config import Config
 from service.config.expert_request_defaults import DefaultsConfig
 from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request.thinking_terms import ThinkingTerms
+from service.gateway.request.thinking_ways import ThinkingWays
 from service.http.prompt_endpoints import TABLE
 from service.http.token_usage import estimate_tokens
 
@@ -127,6 +129,7 @@ class AddedPrompt:
 
 
 NOTHING_ADDED = AddedPrompt(0, 0)
+_NO_DEFAULTS = DefaultsConfig()
 
 
 class RequestDefaults:
@@ -138,6 +141,7 @@ class RequestDefaults:
             for name, expert in config.experts.items()
             if expert.defaults is not None
         }
+        self._ways = ThinkingWays(config)
         self._adds_system = any(defaults.system is not None for defaults in self._defaults.values())
 
     def apply(self, request: InferenceRequest, expert: str) -> InferenceRequest:
@@ -147,24 +151,34 @@ class RequestDefaults:
             request: The request.
             expert: The expert that answers it; any other name, such as `auto`, has no defaults.
         """
-        defaults = self._defaults.get(expert)
-        if defaults is None:
+        way = self._ways.get(expert)
+        if way is None:
             return request
+        defaults = self._defaults.get(expert, _NO_DEFAULTS)
         data = dict(request.data)
         if system := self._system(request, defaults):
             _add_system(request.endpoint, data, system)
-        for name, field in FIELDS.get(request.endpoint, {}).items():
-            if (value := getattr(defaults, name)) is not None:
-                _add(data, field, value)
         bounded = request.bounded
         if defaults.max_tokens is not None:
             bounded = _bound(request, data, defaults.max_tokens) or bounded
+        most_tokens = replace(request, data=data).most_tokens
+        data, budget = way.write(request.endpoint, data, request.thinking, most_tokens)
+        for name, field in FIELDS.get(request.endpoint, {}).items():
+            if name == "reasoning_effort" and _rules_out_effort(request.thinking):
+                continue
+            if (value := getattr(defaults, name)) is not None:
+                _add(data, field, value)
         _lower_least_tokens(request, data)
-        if data == request.data:
+        if data == request.data and budget == request.thinking_budget:
             return request
         more = len(system.encode())
         return replace(
-            request, data=data, raw=b"", bounded=bounded, body_bytes=request.body_bytes + more
+            request,
+            data=data,
+            raw=request.raw if data == request.data else b"",
+            bounded=bounded,
+            body_bytes=request.body_bytes + more,
+            thinking_budget=budget,
         )
 
     def system_bytes(self, request: InferenceRequest, expert: str) -> int:
@@ -189,6 +203,10 @@ class RequestDefaults:
         if defaults.system is None or field is None or _has_system(request.data, field):
             return ""
         return defaults.system
+
+
+def _rules_out_effort(terms: ThinkingTerms) -> bool:
+    return terms.enabled is False or "thinking" in terms.fields
 
 
 def _has_system(data: Data, field: str) -> bool:

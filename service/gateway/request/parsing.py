@@ -19,6 +19,7 @@ from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
 from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
+from service.gateway.request.thinking_terms import NO_TERMS, ThinkingTerms, thinking_terms
 from service.http.prompt_endpoints import TABLE, Endpoint
 from service.http.token_usage import estimate_tokens
 from service.rpc.call_headers import trace_of
@@ -65,6 +66,9 @@ class InferenceRequest:
         turn: Where its conversation stands.
         session_id: The client's own name of the session, from the header `x-session-id`.
         alias: The alias that the client named; None if it named none.
+        thinking: What it says about thinking.
+        thinking_budget: Most tokens of thinking of each answer, once an expert is chosen; None
+            without a bound.
     """
 
     endpoint: str
@@ -94,6 +98,8 @@ class InferenceRequest:
     turn: TurnState = field(default_factory=TurnState)
     session_id: str | None = None
     alias: AliasChoice | None = None
+    thinking: ThinkingTerms = NO_TERMS
+    thinking_budget: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -261,6 +267,7 @@ def parse_request(
     if max_messages is not None:
         _check_messages(endpoint, data, max_messages)
     _check_integers(data)
+    thinking = thinking_terms(endpoint, data)
     left_out = leave_out_hosted_tools(endpoint, data)
     media = media_of(data)
     own = data.pop("coe", None)
@@ -295,6 +302,7 @@ def parse_request(
         turn=turn,
         session_id=_session_id(headers),
         media=media,
+        thinking=thinking,
     )
 
 

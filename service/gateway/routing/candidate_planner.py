@@ -26,6 +26,7 @@ from service.config.router_presets import PresetConfig, PresetsConfig
 from service.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from service.gateway.request.expert_defaults import NOTHING_ADDED, AddedPrompt
 from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
+from service.gateway.request.thinking_ways import ThinkingWays, refused
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
 from service.gateway.routing.route_plan import RoutePlan
@@ -88,6 +89,7 @@ class CandidatePlanner:
         self._per_token = per_token
         self._references: dict[bytes, Floats] = {}
         self._experts = config.experts
+        self._ways = ThinkingWays(config)
         self._catalog = catalog
         self._quality_model = quality_model
         self._known = config.category_map()
@@ -279,6 +281,9 @@ class CandidatePlanner:
                     f"it can do {', '.join(sorted(able))}{_held_by_request(lacking)}",
                     param="model",
                 )
+            way = self._ways.get(name)
+            if way is not None and (why := way.refusal(request.endpoint, request.thinking)):
+                raise refused(request.thinking, {name: why})
         if recipe.kind != "single" and not request.combinable:
             raise InvalidRequestError(
                 f"{what} asks several experts: it answers chat with n = 1, without tools and "
@@ -460,6 +465,13 @@ class CandidatePlanner:
             able &= self._allowed(request.tenant.experts)
             if not able.any():
                 raise ForbiddenError("this key may use no expert that can do this", param="model")
+        reasons = self._ways.refusals(request.endpoint, request.thinking)
+        if reasons:
+            barred = np.array([name in reasons for name in catalog.experts])
+            able &= ~(catalog.uses & barred).any(axis=1)
+            if not able.any():
+                told = {n: why for n, why in reasons.items() if request.tenant.may_ask(n)}
+                raise refused(request.thinking, told)
         return able
 
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:

@@ -69,7 +69,10 @@ def test_variant_of_a_config_in_force_is_read_again_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("experts", "said"),
     [
-        ({"v": {"base": "full"}}, "v: base goes together with adapter, profile or defaults"),
+        (
+            {"v": {"base": "full"}},
+            "v: base goes together with adapter, profile, defaults or thinking",
+        ),
         ({"v": variant("ful")}, "v.base: no expert 'ful'; did you mean 'full'?"),
         (
             {"v": variant(), "w": variant("v")},

@@ -99,8 +99,8 @@ def test_config_every_field_has_a_description() -> None:
         ),
         (
             {"experts": {"general": {}}},
-            "coe.yaml: experts.general: needs exactly one of model, base (with adapter, profile or "
-            "defaults), remote",
+            "coe.yaml: experts.general: needs exactly one of model, base (with adapter, profile, "
+            "defaults or thinking), remote",
         ),
         (
             {"experts": {"general": {"model": "m", "adapter": "a"}}},

@@ -124,6 +124,66 @@ def test_plan_auto_ranks_by_category_with_the_fallback_last() -> None:
     assert (got.category, got.confidence, got.reason) == ("math", 0.9, "classified")
 
 
+WAYS = Config.model_validate(
+    {
+        "experts": {
+            "fast": {"model": "m", "thinking": False, "categories": ["general"]},
+            "think": {"base": "fast", "thinking": True, "categories": ["math"]},
+            "either": {"model": "n", "categories": ["law"], "quality": {"general": 0.2}},
+        },
+        "recipes": {"both": {"kind": "cascade", "members": ["fast"], "later": ["think"]}},
+        "pools": {"cpu": {"engine": "simulated"}},
+    }
+)
+
+
+def plan_by_thinking(model: str, tenant: Tenant | None = None, **more: Any) -> set[str]:
+    """The experts that may answer."""
+    book = RecipeCatalog(tuple(WAYS.experts), [r.recipe() for r in WAYS.recipes.values()])
+    worth = QualityModel(WAYS, book, ("general", "math", "law"))
+    data = {"model": model, "messages": [{"role": "user", "content": "x"}], **more}
+    asked = parse_request("/v1/chat/completions", orjson.dumps(data), {}, 1000)
+    asked = replace(asked, tenant=tenant or asked.tenant)
+    found = CandidatePlanner(WAYS, book, worth, None, np.ones(3)).plan(asked)
+    return {name for row in found.rows.tolist() for name in book.recipes[row].experts}
+
+
+@pytest.mark.parametrize(
+    ("more", "left"),
+    [
+        ({"reasoning_effort": "none"}, {"fast", "either"}),
+        ({"enable_thinking": False}, {"fast", "either"}),
+        ({"thinking": {"type": "disabled"}}, {"fast", "either"}),
+        ({"reasoning_effort": "low"}, {"think", "either"}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}}, {"think", "either"}),
+        ({"thinking_token_budget": 99}, {"fast", "think", "either"}),
+        ({}, {"fast", "think", "either"}),
+    ],
+)
+def test_plan_thinking_of_a_request_leaves_the_ways_that_can(
+    more: dict[str, Any], left: set[str]
+) -> None:
+    found = plan_by_thinking("auto", **more)
+    # Of those that are left, the ones without any quality here are dropped.
+    assert found <= left
+    for name in WAYS.experts:
+        if name in left:
+            assert plan_by_thinking(name, **more) == {name}
+        else:
+            with pytest.raises(InvalidRequestError, match=f"expert '{name}' .* thinks"):
+                plan_by_thinking(name, **more)
+
+
+def test_plan_thinking_that_no_way_has_names_each_and_hides_those_of_other_tenants() -> None:
+    only = Tenant("t", experts=frozenset({"fast"}))
+    with pytest.raises(InvalidRequestError) as caught:
+        plan_by_thinking("auto", only, reasoning_effort="low")
+    assert caught.value.message == "`reasoning_effort` can't be kept: expert 'fast' never thinks"
+    assert caught.value.param == "reasoning_effort"
+    with pytest.raises(InvalidRequestError, match="'fast' never thinks"):
+        plan_by_thinking("both", reasoning_effort="low")
+
+
 def test_plan_auto_category_without_an_expert_uses_the_fallback() -> None:
     got = plan("auto", "poetry")
     assert names(got) == ("general",)
