@@ -231,6 +231,12 @@ class StoreUnavailableError(UnavailableError):
     code = "store_unavailable"
 
 
+class StorageFullError(CoeError):
+    """The disk of files and batches is full; nothing of the request was kept (507)."""
+
+    code = "storage_full"
+
+
 class PoolUnavailableError(UnavailableError):
     """The connection to the pool was lost before the first byte of the answer (503)."""
 

@@ -25,6 +25,7 @@ from service.store.store_interface import (
     Charge,
     Granted,
     Refused,
+    Settlement,
     Store,
     StoreClaim,
     UsageNote,
@@ -195,10 +196,37 @@ class Ledger:
             noted: Whether this is the reservation of the request with which its usage is noted.
             savings: What it saved against each baseline.
         """
+        settlement = self.settlement(
+            reservation,
+            usage,
+            expert=expert,
+            ended_s=ended_s,
+            counts=counts,
+            noted=noted,
+            savings=savings,
+        )
+        await self.deliver(settlement)
+
+    async def deliver(self, settlement: Settlement) -> None:
+        """Settle a claim. Raises StoreUnavailableError."""
+        await self._store.settle(settlement.granted, settlement.used, settlement.note)
+
+    def settlement(
+        self,
+        reservation: Reservation,
+        usage: Usage,
+        *,
+        expert: str = "",
+        ended_s: float = 0.0,
+        counts: bool = True,
+        noted: bool = True,
+        savings: Sequence[Saving] = (),
+    ) -> Settlement:
+        """What `settle` charges, with the same arguments."""
         granted = reservation.granted
-        used = [_used(line, usage, counts) for line in granted.claim.lines]
+        used = tuple(_used(line, usage, counts) for line in granted.claim.lines)
         note = _note(reservation.tenant, usage, expert, ended_s, savings) if noted else None
-        await self._store.settle(granted, used, note)
+        return Settlement(granted, used, note)
 
     @property
     def has_budgets(self) -> bool:

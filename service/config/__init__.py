@@ -6,6 +6,7 @@ path in it, the fault, and the allowed values.
 
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
+from service.config.batches import BatchesConfig
 from service.config.circuit_breaker import BreakerConfig
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
@@ -28,6 +29,7 @@ from service.config.tenants import BudgetConfig, KeyConfig, LimitsConfig, SpendC
 __all__ = [
     "SECTIONS",
     "AutoscalingConfig",
+    "BatchesConfig",
     "BreakerConfig",
     "BudgetConfig",
     "CacheConfig",

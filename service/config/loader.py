@@ -223,6 +223,7 @@ def _anchored(config: Config, folder: Path) -> Config:
         encoder = encoder.model_copy(update={"model": at(encoder.model)})
     keys_file = config.store.keys_file
     outcomes = config.shadow.folder
+    files = config.batches.folder
     return config.model_copy(
         update={
             "experts": experts,
@@ -235,6 +236,9 @@ def _anchored(config: Config, folder: Path) -> Config:
             ),
             "shadow": config.shadow.model_copy(
                 update={"folder": at(outcomes) if outcomes is not None else None}
+            ),
+            "batches": config.batches.model_copy(
+                update={"folder": at(files) if files is not None else None}
             ),
             "store": config.store.model_copy(
                 update={"keys_file": at(keys_file) if keys_file is not None else None}

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from service.config.aliases import AliasConfig, AliasName, resolve_aliases
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
+from service.config.batches import BatchesConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
 from service.config.circuit_breaker import BreakerConfig
 from service.config.expert_request_defaults import DefaultsConfig
@@ -89,6 +90,7 @@ class Config(Section):
     feedback: FeedbackConfig = Field(default_factory=lambda: FeedbackConfig())
     savings: SavingsConfig = Field(default_factory=lambda: SavingsConfig())
     shadow: ShadowConfig = Field(default_factory=lambda: ShadowConfig())
+    batches: BatchesConfig = Field(default_factory=lambda: BatchesConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
@@ -599,6 +601,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("shadow",): ShadowConfig,
     ("shadow", "budget"): SpendConfig,
     ("shadow", "promote"): PromoteConfig,
+    ("batches",): BatchesConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,

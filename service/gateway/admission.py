@@ -37,7 +37,9 @@ from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import ClientDisconnectedError
 from service.http.error_formats import status_of
+from service.http.on_behalf import OnBehalf
 from service.http.prompt_endpoints import TABLE, UNCHARGED
+from service.store.store_interface import Settlement
 from service.telemetry.json_logging import log_fields
 from service.types import Tenant, Usage
 
@@ -68,6 +70,7 @@ class Entry:
         held: Its reservations.
         meter: Counts the tokens of its answer, once it is parsed.
         fault: The code of the error that ended it, and its HTTP status.
+        behalf: Whose request it is, where the gateway makes it; None for requests of clients.
     """
 
     id: str
@@ -77,6 +80,7 @@ class Entry:
     held: list[Reservation] = field(default_factory=list)
     meter: UsageMeter | None = None
     fault: tuple[str, int] = ("", 0)
+    behalf: OnBehalf[Settlement] | None = None
 
     @property
     def charged_meter(self) -> UsageMeter | None:
@@ -159,28 +163,42 @@ class Admission:
 
     @asynccontextmanager
     async def enter(
-        self, headers: dict[bytes, bytes], record: RequestRecord
+        self,
+        headers: dict[bytes, bytes],
+        record: RequestRecord,
+        behalf: OnBehalf[Settlement] | None = None,
     ) -> AsyncIterator[Entry]:
         """Admit a request by its headers, and settle its reservations at its end.
+
+        Args:
+            headers: The headers, by name.
+            record: The request's record.
+            behalf: The tenant of a request that the gateway makes. Its settlements are left to
+                the maker. None for requests of clients, who show a key.
 
         Raises:
             UnauthorizedError: Its key is missing or not valid.
             RateLimitExceededError: The tenant has too many requests.
             StoreUnavailableError: Keys or limits can't be read.
         """
-        tenant = self.identify(headers)
+        tenant = self.identify(headers) if behalf is None else behalf.tenant
         log_fields(tenant=tenant.name, key=tenant.key)
         entry = Entry(secrets.token_hex(12), tenant, record, self._counts or bool(tenant.key))
+        entry.behalf = behalf
         if not entry.counts:
             try:
                 yield entry
             finally:
                 self._savings(entry, record.calls)
+                if behalf is not None:
+                    behalf.ended.set()
             return
         try:
             entry.held.append(await self.ledger.arrive(entry.id, tenant))
         except (RateLimitExceededError, StoreUnavailableError) as error:
             self._charged(tenant, error.code, ())
+            if behalf is not None:
+                behalf.ended.set()
             raise
         try:
             yield entry
@@ -312,20 +330,24 @@ class Admission:
         # Only a reservation with lines is settled in the store; the last of these carries the
         # usage note.
         kept = [held for held in entry.held if held.granted.claim.lines] or entry.held
+        settlements = [
+            self.ledger.settlement(
+                held,
+                usage,
+                expert=expert,
+                ended_s=time.time(),
+                counts=not entry.ours,
+                noted=held is kept[-1] and not entry.ours,
+                savings=savings,
+            )
+            for held in entry.held
+        ]
+        if entry.behalf is not None:
+            entry.behalf.settlements += settlements
+            entry.behalf.ended.set()
+            return
         settled = await asyncio.gather(
-            *(
-                self.ledger.settle(
-                    held,
-                    usage,
-                    expert=expert,
-                    ended_s=time.time(),
-                    counts=not entry.ours,
-                    noted=held is kept[-1] and not entry.ours,
-                    savings=savings,
-                )
-                for held in entry.held
-            ),
-            return_exceptions=True,
+            *map(self.ledger.deliver, settlements), return_exceptions=True
         )
         for error in settled:
             if isinstance(error, CoeError):

@@ -19,7 +19,9 @@ from service.gateway.cross_site_guard import CrossOriginMiddleware, CrossOriginR
 from service.gateway.dependencies import GatewayServices
 from service.gateway.routes import (
     admin,
+    batches,
     feedback,
+    files,
     health,
     keys,
     metrics,
@@ -79,6 +81,9 @@ def build_app(
     app.include_router(metrics.router)
     app.include_router(openapi.router)
     app.include_router(usage.router)
+    if services.batches is not None:
+        app.include_router(files.router)
+        app.include_router(batches.router)
     if services.admin_key is not None:
         app.include_router(keys.router)
 
@@ -118,7 +123,7 @@ def _guarded(app: App, services: GatewayServices) -> App:
     return CORSMiddleware(
         guarded,
         allow_origins=server.cors_origins,
-        allow_methods=("GET", "HEAD", "POST"),
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
         allow_headers=("*",),
         expose_headers=("*",),
         allow_private_network=True,

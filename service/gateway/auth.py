@@ -217,6 +217,29 @@ class Authenticator:
             raise ForbiddenError("the tenant of this API key is not in the config")
         return self._tenant(record, record.tenant)
 
+    def on_behalf(self, tenant: str, key: str) -> Tenant:
+        """The tenant of work that the gateway does later, for the key that asked for it.
+
+        Args:
+            tenant: The tenant's name.
+            key: The key's public id; empty where none was needed.
+
+        Raises:
+            UnauthorizedError: The key has expired, was revoked, or is not known any more.
+            ForbiddenError: The tenant is no longer in the config.
+            StoreUnavailableError: It is not known yet which keys there are.
+        """
+        if not key and not self.needed:
+            return self._tenant(None, tenant) if tenant in self._tenants else NOBODY
+        record = self._table.records.get(key)
+        if record is None and not self._looked:
+            raise StoreUnavailableError("the store of keys can't be reached yet")
+        if record is None or record.tenant != tenant or record.state(time.time()) != "active":
+            raise UnauthorizedError("the API key of this batch is no longer valid")
+        if not known_tenant(record.tenant, self._tenants):
+            raise ForbiddenError("the tenant of this API key is not in the config")
+        return self._tenant(record, record.tenant)
+
     def _tenant(self, record: KeyRecord | None, name: str) -> Tenant:
         given = self._tenants.get(name) or TenantConfig()
         allowed = [

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from random import random
 from typing import Any
 
+from service.batches.batch_service import BatchService
+from service.batches.batch_types import AsWritten, NoPace, PacesBatches, PlansBatches
 from service.broker.limit_and_budget_ledger import Ledger
 from service.broker.savings import Saving, SavingsTotal
 from service.config import Config
@@ -70,6 +72,7 @@ class GatewayResources:
         reload: Reads the config's file again and applies it; None if another process does this.
         screens: Screens that replace the guard's built-in screens, by name.
         encoders: The router's encoders.
+        batches: Files and batches; None where the service has none.
     """
 
     state: GatewayState
@@ -87,6 +90,7 @@ class GatewayResources:
     reload: Reload | None
     screens: Mapping[str, Screen] | None
     encoders: SharedEncoders
+    batches: BatchService | None = None
 
 
 class ConfiguredGateway:
@@ -210,7 +214,10 @@ class ConfiguredGateway:
             neighbours=resources.neighbours,
             admin_key=resources.admin_key,
             reload=resources.reload,
+            batches=resources.batches,
         )
+        self.batch_planner: PlansBatches = AsWritten()
+        self.batch_pace: PacesBatches = NoPace()
         self.inference = InferenceEndpoint(self._inference_handler())
         self.events = EventStream(
             config,

@@ -7,8 +7,8 @@ The rules are:
   prevents DNS rebinding, where the name of a foreign site resolves to this machine.
 - While no API key is needed, an `Origin` must be the service's own or a configured origin, and
   subresources that the browser reports as cross-site (`Sec-Fetch-Site`) are refused.
-- A POST with a body must always be JSON, because a page may send some other types without a
-  preflight.
+- A POST with a body must be JSON, because a page may send some other types without a preflight.
+  Uploads are forms. A foreign page's form has an `Origin`, which the second rule refuses.
 
 Once keys are needed, a foreign page can't send a key. Then only names in `allowed_hosts` restrict
 the `Host`. The module imports only the standard library, because the start page uses the rules
@@ -27,6 +27,8 @@ from service.errors import CoeError, ForbiddenError, InvalidRequestError, Unsupp
 
 _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
 _JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
+_FORM = re.compile(rb"^\s*multipart/form-data\s*;", re.IGNORECASE)
+_UPLOADS = frozenset({"/v1/files"})
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 # Values of Sec-Fetch-Site for pages of another origin.
@@ -63,7 +65,13 @@ class CrossOriginRules:
         return origin is not None and (origin.lower() in self._origins or ANY in self._origins)
 
     def check(
-        self, method: bytes, headers: Mapping[bytes, bytes], *, keyless: bool, body: bool
+        self,
+        method: bytes,
+        headers: Mapping[bytes, bytes],
+        *,
+        keyless: bool,
+        body: bool,
+        uploads: bool = False,
     ) -> None:
         """Refuse a request of a foreign page.
 
@@ -72,6 +80,7 @@ class CrossOriginRules:
             headers: The headers, by name in lower case.
             keyless: Whether the service answers without a key.
             body: Whether the request has a body.
+            uploads: Whether the endpoint takes forms.
 
         Raises:
             InvalidRequestError: The `Host` is not valid.
@@ -83,7 +92,9 @@ class CrossOriginRules:
             self._check_host(host)
         if keyless:
             self._check_origin(method, host, headers)
-        if method == b"POST" and body and not _JSON.match(headers.get(b"content-type", b"")):
+        kind = headers.get(b"content-type", b"")
+        allowed = _JSON.match(kind) or (uploads and _FORM.match(kind))
+        if method == b"POST" and body and not allowed:
             raise UnsupportedMediaTypeError(
                 "the body of a POST must be JSON: send the header Content-Type: application/json"
             )
@@ -189,6 +200,7 @@ class CrossOriginMiddleware:
                     headers,
                     keyless=self._keyless(),
                     body=has_body(headers),
+                    uploads=scope["path"] in _UPLOADS,
                 )
             except (ForbiddenError, InvalidRequestError) as error:
                 await self._refuse(scope["path"], error, send)

@@ -10,6 +10,7 @@ import orjson
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
+from service.batches.batch_service import BatchService
 from service.broker.pool_state import PoolView
 from service.config import Config
 from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
@@ -54,6 +55,7 @@ class GatewayServices:
         neighbours: Returns the metrics of the node's other gateways, as texts.
         admin_key: The admin key; without one there are no admin endpoints.
         reload: Puts the config's file in force again; None where the gateway doesn't own it.
+        batches: Files and batches; None where the service has none.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class GatewayServices:
     neighbours: Callable[[], Awaitable[list[str]]]
     admin_key: str | None
     reload: Reload | None
+    batches: BatchService | None = None
 
     def keyless(self) -> bool:
         """Whether requests need no key. While the store can't tell, they need one."""
@@ -116,10 +119,18 @@ async def _counted_tenant(request: Request, services: Services) -> Tenant:
     return await services.admission.look_up(headers_of(request))
 
 
+async def _batches(services: Services) -> BatchService:
+    # Without it there are no routes that depend on it.
+    assert services.batches is not None
+    return services.batches
+
+
 # The tenant behind the request's key.
 CurrentTenant = Annotated[Tenant, Depends(_current_tenant)]
 # The same, and the request counts against the tenant's limits.
 CountedTenant = Annotated[Tenant, Depends(_counted_tenant)]
+# The files and batches of the service.
+BatchEndpoints = Annotated[BatchService, Depends(_batches)]
 
 
 def json_response(body: dict[str, Any], status_code: int = 200) -> Response:

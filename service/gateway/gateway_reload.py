@@ -14,6 +14,7 @@ from service.config import Config
 from service.encoder.shared_encoders import SharedEncoders
 from service.engine.remote_engine import RemoteEngine
 from service.errors import CoeError
+from service.gateway.batch_setup import GatewayBatches
 from service.gateway.budget_prices import BudgetPrices
 from service.gateway.configured_gateway import ConfiguredGateway, GatewayResources
 from service.gateway.dependencies import Reload
@@ -82,6 +83,15 @@ class GatewayRuntime:
         self._add_remote_pools(config)
         ledger = Ledger(config, self.store)
         self.budget_prices = BudgetPrices(ledger, self.store)
+        self.batches: GatewayBatches | None = None
+        if config.batches.enabled:
+            self.batches = GatewayBatches(
+                config,
+                gateway_id,
+                self.store,
+                lambda: self.current,
+                self.state.metrics.registry,
+            )
         self._resources = GatewayResources(
             state=self.state,
             directory=self.directory,
@@ -98,6 +108,7 @@ class GatewayRuntime:
             reload=reload,
             screens=screens,
             encoders=SharedEncoders(),
+            batches=None if self.batches is None else self.batches.service,
         )
         self.current = ConfiguredGateway(config, self._resources, ledger)
         self._app = self.current.app
@@ -114,6 +125,8 @@ class GatewayRuntime:
         self.state.metrics.on_read(self._update_budget_metrics)
         self._count_replicas = count_replicas
         self.state.metrics.on_read(self._update_replicas)
+        if self.batches is not None:
+            self.state.metrics.on_read(self.batches.update_metrics)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
@@ -136,6 +149,8 @@ class GatewayRuntime:
             await self._node.start()
         for name, remote_pool in self.remote_pools.items():
             await self._connect(name, remote_pool)
+        if self.batches is not None:
+            await self.batches.start()
 
     async def _connect(self, name: str, pool: RemotePool) -> None:
         await pool.start()
@@ -277,6 +292,8 @@ class GatewayRuntime:
         for task in list(self._retiring):
             task.cancel()
         await asyncio.gather(*self._retiring, return_exceptions=True)
+        if self.batches is not None:
+            await self.batches.stop()
         if self._node is not None:
             await self._node.stop()
         for gateway in (*self._earlier, self.current):

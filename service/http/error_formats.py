@@ -35,6 +35,7 @@ _STATUS: dict[type[CoeError], int] = {
     errors.DeadlineExceededError: 504,
     errors.UnavailableError: 503,
     errors.UpstreamError: 502,
+    errors.StorageFullError: 507,
     CoeError: 500,
 }
 _TYPE = {

@@ -14,8 +14,10 @@ from service.store.store_interface import (
     Granted,
     Health,
     Refused,
+    Settlement,
     StoreClaim,
     UsageNote,
+    WorkItem,
 )
 
 Clock = Callable[[], float]
@@ -53,6 +55,8 @@ class MemoryStore:
         self._notes: dict[str, tuple[float, dict[str, int]]] = {}
         self._tables: dict[str, dict[str, bytes]] = {}
         self._versions: dict[str, int] = {}
+        # Items that were charged, by group; None for a group that is closed.
+        self._charged: dict[str, set[str] | None] = {}
         self._swept_s = 0.0
 
     async def start(self) -> None:
@@ -90,16 +94,37 @@ class MemoryStore:
     async def settle(self, granted: Granted, used: Sequence[int], note: UsageNote | None) -> None:
         if granted.claim.lines and self._open.pop(granted.claim.id, None) is None:
             return
+        self._charge(granted, used, note)
+
+    async def settle_once(self, item: WorkItem, settlement: Settlement) -> None:
+        charged = self._charged.setdefault(item.group, set())
+        was_open = self._open.pop(settlement.granted.claim.id, None) is not None
+        if charged is not None and item.name not in charged:
+            charged.add(item.name)
+            self._charge(settlement.granted, settlement.used, settlement.note, held=was_open)
+        elif was_open:
+            self._charge(settlement.granted, settlement.free().used, None)
+
+    async def close_group(self, group: str) -> None:
+        self._charged[group] = None
+
+    def _charge(
+        self, granted: Granted, used: Sequence[int], note: UsageNote | None, *, held: bool = True
+    ) -> None:
+        """Charge a claim; `held` says whether the store still holds its reservation."""
         now_s = self._clock()
         for line, amount, start, spent in zip(
             granted.claim.lines, granted.amounts, granted.starts_ms, used, strict=True
         ):
             # The window may have ended, and the account may have been dropped.
             counts = self._accounts.get(line.account.name)
+            if not held:
+                counts = self._counts(line.account, int(now_s * 1000))
             sliding = line.account.window.kind == "sliding"
             within = min(spent, amount) if sliding else spent
-            if counts is not None and start in counts.reserved:
-                counts.reserved[start] -= amount
+            if counts is not None and (start in counts.reserved or not held):
+                if held:
+                    counts.reserved[start] -= amount
                 if within:
                     counts.spent[start] = counts.spent.get(start, 0) + within
             if spent > within:

@@ -37,6 +37,7 @@ from service.store.store_interface import (
     Refused,
     StoreClaim,
     UsageNote,
+    WorkItem,
 )
 
 log = logging.getLogger("coe.store")
@@ -212,9 +213,18 @@ class RedisClient:
         )
 
     async def settle(
-        self, claim_id: str, lines: Lines, note: UsageNote | None, *, offline: bool = False
+        self,
+        claim_id: str,
+        lines: Lines,
+        note: UsageNote | None,
+        *,
+        offline: bool = False,
+        item: WorkItem | None = None,
     ) -> None:
-        """Charge the use of a claim, and release its reservation."""
+        """Charge the use of a claim, and release its reservation.
+
+        With an item of work, it is charged once for all claims of that item.
+        """
         await self._run(
             "settle",
             id=claim_id,
@@ -222,7 +232,12 @@ class RedisClient:
             note=_note(note),
             offline=offline,
             most_windows_owed=MOST_WINDOWS_OWED,
+            item=[item.group, item.name] if item is not None else None,
         )
+
+    async def close_group(self, group: str) -> None:
+        """End a group of work items."""
+        await self._run("close_group", group=group)
 
     async def undo(self, claim_id: str) -> None:
         """Release a claim of unknown outcome, even if it reaches Redis later."""

@@ -10,6 +10,7 @@ The texts are in `scripts/`, and `prelude.lua` is put before each. Keys, all bel
 - `heard`: when the last heartbeat or claim of any owner came; `gone:ID`: a claim that was undone
   or settled from an offline quota; `lapsed:ID`, `lapsed-owner:OWNER`: a claim or an owner whose
   lease expired
+- `once:GROUP` hash: items of a group of work that were charged; `*` in it: the group is closed
 - `n:NAME` hash: usage notes
 - `t:TABLE` hash: record → its value; `tv:TABLE`: the table's version, new after every change
 """
@@ -21,7 +22,17 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).with_name("scripts")
 _PRELUDE = "prelude"
-NAMES = ("reserve", "settle", "undo", "heartbeat", "leave", "restore", "balances", "replace")
+NAMES = (
+    "reserve",
+    "settle",
+    "close_group",
+    "undo",
+    "heartbeat",
+    "leave",
+    "restore",
+    "balances",
+    "replace",
+)
 
 
 @cache

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from service.errors import StoreUnavailableError
 from service.store.limit_windows import Window
@@ -25,8 +26,10 @@ from service.store.store_interface import (
     Granted,
     Health,
     Refused,
+    Settlement,
     StoreClaim,
     UsageNote,
+    WorkItem,
 )
 from service.task_cancellation import cancel_and_wait
 
@@ -205,6 +208,39 @@ class RedisStore:
                 await self._deliver(settlement)
             except StoreUnavailableError as error:
                 self._on_failure(error)
+
+    async def settle_once(self, item: WorkItem, settlement: Settlement) -> None:
+        # It is not kept for later: the caller has written it down, and repeats it.
+        granted, used = settlement.granted, settlement.used
+        await self._try(
+            self._client.settle(
+                granted.claim.id, lines_of(granted, used), settlement.note, item=item
+            )
+        )
+        self._granted.pop(granted.claim.id, None)
+        if granted.offline:
+            self._quotas.release_unused(granted, used)
+            self._quotas.mark_delivered(granted, used)
+
+    async def close_group(self, group: str) -> None:
+        await self._try(self._client.close_group(group))
+
+    async def _try(self, call: Coroutine[Any, Any, None]) -> None:
+        """Make a call that the caller repeats when it fails.
+
+        Raises:
+            StoreUnavailableError: Redis is unavailable.
+        """
+        try:
+            self._check()
+        except StoreUnavailableError:
+            call.close()
+            raise
+        try:
+            await call
+        except StoreUnavailableError as error:
+            self._on_failure(error)
+            raise
 
     async def _deliver(self, settlement: _PendingSettlement) -> None:
         """Send a settlement, and then drop it. Redis counts it only once, even after retries."""

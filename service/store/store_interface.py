@@ -127,6 +127,38 @@ class UsageNote:
 
 
 @dataclass(frozen=True, slots=True)
+class Settlement:
+    """What settles one claim.
+
+    Attributes:
+        granted: The granted claim.
+        used: The amount used of each line.
+        note: The usage to add together with it.
+    """
+
+    granted: Granted
+    used: tuple[int, ...]
+    note: UsageNote | None = None
+
+    def free(self) -> Settlement:
+        """The settlement that releases the claim and charges nothing."""
+        return Settlement(self.granted, (0,) * len(self.used))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """A piece of work that is charged once, however often it is done and whoever settles it.
+
+    Attributes:
+        group: The name of the whole work, such as a batch.
+        name: The name of the item in it.
+    """
+
+    group: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """State of a store.
 
@@ -169,6 +201,17 @@ class Store(Protocol):
         current window as far as it has room. The rest of it is charged to the next windows, up to
         their limit.
         """
+
+    async def settle_once(self, item: WorkItem, settlement: Settlement) -> None:
+        """Charge an item of work, and release the reservation of this attempt at it.
+
+        The first settlement of an item is charged, and later ones only release. Any owner may
+        settle a claim of any other, also after that one's lease has expired. The call returns when
+        the store has counted the settlement, and may be repeated until then.
+        """
+
+    async def close_group(self, group: str) -> None:
+        """End a group: no item of it is charged any more, and the store forgets its items."""
 
     async def balances(self, accounts: Sequence[Account]) -> list[AccountBalance]:
         """Return the current balance of each account."""

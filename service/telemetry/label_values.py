@@ -23,7 +23,7 @@ LABELS = {
     "recipe": "name of a recipe in the artifact, or single",
     "result": "of a cache lookup: hit or miss; of a retry: made or refused; "
     "of a shadow evaluation: recorded, queue_full, reply_unusable, no_expert, over_budget, "
-    "undecided, forgotten, stopped or failed",
+    "undecided, forgotten, stopped or failed; of a batch's line: completed, failed, or retried",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",
     "source": "what a swap method is founded on: config, release (its tests), proof (a record of "
@@ -31,6 +31,7 @@ LABELS = {
     "stage": "ngrams, static, encoder or general: the stage of the router's classifier",
     "state": "of weights: disk, host, device, loading, draining, failed; of a replica: starting, "
     "running, stopping; of a GPU's memory: total, used, free, reserved",
+    "status": "of a batch: validating, in_progress, finalizing or cancelling",
     "tenant": "name of a tenant in the config or the store; never a key",
     "tier": "host or device",
     "type": "prompt or completion",

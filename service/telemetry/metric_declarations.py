@@ -387,6 +387,24 @@ SHADOW_COST = counter(
     ("expert",),
     "Units of cost that shadow evaluation has spent, judges included. No tenant is charged for it.",
 )
+BATCHES = gauge(
+    "coe_batches",
+    Side.GATEWAY,
+    ("status",),
+    "Batches that have not ended, by state. Every gateway counts those of all gateways.",
+)
+BATCH_OLDEST = gauge(
+    "coe_batch_oldest_age_seconds",
+    Side.GATEWAY,
+    (),
+    "Age of the oldest batch that has not ended; 0 without one.",
+)
+BATCH_LINES = counter(
+    "coe_batch_lines_total",
+    Side.GATEWAY,
+    ("result",),
+    "Lines of batches with a result, and tries of lines that have to be repeated.",
+)
 STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
@@ -508,6 +526,9 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         SAVINGS_BASELINE_QUALITY,
         SHADOW_REQUESTS,
         SHADOW_COST,
+        BATCHES,
+        BATCH_OLDEST,
+        BATCH_LINES,
         STORE_UP,
         STORE_OUTAGES,
         STORE_PENDING_SETTLEMENTS,

@@ -22,6 +22,7 @@ from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.error_formats import dialect_of
+from service.http.on_behalf import on_behalf
 
 # With this header Ray Serve does not cancel the request when its client leaves. HAProxy sets it.
 _SERVE_IGNORES_DISCONNECTS = b"x-request-disconnect-disabled"
@@ -74,7 +75,8 @@ class InferenceHandler:
             headers = self._intake.headers(scope["headers"])
             # The request counts against request limits before its body is read. `_admit` reserves
             # tokens and cost later. The exit settles them.
-            async with self._admission.enter(headers, record) as entry:
+            behalf = on_behalf(scope)
+            async with self._admission.enter(headers, record, behalf) as entry:
                 validated = await self._intake.read(record.path, headers, entry.tenant, receive)
                 request = request_scope.add_request(validated)
                 session = await self._sessions.find(request)

@@ -3,6 +3,8 @@
 
 local PREFIX, args = ARGV[1], cjson.decode(ARGV[2])
 local HEARTBEAT_GAP_MS, DAY_S = 5000, 86400
+-- How long an item of work is remembered, which is longer than any batch may take.
+local WORK_DAYS = 70
 
 -- Tests give the time; otherwise it is the server's.
 local now = tonumber(args.now)

@@ -1,6 +1,7 @@
 -- Charge what a claim used, and release what it reserved. Settling twice charges once.
 -- args: owner, id, note, most_windows_owed, lines ({account, start, reserved, used, limit, length,
--- part}; length and part are 0 unless the window slides), offline: granted from an offline quota.
+-- part}; length and part are 0 unless the window slides), offline: granted from an offline quota,
+-- item: {group, name} of work that is charged once, whichever of its claims is settled.
 
 local function parse_line(line)
   return {
@@ -61,7 +62,23 @@ end
 local lines = {}
 for i, line in ipairs(args.lines) do lines[i] = parse_line(line) end
 
-if args.offline then
+-- Release what the claim holds, if it is this owner's.
+local function release_claim()
+  local stored_lines = redis.call('HGET', key('own:' .. args.owner), args.id)
+  if not stored_lines then return end
+  redis.call('HDEL', key('own:' .. args.owner), args.id)
+  release_lines(cjson.decode(stored_lines))
+end
+
+if args.item then
+  local once_key, name = key('once:' .. args.item[1]), args.item[2]
+  release_claim()
+  redis.call('DEL', key('lapsed:' .. args.id))
+  if redis.call('HEXISTS', once_key, '*') == 1 then return 0 end
+  if redis.call('HSETNX', once_key, name, '1') == 0 then return 0 end
+  redis.call('EXPIRE', once_key, WORK_DAYS * DAY_S)
+  for _, line in ipairs(lines) do charge(line, true) end
+elseif args.offline then
   if not redis.call('SET', key('gone:' .. args.id), '1', 'EX', DAY_S, 'NX') then return 0 end
   for _, line in ipairs(lines) do charge(line, true) end
 elseif redis.call('HDEL', key('own:' .. args.owner), args.id) == 1 then

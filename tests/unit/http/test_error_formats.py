@@ -46,6 +46,7 @@ STATUS = {
     "PoolDrainingError": 503,
     "PoolUnavailableError": 503,
     "StoreUnavailableError": 503,
+    "StorageFullError": 507,
     "PoolUnreachableError": 503,
     "PoolStoppedError": 503,
     "PoolReplacedError": 503,
@@ -177,6 +178,7 @@ def test_anthropic_error_has_a_type_that_anthropic_defines(name: str) -> None:
         502: "api_error",
         503: "overloaded_error",
         504: "timeout_error",
+        507: "api_error",
     }.get(STATUS[name], "invalid_request_error")
     assert data == {"type": "error", "error": {"type": kind, "message": "what happened"}}
     assert dict(fault.headers)[b"content-length"] == str(len(fault.body)).encode()

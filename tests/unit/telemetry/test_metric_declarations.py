@@ -27,7 +27,17 @@ from service.types import Residency
 
 ROOT = Path(__file__).parents[3]
 # What a name may end with: a unit, what is counted, or Prometheus' own words.
-UNITS = ("_seconds", "_bytes", "_ratio", "_requests", "_pools", "_info", "_price", "_replicas")
+UNITS = (
+    "_seconds",
+    "_bytes",
+    "_batches",
+    "_ratio",
+    "_requests",
+    "_pools",
+    "_info",
+    "_price",
+    "_replicas",
+)
 STATES = ("_state", "_open", "_up", "_waiting", "_running", "_settlements", "_load")
 OK = RequestRecord(
     arrived_s=100.0,

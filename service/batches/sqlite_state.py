@@ -1,0 +1,450 @@
+"""The state of files and batches in an embedded SQLite file, for the gateways of one machine.
+
+Every change is one transaction that is on the disk when the call returns (WAL, `synchronous=FULL`).
+The connection has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from service.batches.batch_records import (
+    BatchCounts,
+    BatchRecord,
+    FileRecord,
+    LineResult,
+    dump_batch,
+    dump_file,
+    load_batch,
+    load_file,
+)
+from service.batches.batch_state import BatchStatistics, Page
+from service.errors import StorageFullError, StoreUnavailableError
+
+log = logging.getLogger("coe.batches")
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+_BUSY_S = 10.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, purpose TEXT NOT NULL, bytes INTEGER NOT NULL,
+    created_s INTEGER NOT NULL, expires_s INTEGER NOT NULL, record BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS files_of_tenant ON files (tenant, created_s, id);
+CREATE TABLE IF NOT EXISTS batches (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, input TEXT NOT NULL, created_s INTEGER NOT NULL,
+    version INTEGER NOT NULL, status TEXT NOT NULL, open INTEGER NOT NULL, sealed INTEGER NOT NULL,
+    record BLOB NOT NULL, plan BLOB, owner TEXT, leased_until_s REAL NOT NULL DEFAULT 0,
+    completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0,
+    cost REAL NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS batches_of_tenant ON batches (tenant, created_s, id);
+CREATE INDEX IF NOT EXISTS open_batches ON batches (open, created_s) WHERE open;
+CREATE TABLE IF NOT EXISTS results (
+    batch TEXT NOT NULL, line INTEGER NOT NULL, failed INTEGER NOT NULL, body BLOB NOT NULL,
+    settlements BLOB, PRIMARY KEY (batch, line)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unsettled ON results (batch, line) WHERE settlements IS NOT NULL;
+"""
+_COUNTS = "completed, failed, prompt_tokens, completion_tokens, cost"
+_BATCH = f"record, {_COUNTS}"
+_VERSION = 1
+
+
+class SqliteState:
+    """A `BatchState` in a SQLite file.
+
+    Args:
+        path: The file. It is made, for its owner only, when something is first written.
+        clock: Returns seconds since 1970.
+    """
+
+    def __init__(self, path: Path, clock: Clock = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-state")
+        self._connection: sqlite3.Connection | None = None
+
+    async def start(self) -> None:
+        def begin() -> None:
+            if self._path.exists():
+                self._open()
+
+        await self._run(begin)
+
+    async def stop(self) -> None:
+        def end() -> None:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+        await self._run(end)
+        self._thread.shutdown(wait=False)
+
+    # --- files
+
+    async def add_file(self, file: FileRecord, most_bytes: int | None) -> bool:
+        def add(db: sqlite3.Connection) -> bool:
+            if most_bytes is not None:
+                (others,) = db.execute(
+                    "SELECT coalesce(sum(bytes), 0) FROM files WHERE tenant = ? AND id != ?",
+                    (file.tenant, file.id),
+                ).fetchone()
+                if others + file.size > most_bytes:
+                    return False
+            db.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    file.id,
+                    file.tenant,
+                    file.purpose,
+                    file.size,
+                    file.created_s,
+                    file.expires_s,
+                    dump_file(file),
+                ),
+            )
+            return True
+
+        return await self._write(add)
+
+    async def file(self, file_id: str) -> FileRecord | None:
+        rows = await self._read("SELECT record FROM files WHERE id = ?", file_id)
+        return load_file(rows[0][0]) if rows else None
+
+    async def files(self, tenant: str, purpose: str | None, page: Page) -> list[FileRecord]:
+        also = "" if purpose is None else "AND purpose = ?"
+        more = () if purpose is None else (purpose,)
+        rows = await self._page("files", "record", tenant, also, more, page)
+        return [load_file(row[0]) for row in rows]
+
+    async def file_bytes(self, tenant: str) -> int:
+        rows = await self._read(
+            "SELECT coalesce(sum(bytes), 0) FROM files WHERE tenant = ?", tenant
+        )
+        return int(rows[0][0]) if rows else 0
+
+    async def remove_file(self, file_id: str) -> bool:
+        def remove(db: sqlite3.Connection) -> bool:
+            return db.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount == 1
+
+        return await self._write(remove)
+
+    async def expired_files(self, now_s: float) -> list[FileRecord]:
+        rows = await self._read(
+            "SELECT record FROM files WHERE expires_s <= ? AND id NOT IN "
+            "(SELECT input FROM batches WHERE open)",
+            now_s,
+        )
+        return [load_file(row[0]) for row in rows]
+
+    # --- batches
+
+    async def add_batch(self, batch: BatchRecord, most_open: int) -> bool:
+        def add(db: sqlite3.Connection) -> bool:
+            (count,) = db.execute(
+                "SELECT count(*) FROM batches WHERE open AND tenant = ?", (batch.tenant,)
+            ).fetchone()
+            if count >= most_open:
+                return False
+            db.execute(
+                "INSERT OR IGNORE INTO batches (id, tenant, input, created_s, version, status, "
+                "open, sealed, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    batch.id,
+                    batch.tenant,
+                    batch.input_file_id,
+                    batch.created_s,
+                    batch.version,
+                    batch.status.value,
+                    not batch.ended,
+                    batch.sealed,
+                    dump_batch(batch),
+                ),
+            )
+            return True
+
+        return await self._write(add)
+
+    async def batch(self, batch_id: str) -> BatchRecord | None:
+        rows = await self._read(f"SELECT {_BATCH} FROM batches WHERE id = ?", batch_id)
+        return _batch(rows[0]) if rows else None
+
+    async def batches(self, tenant: str, page: Page) -> list[BatchRecord]:
+        rows = await self._page("batches", _BATCH, tenant, "", (), page)
+        return [_batch(row) for row in rows]
+
+    async def uses(self, file_id: str) -> str | None:
+        rows = await self._read("SELECT id FROM batches WHERE open AND input = ? LIMIT 1", file_id)
+        return rows[0][0] if rows else None
+
+    async def replace(self, batch: BatchRecord, plan: bytes | None = None) -> bool:
+        def change(db: sqlite3.Connection) -> bool:
+            changed = db.execute(
+                "UPDATE batches SET version = ?, status = ?, open = ?, sealed = ?, record = ?, "
+                "plan = coalesce(?, plan) WHERE id = ? AND version = ?",
+                (
+                    batch.version,
+                    batch.status.value,
+                    not batch.ended,
+                    batch.sealed,
+                    dump_batch(batch),
+                    plan,
+                    batch.id,
+                    batch.version - 1,
+                ),
+            ).rowcount
+            if changed and batch.ended:
+                db.execute("UPDATE batches SET plan = NULL WHERE id = ?", (batch.id,))
+                db.execute("DELETE FROM results WHERE batch = ?", (batch.id,))
+            return changed == 1
+
+        return await self._write(change)
+
+    async def plan(self, batch_id: str) -> bytes | None:
+        rows = await self._read("SELECT plan FROM batches WHERE id = ?", batch_id)
+        return rows[0][0] if rows else None
+
+    async def remove_batches(self, before_s: float) -> int:
+        def remove(db: sqlite3.Connection) -> int:
+            return db.execute(
+                "DELETE FROM batches WHERE NOT open AND created_s < ?", (before_s,)
+            ).rowcount
+
+        return await self._write(remove) if self._connection is not None else 0
+
+    async def statistics(self) -> BatchStatistics:
+        rows = await self._read(
+            "SELECT status, count(*), min(created_s) FROM batches WHERE open GROUP BY status"
+        )
+        return BatchStatistics(
+            {status: count for status, count, _ in rows},
+            min((oldest for *_, oldest in rows), default=None),
+        )
+
+    # --- leases
+
+    async def lease(self, owner: str, lease_s: float) -> BatchRecord | None:
+        now_s = self._clock()
+
+        def take(db: sqlite3.Connection) -> BatchRecord | None:
+            row = db.execute(
+                f"SELECT id, {_BATCH} FROM batches AS b WHERE open "
+                "AND (owner IS NULL OR leased_until_s <= ?) ORDER BY ("
+                "  SELECT count(*) FROM batches AS o WHERE o.open AND o.tenant = b.tenant "
+                "  AND o.owner IS NOT NULL AND o.leased_until_s > ?"
+                "), created_s, id LIMIT 1",
+                (now_s, now_s),
+            ).fetchone()
+            if row is None:
+                return None
+            db.execute(
+                "UPDATE batches SET owner = ?, leased_until_s = ? WHERE id = ?",
+                (owner, now_s + lease_s, row[0]),
+            )
+            return _batch(row[1:])
+
+        return await self._write(take) if self._connection is not None else None
+
+    async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:
+        until_s = self._clock() + lease_s
+
+        def renewed(db: sqlite3.Connection) -> BatchRecord | None:
+            changed = db.execute(
+                "UPDATE batches SET leased_until_s = ? WHERE id = ? AND owner = ? AND open",
+                (until_s, batch_id, owner),
+            ).rowcount
+            if not changed:
+                return None
+            row = db.execute(f"SELECT {_BATCH} FROM batches WHERE id = ?", (batch_id,)).fetchone()
+            return _batch(row)
+
+        return await self._write(renewed)
+
+    async def release(self, owner: str, batch_id: str) -> None:
+        def give_back(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE batches SET owner = NULL, leased_until_s = 0 WHERE id = ? AND owner = ?",
+                (batch_id, owner),
+            )
+
+        await self._write(give_back)
+
+    # --- results
+
+    async def put_results(self, batch_id: str, results: Sequence[LineResult]) -> set[int]:
+        def put(db: sqlite3.Connection) -> set[int]:
+            takes = db.execute(
+                "SELECT 1 FROM batches WHERE id = ? AND open AND NOT sealed", (batch_id,)
+            ).fetchone()
+            added = []
+            for result in results if takes else ():
+                row = batch_id, result.line, result.failed, result.body, result.settlements
+                if db.execute("INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?)", row).rowcount:
+                    added.append(result)
+            failed = sum(result.failed for result in added)
+            db.execute(
+                "UPDATE batches SET completed = completed + ?, failed = failed + ?, "
+                "prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?, "
+                "cost = cost + ? WHERE id = ?",
+                (
+                    len(added) - failed,
+                    failed,
+                    sum(result.prompt_tokens for result in added),
+                    sum(result.completion_tokens for result in added),
+                    sum(result.cost for result in added),
+                    batch_id,
+                ),
+            )
+            return {result.line for result in added}
+
+        return await self._write(put)
+
+    async def mark_settled(self, batch_id: str, line: int) -> None:
+        def mark(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE results SET settlements = NULL WHERE batch = ? AND line = ?",
+                (batch_id, line),
+            )
+
+        await self._write(mark)
+
+    async def unsettled(self, batch_id: str) -> list[tuple[int, bytes]]:
+        return await self._read(
+            "SELECT line, settlements FROM results WHERE batch = ? AND settlements IS NOT NULL",
+            batch_id,
+        )
+
+    async def done(self, batch_id: str) -> set[int]:
+        rows = await self._read("SELECT line FROM results WHERE batch = ?", batch_id)
+        return {line for (line,) in rows}
+
+    async def results(
+        self, batch_id: str, *, failed: bool, after: int, limit: int
+    ) -> Sequence[tuple[int, bytes]]:
+        return await self._read(
+            "SELECT line, body FROM results WHERE batch = ? AND failed = ? AND line > ? "
+            "ORDER BY line LIMIT ?",
+            batch_id,
+            failed,
+            after,
+            limit,
+        )
+
+    # --- the connection
+
+    async def _page(
+        self,
+        table: str,
+        columns: str,
+        tenant: str,
+        also: str,
+        more: tuple[Any, ...],
+        page: Page,
+    ) -> list[tuple[Any, ...]]:
+        order, than = ("ASC", ">") if page.ascending else ("DESC", "<")
+        start: tuple[Any, ...] = ()
+        where = ""
+        if page.after is not None:
+            where = f"AND (created_s, id) {than} (SELECT created_s, id FROM {table} WHERE id = ?)"
+            start = (page.after,)
+        return await self._read(
+            f"SELECT {columns} FROM {table} WHERE tenant = ? {also} {where} "
+            f"ORDER BY created_s {order}, id {order} LIMIT ?",
+            tenant,
+            *more,
+            *start,
+            page.limit,
+        )
+
+    async def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        def read() -> list[tuple[Any, ...]]:
+            if self._connection is None:
+                return []
+            return self._connection.execute(query, values).fetchall()
+
+        return await self._run(read)
+
+    async def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        def write() -> T:
+            db = self._connection or self._open()
+            with _transaction(db):
+                return change(db)
+
+        return await self._run(write)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Run work in the connection's thread; it ends also where the caller is cancelled."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, _translated, work)
+        except RuntimeError as error:
+            # The thread was shut down.
+            raise StoreUnavailableError("the state of batches is closed") from error
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._path.touch(mode=0o600)
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"the folder of batches can't be written: {error.strerror}"
+            ) from None
+        db = sqlite3.connect(
+            self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version > _VERSION:
+                raise StoreUnavailableError(
+                    "the state of batches is from a newer version of this service"
+                )
+            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
+        except BaseException:
+            db.close()
+            raise
+        self._connection = db
+        return db
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _translated(work: Callable[[], T]) -> T:
+    """Do work, and raise SQLite's errors as this service's."""
+    try:
+        return work()
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        if name == "SQLITE_FULL":
+            raise StorageFullError("the disk of files and batches is full") from None
+        # The text may quote a value.
+        log.error("the state of batches failed: %s", name)
+        raise StoreUnavailableError(f"the state of batches failed ({name})") from None
+
+
+def _batch(row: tuple[Any, ...]) -> BatchRecord:
+    record, *counts = row
+    return load_batch(record, BatchCounts(*counts))

@@ -1,0 +1,125 @@
+"""Sets up files and batches for a gateway's process. They outlive its configs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.batches.batch_runner import BatchRunner, BatchRunnerParts
+from service.batches.batch_service import BatchService
+from service.batches.batch_state import BatchState
+from service.batches.batch_types import BatchLine, BatchPlan, BatchTerms
+from service.batches.file_folder import FileFolder
+from service.batches.sqlite_state import SqliteState
+from service.config import Config
+from service.errors import CoeError
+from service.gateway.configured_gateway import ConfiguredGateway
+from service.http.asgi_helpers import Receive, Send
+from service.rpc.local_paths import admin_key_path
+from service.store.store_interface import Store
+from service.telemetry import metric_declarations
+from service.telemetry.metrics_registry import MetricsRegistry
+from service.types import Tenant
+
+
+def default_folder() -> Path:
+    """The folder of files where the config names none: beside the admin key."""
+    return admin_key_path().with_name("batches")
+
+
+class CurrentGateway:
+    """The gateway of the present config, as the runner of batches uses it."""
+
+    def __init__(self, current: Callable[[], ConfiguredGateway]) -> None:
+        self._current = current
+
+    async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer a line's request."""
+        await self._current().inference(scope, receive, send)
+
+    def identify(self, tenant: str, key: str) -> Tenant:
+        """Return the tenant of a batch. Raises CoeError."""
+        return self._current().authenticator.on_behalf(tenant, key)
+
+    async def plan(
+        self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
+    ) -> BatchPlan:
+        """Plan a batch."""
+        return await self._current().batch_planner.plan(endpoint, lines, terms, tenant)
+
+    async def turn(self, model: str) -> None:
+        """Wait until a line for a model may start."""
+        await self._current().batch_pace.turn(model)
+
+
+class GatewayBatches:
+    """Files and batches of one gateway's process.
+
+    Args:
+        config: The first config; its section `batches` stays in force.
+        gateway_id: The gateway's id, which is new for each process.
+        store: Settles the claims of lines.
+        current: Returns the gateway of the present config.
+        registry: Counts results.
+
+    Attributes:
+        service: What the endpoints use.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        gateway_id: str,
+        store: Store,
+        current: Callable[[], ConfiguredGateway],
+        registry: MetricsRegistry,
+    ) -> None:
+        self._registry = registry
+        given = config.batches
+        path = default_folder() if given.folder is None else Path(given.folder)
+        folder = FileFolder(path / "files")
+        self._state: BatchState = SqliteState(path / "state.sqlite3")
+        gateway = CurrentGateway(current)
+        self._runner = BatchRunner(
+            gateway_id,
+            given,
+            BatchRunnerParts(
+                self._state,
+                folder,
+                store,
+                gateway.answer,
+                gateway.identify,
+                gateway,
+                gateway,
+                lambda result: registry.add(metric_declarations.BATCH_LINES, 1, result),
+            ),
+            max_line_bytes=config.server.max_body_bytes,
+        )
+        self.service = BatchService(
+            given, self._state, folder, self._runner.wake, self._runner.cancel
+        )
+
+    async def start(self) -> None:
+        """Go on with the batches that are there, and take new ones."""
+        await self._state.start()
+        self._runner.start()
+        self.service.start()
+
+    async def update_metrics(self) -> None:
+        """Count the batches that have not ended. The metrics stay while that is unknown."""
+        with contextlib.suppress(CoeError):
+            counted = await self._state.statistics()
+            self._registry.forget(metric_declarations.BATCHES, counted.by_status)
+            for status, count in counted.by_status.items():
+                self._registry.put(metric_declarations.BATCHES, count, status)
+            age_s = 0.0 if counted.oldest_s is None else max(0.0, time.time() - counted.oldest_s)
+            self._registry.put(metric_declarations.BATCH_OLDEST, age_s)
+
+    async def stop(self) -> None:
+        """Stop; batches under way go on elsewhere, or after the next start."""
+        await self.service.stop()
+        await self._runner.stop()
+        await self._state.stop()
