@@ -351,6 +351,10 @@ def presets_section(own: Mapping[str, Mapping[str, Any]] | None) -> dict[str, An
     return {"presets": {name: {"point_cost": one["point_cost"]} for name, one in own.items()}}
 
 
+def _share(point_cost: float) -> str:
+    return "anything" if point_cost >= MAX_POINT_COST else f"{100 * point_cost:.3g} %"
+
+
 def preset_text(
     own: Mapping[str, Mapping[str, Any]], bounds: Mapping[str, float | None] | None
 ) -> str:
@@ -366,7 +370,7 @@ def preset_text(
     for name, one in own.items():
         (low, high), (least, most) = one["lead_interval"], one["cost_interval"]
         lines.append(
-            f"| `{names[name]}` | {100 * one['point_cost']:.3g} % | {one['lead']:+.2f} "
+            f"| `{names[name]}` | {_share(one['point_cost'])} | {one['lead']:+.2f} "
             f"({low:+.2f} to {high:+.2f}) | {100 * one['cost']:.0f} % "
             f"({100 * least:.0f} to {100 * most:.0f} %) |"
         )

@@ -22,6 +22,7 @@ import click
 import yaml
 
 from router_models import expert_map_for_classifier
+from service.http.token_usage import estimate_tokens
 
 FILE = "mmlu_pro_dev.jsonl.gz"
 SOURCE = "MMLU-Pro, eval_results (TIGER-AI-Lab/MMLU-Pro), half of the questions; Apache-2.0"
@@ -83,27 +84,32 @@ def outcome_rows(file: Path, models: Mapping[str, PublicModel]) -> Iterator[dict
     """Yield the rows with the experts' names and costs, in the units of the default prices.
 
     An answer costs its model's active parameters for each token of prompt and answer. Tokens are
-    estimated from characters. Questions come without their choices, because a question with ten
-    choices looks to a classifier like work on a text that is given.
+    estimated from characters, also for the map's lengths of answers. Questions come without their
+    choices, because a question with ten choices looks to a classifier like work on a given text.
     """
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
+            question = stem(row["prompt"])
+            # As the gateway counts it: a model's own template is not recorded.
+            asked_tokens = 1 + estimate_tokens(len(question.encode()))
             outcomes = {}
             for name, model in models.items():
                 given = row["outcomes"].get(model.recorded)
                 if given is None:
                     continue
-                tokens = (len(row["prompt"]) + given.get("output_chars", 0)) / _CHARS
-                cost = model.active * tokens / 1e6
+                answer_chars = given.get("output_chars", 0)
+                tokens = (len(row["prompt"]) + answer_chars) / _CHARS
                 outcomes[name] = {
                     "score": given["score"],
                     "answer": given.get("answer"),
-                    "cost": cost,
+                    "cost": model.active * tokens / 1e6,
+                    "prompt_tokens": asked_tokens,
+                    "completion_tokens": round(answer_chars / _CHARS),
                 }
             yield {
                 "id": row["id"],
-                "prompt": stem(row["prompt"]),
+                "prompt": question,
                 "category": row["category"],
                 "outcomes": outcomes,
             }

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from router_models.outcome_recording.task_reader import read_tasks
+from service.classifier.built_in_artifact import built_in_artifact
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact
 from service.config import Config
@@ -93,7 +94,12 @@ def test_public_map_has_gains_and_every_model_a_size() -> None:
     gains = {g["preset"]: g for g in manifest["map"]["held_out"]["gains"]}
     for one in gains.values():
         assert one["lead"] > 1.96 * one["lead_se"] > 0
-    assert gains["auto"]["cost"] <= 1.0
+    assert gains["auto:fast"]["cost"] <= 0.8
+    # What is served are the presets and lengths of its own.
+    priced = {name: one["point_cost"] for name, one in manifest["map"]["presets"].items()}
+    assert 0 < priced["fast"] < priced["auto"] < 1 < priced["best"]
+    assert set(manifest["map"]["token_experts"]) == set(experts)
+    assert manifest["map"]["classifier"] == built_in_artifact().name
     card = (folder / "README.md").read_text()
     assert "Apache-2.0" in card
     assert "Expected gains" in card
