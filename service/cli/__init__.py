@@ -29,6 +29,10 @@ _COMMANDS = {
     "top": ("service.cli.top:top", "Watch experts, queues, swaps and routes live."),
     "route": ("service.cli.route:route", "Show which expert would answer a prompt, and why."),
     "experts": ("service.cli.experts:experts", "Show where experts' weights are, and move them."),
+    "aliases": (
+        "service.cli.aliases:aliases",
+        "Show how aliases share requests, and undo roll-backs.",
+    ),
     "keys": ("service.cli.keys:keys", "Create, list, rotate and revoke API keys."),
     "completion": (
         "service.cli.shell_completion:completion",

@@ -17,6 +17,42 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 _WEIGHTS = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
 
 
+class RollbackConfig(Section):
+    """When a target of an alias gets no more requests, because it does worse than the others.
+
+    Each target is compared with the one of the greatest weight, which is never rolled back.
+    """
+
+    enabled: bool = Field(True, description="Whether targets are rolled back.")
+    min_requests: int = Field(
+        50, ge=1, le=1_000_000, description="Requests of a target before it may be rolled back."
+    )
+    confidence: float = Field(
+        0.95,
+        ge=0.5,
+        lt=1,
+        description="How sure a roll-back has to be, however often requests were looked at. For "
+        "two targets that do equally well it is wrong with at most the rest of the probability.",
+    )
+    error_margin: float | None = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="By how much the share of requests that end with an error of the service may "
+        "be above that of the target of the greatest weight. null: errors don't count.",
+    )
+    refusal_margin: float | None = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="The same for refusals: answers that the model or its filter refused, and "
+        "requests that the expert didn't take. null: refusals don't count.",
+    )
+    window_s: float = Field(
+        3600.0, ge=10, le=604_800, description="Only requests of about this long ago count, in s."
+    )
+
+
 class AliasConfig(Section):
     """Another name of an expert, a recipe or `auto`, or a name that several of them share.
 
@@ -31,6 +67,8 @@ class AliasConfig(Section):
         "weights; a weight of 0 keeps a target without requests.",
     )
 
+    rollback: RollbackConfig = Field(default_factory=lambda: RollbackConfig())
+
     @model_validator(mode="before")
     @classmethod
     def _read_short_forms(cls, data: Any) -> Any:
@@ -40,6 +78,8 @@ class AliasConfig(Section):
     def _check_weights(self) -> AliasConfig:
         if not any(self.to.values()):
             raise ValueError("all weights are 0; at least one must be greater")
+        if self.rollback != RollbackConfig() and not self.shares:
+            raise ValueError("rollback needs several targets to share the requests")
         return self
 
     @property

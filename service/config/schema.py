@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.config.aliases import AliasConfig, AliasName, resolve_aliases
+from service.config.aliases import AliasConfig, AliasName, RollbackConfig, resolve_aliases
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.batches import BatchesConfig
@@ -595,6 +595,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("experts", "*", "thinking"): ThinkingConfig,
     ("recipes", "*"): RecipeConfig,
     ("aliases", "*"): AliasConfig,
+    ("aliases", "*", "rollback"): RollbackConfig,
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
     ("savings",): SavingsConfig,

@@ -35,6 +35,7 @@ from service.gateway.request_record import ExpertCall
 from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.alias_resolution import AliasResolution
+from service.gateway.routing.alias_traffic import AliasTraffic
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.routing_setup import RoutingSetup
@@ -185,7 +186,9 @@ class ConfiguredGateway:
             self._registry,
             random,
         )
-        self.aliases = AliasResolution(config)
+        self.alias_traffic = AliasTraffic(config, self._registry, resources.volatile, shared=shared)
+        self._succeeds = predecessor is not None
+        self.aliases = AliasResolution(config, self.alias_traffic.left_out)
         self.services = GatewayServices(
             config=config,
             state=state,
@@ -194,6 +197,7 @@ class ConfiguredGateway:
                 config, Guard(config, resources.screens), self._registry, self.aliases
             ),
             aliases=self.aliases,
+            alias_traffic=self.alias_traffic,
             planner=routing.planner,
             executor=RecipeExecutor(
                 self.dispatcher,
@@ -230,6 +234,7 @@ class ConfiguredGateway:
             state.history,
             state.savings,
             self._frontier(routing),
+            self.alias_traffic.to_json,
         )
         self.app = build_app(
             self.services, self.inference, self.events, behind_serve=resources.behind_serve
@@ -254,6 +259,7 @@ class ConfiguredGateway:
             observers=RequestObservers(
                 services.state.metrics,
                 services.state.recent,
+                self.alias_traffic,
                 resources.traces,
                 access_log=services.config.server.access_log,
                 sends_request_id=not resources.behind_serve,
@@ -279,6 +285,7 @@ class ConfiguredGateway:
         await self.feedback.start()
         self.shadow.start()
         await self.sessions.start()
+        await self.alias_traffic.start(anew=self._succeeds)
         await self._stages.start(self._resources.encoders)
 
     async def stop(self) -> None:
@@ -289,6 +296,7 @@ class ConfiguredGateway:
         await self._stages.stop()
         await self.feedback.stop()
         await self.sessions.stop()
+        await self.alias_traffic.stop()
         await self._admission.stop()
         await self.authenticator.stop()
 

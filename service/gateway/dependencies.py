@@ -19,6 +19,7 @@ from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
 from service.gateway.request.request_intake import RequestIntake
 from service.gateway.routing.alias_resolution import AliasResolution
+from service.gateway.routing.alias_traffic import AliasTraffic
 from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.session_affinity import SessionService
@@ -44,6 +45,7 @@ class GatewayServices:
         admission: Identifies tenants, and reserves what a request may use.
         intake: Reads, checks and parses requests.
         aliases: Finds what aliases stand for.
+        alias_traffic: Counts requests by aliases, and rolls targets back.
         planner: Finds the candidates for a request, and what is expected of each.
         executor: Chooses among the candidates and runs the choice.
         sessions: Finds and records the sessions of conversations.
@@ -63,6 +65,7 @@ class GatewayServices:
     admission: Admission
     intake: RequestIntake
     aliases: AliasResolution
+    alias_traffic: AliasTraffic
     planner: CandidatePlanner
     executor: RecipeExecutor
     sessions: SessionService

@@ -262,6 +262,7 @@ class GatewayRuntime:
         for name, price in prices.items():
             registry.put(metric_declarations.SHADOW_PRICE, price, name)
         self.current.breakers.read()
+        self.current.alias_traffic.refresh_metrics()
 
     async def _update_budget_metrics(self) -> None:
         """Update the metrics of budgets. They do not change while the store can't be reached."""

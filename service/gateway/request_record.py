@@ -111,6 +111,8 @@ class RequestRecord:
         client_id: The request's id, as the client knows it.
         model: The model that the client named, or what its alias stands for.
         alias: The alias that the client named; None if it named none.
+        tenant: The tenant's name.
+        refused: Whether the answer is a refusal; noted only where an alias shares requests.
         streamed: Whether the answer is a stream.
         own_deadline: Whether the client has set a deadline of its own.
         category: The category of its prompt; empty until it was classified.
@@ -154,6 +156,8 @@ class RequestRecord:
     client_id: str = ""
     model: str = ""
     alias: AliasChoice | None = None
+    tenant: str = ""
+    refused: bool = False
     streamed: bool = False
     own_deadline: bool = False
     category: str = ""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from service.gateway.guard.guard import GuardResult
     from service.gateway.request.parsing import InferenceRequest
     from service.gateway.request_metrics import GatewayMetrics
+    from service.gateway.routing.alias_traffic import AliasTraffic
     from service.gateway.routing.route_plan import RoutePlan
     from service.telemetry.tracing import Traces
 
@@ -36,6 +37,7 @@ class RequestObservers:
     Attributes:
         metrics: The gateway's metrics.
         history: The console's list of requests.
+        aliases: Counts requests by aliases.
         traces: Records traces; None where requests are not traced.
         access_log: Whether each request gets a log line, without its prompt.
         sends_request_id: Whether the gateway puts `x-request-id` into replies.
@@ -43,6 +45,7 @@ class RequestObservers:
 
     metrics: GatewayMetrics
     history: RequestHistory
+    aliases: AliasTraffic
     traces: Traces | None
     access_log: bool
     sends_request_id: bool
@@ -82,7 +85,7 @@ class RequestScope:
         """Record the request once it is validated."""
         request, record = validated.request, self.record
         record.client_id, record.model = request.client_id, request.model
-        record.alias = request.alias
+        record.alias, record.tenant = request.alias, request.tenant.name
         record.streamed, record.own_deadline = request.stream, request.own_deadline
         log_fields(request_id=request.client_id)
         if record.trace is not None:
@@ -158,6 +161,7 @@ class RequestScope:
         record, observers = self.record, self._observers
         record.finish()
         observers.metrics.request_finished(record)
+        observers.aliases.finished(record)
         if record.trace is not None:
             record.trace.end(
                 _span_attributes(record), "" if record.outcome == "ok" else record.outcome

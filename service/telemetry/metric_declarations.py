@@ -52,6 +52,24 @@ SESSION_TURNS = counter(
     "Later turns of conversations: locked to the expert whose tool call is open, kept, switched "
     "for a gain, or released because the session's expert is unknown or can't answer.",
 )
+ALIAS_REQUESTS = counter(
+    "coe_alias_requests_total",
+    Side.GATEWAY,
+    ("alias", "target", "result"),
+    "Finished requests that named an alias, by what it stood for.",
+)
+ALIAS_ROLLED_BACK = gauge(
+    "coe_alias_rollback_state",
+    Side.GATEWAY,
+    ("alias", "target"),
+    "1 where a target of an alias gets no requests, because it was rolled back; else 0.",
+)
+ALIAS_ROLLBACKS = counter(
+    "coe_alias_rollbacks_total",
+    Side.GATEWAY,
+    ("alias", "target", "reason"),
+    "Roll-backs of an alias's targets that this gateway decided on.",
+)
 IN_FLIGHT = gauge("coe_in_flight_requests", Side.GATEWAY, (), "Requests in the gateway now.")
 TIME_TO_FIRST_TOKEN = histogram(
     "coe_time_to_first_token_seconds",
@@ -473,6 +491,9 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         ATTEMPTS_FAILED,
         ESCALATIONS,
         SESSION_TURNS,
+        ALIAS_REQUESTS,
+        ALIAS_ROLLED_BACK,
+        ALIAS_ROLLBACKS,
         IN_FLIGHT,
         TIME_TO_FIRST_TOKEN,
         INTER_TOKEN_LATENCY,

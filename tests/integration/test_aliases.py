@@ -9,7 +9,16 @@ import pytest
 from click.testing import CliRunner
 
 from service.cli import cli
-from tests.support.in_process_service import CHAT, chat, run_gateway, simulated
+from service.http.asgi_helpers import read_body
+from tests.support.in_process_service import (
+    ADMIN_KEY,
+    CHAT,
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 
 EXPERTS = {
     "small": {"model": "m", "categories": ["general"], "price": {"completion": 5e5}},
@@ -81,7 +90,7 @@ async def test_alias_works_on_every_endpoint_and_the_engine_sees_its_target() ->
 async def test_alias_with_weights_keeps_a_session_at_its_target() -> None:
     async with run_gateway(config()) as stage:
         targets = set()
-        for session in range(12):
+        for session in range(8):
             found = set()
             for model in ("prod", "gpt-4o"):
                 for turn in range(2):
@@ -95,7 +104,7 @@ async def test_alias_with_weights_keeps_a_session_at_its_target() -> None:
             targets |= found
         assert targets == {"small", "new"}
         # Without a name the conversation's beginning counts, for its tokens as well.
-        for number in range(8):
+        for number in range(5):
             messages = [{"role": "user", "content": f"conversation {number}"}]
             later = [*messages, {"role": "assistant", "content": "a"}, *MESSAGES]
             found = set()
@@ -173,6 +182,84 @@ async def test_alias_is_listed_and_explained() -> None:
         status, _, reply = await stage.ask(chat(model="gpt-4o-minj"))
         assert status == 404
         assert "Did you mean 'gpt-4o-mini'?" in reply["error"]["message"]
+
+
+class Failing:
+    """An endpoint whose model fails on purpose, or refuses."""
+
+    def __init__(self) -> None:
+        self.fails = True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = json.loads(await read_body(receive, 10**6))
+        message = {"role": "assistant", "content": "fine"}
+        if self.fails:
+            message = {"role": "assistant", "content": None, "refusal": "I can't help."}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+        reply = {"model": body["model"], "choices": [choice], "usage": usage}
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(reply).encode()})
+
+
+async def sessions_at(stage: RunningGateway, count: int) -> list[str]:
+    """The target of each of some sessions."""
+    found = []
+    for session in range(count):
+        body = chat(model="prod", max_tokens=1, prompt_cache_key=str(session))
+        status, headers, _ = await stage.ask(body)
+        assert status == 200
+        found.append(headers["x-coe-alias"].removeprefix("prod; target="))
+    return found
+
+
+async def test_alias_rolls_back_a_target_that_refuses_until_it_is_restored() -> None:
+    failing = Failing()
+    async with serving(failing) as upstream:
+        experts = {
+            "old": {"model": "m", "categories": ["general"]},
+            "new": {"remote": {"url": upstream.url + "/v1", "model": "n"}},
+        }
+        alias = {"to": {"old": 60, "new": 40}, "rollback": {"min_requests": 4}}
+        given = simulated({"p": {}}, experts=experts, aliases={"prod": alias})
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        async with run_gateway(given) as stage:
+            before = await sessions_at(stage, 18)
+            assert "new" in before
+            # Its sessions have moved, and nobody else's.
+            after = await sessions_at(stage, 18)
+            assert set(after) == {"old"}
+            async with stage.get("/admin/aliases", headers=admin) as reply:
+                told = (await reply.json())["aliases"]["prod"]
+            assert told["new"]["rolled_back"]["reason"] == "refusals"
+            assert told["new"]["requests"] == told["new"]["refusals"] >= 4
+            assert told["old"]["baseline"]
+            async with stage.get("/metrics") as reply:
+                text = await reply.text()
+            assert (
+                'coe_alias_rollback_state{alias="prod",gateway="gateway",target="new"} 1.0' in text
+            )
+            assert stage.gateway.current.events.state()["aliases"]["prod"] == told
+            failing.fails = False
+            path = "/admin/aliases/prod/restore"
+            status, _, reply = await stage.ask({}, path, headers=admin)
+            assert (status, reply) == (200, {"alias": "prod", "restored": ["new"]})
+            again = await sessions_at(stage, 18)
+            assert again.count("new") >= 5
+            assert all(a == b for a, b in zip(again, before, strict=True) if b == "new")
+            # A config that is read again begins anew as well.
+            failing.fails = True
+            for _ in range(4):
+                await sessions_at(stage, 18)
+            assert "new" in stage.gateway.current.alias_traffic.left_out("prod")
+            failing.fails = False
+            await stage.gateway.reload(given)
+            assert await sessions_at(stage, 18) == again
+            status, _, reply = await stage.ask({}, path.replace("prod", "none"), headers=admin)
+            assert status == 404
+            status, _, _ = await stage.ask({}, path)
+            assert status == 401
 
 
 @pytest.mark.parametrize("model", ["prod", "claude-3", "gpt-4o-mini"])

@@ -56,6 +56,8 @@ def everything(url: str) -> Config:
             "cache": {"mode": "exact"},
         }
     }
+    # A weight of 0 keeps the requests of this name at one target.
+    given["aliases"] = {"shared": {"general": 1, "far": 0}}
     given["budgets"] = {"all": {"amount": 1000.0, "period": "day"}}
     return Config.model_validate(given)
 
@@ -109,10 +111,17 @@ def swap_method_is_told(s: RunningGateway) -> None:
     registry.put(metric_declarations.SWAP_METHOD, 1, "sleep", "proof")
 
 
+def alias_is_rolled_back(s: RunningGateway) -> None:
+    """As by many failures of a target."""
+    registry = s.gateway.state.metrics.registry
+    registry.add(metric_declarations.ALIAS_ROLLBACKS, 1, "shared", "far", "errors")
+
+
 async def round_of_traffic(s: RunningGateway) -> None:
     """Every kind of request once: streamed or not, routed, swapped, remote, refused, failed."""
     routers_choose(s)
     swap_method_is_told(s)
+    alias_is_rolled_back(s)
     for model in ("general", "math", "auto", "auto/math"):
         for stream in (True, False):
             async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:
@@ -133,6 +142,8 @@ async def round_of_traffic(s: RunningGateway) -> None:
         session = {"x-session-id": "dinner"}
         status, _, _ = await s.ask(chat(content, model="auto"), headers=session)
         assert status == 200
+    status, _, _ = await s.ask(chat("hello", model="shared"))
+    assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))
     assert status == 404
 

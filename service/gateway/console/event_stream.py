@@ -56,6 +56,7 @@ class EventStream:
         history: The points of the graphs, at most `HISTORY`. They outlive a config.
         routing: What `auto` chooses at which price (`Frontier.to_json`); None without a router.
         savings: What requests saved, by baseline.
+        aliases: Returns the aliases that share requests (`AliasTraffic.to_json`).
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class EventStream:
         history: deque[dict[str, Any]],
         savings: Mapping[str, SavingsTotal],
         routing: Mapping[str, Any] | None = None,
+        aliases: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._config = config
+        self._aliases = aliases
         self._routing = routing
         self._budgets = budgets
         self._directory = directory
@@ -139,6 +142,7 @@ class EventStream:
             "savings": [
                 {"against": name, **total.to_json()} for name, total in self._savings.items()
             ],
+            "aliases": self._aliases(),
             "totals": self._recent.totals(now_s),
             "flows": self._recent.flows(now_s),
         }

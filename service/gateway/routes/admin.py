@@ -1,4 +1,4 @@
-"""The admin's endpoints for experts, their mixture-of-experts gates, and the config."""
+"""The admin's endpoints for experts, their mixture-of-experts gates, aliases, and the config."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ async def list_experts(services: Services) -> Response:
         if isinstance(account, dict)
     }
     return json_response({"pools": pools})
+
+
+@router.get("/admin/aliases")
+async def list_aliases(services: Services) -> Response:
+    """Return the aliases that share requests: what this gateway counted, and roll-backs."""
+    return json_response({"aliases": services.alias_traffic.to_json()})
+
+
+@router.post("/admin/aliases/{name:path}/restore")
+async def restore_alias(name: str, services: Services) -> Response:
+    """Give the targets of an alias that were rolled back their requests again."""
+    return json_response({"alias": name, "restored": services.alias_traffic.restore(name)})
 
 
 @router.post("/admin/reload")

@@ -82,7 +82,8 @@ class InferenceHandler:
                 session = await self._sessions.find(request)
                 plan = await self._planner.plan_by_all_stages(request, session)
                 request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
-                watched = self._sessions.watch(session, record, send)
+                watched = self._observers.aliases.watch(record, send)
+                watched = self._sessions.watch(session, record, watched)
                 cached = await self._cache.begin(request, watched)
                 request_scope.headers += cached.headers
                 if cached.hit is not None:
@@ -97,7 +98,7 @@ class InferenceHandler:
                 # answer's bound.
                 request, plan = await self._admit(entry, request, plan)
                 # Order of a message: UsageMeter, ResponseSend, shadow, answer cache, session,
-                # server.
+                # alias, server.
                 reply = ResponseSend(
                     send_answer,
                     request_scope.headers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from service.broker.model_aliases import AliasChoice, AliasTable, draw_target, weights_for
@@ -17,9 +17,19 @@ from service.types import Tenant
 
 
 class AliasResolution:
-    """The aliases of one config."""
+    """The aliases of one config.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: The config.
+        left_out: Returns the targets of an alias that were rolled back.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        left_out: Callable[[str | None], Collection[str]] = lambda _alias: (),
+    ) -> None:
+        self._left_out = left_out
         resolved = resolve_aliases(config.aliases)
         self._table = AliasTable(resolved, {*config.experts, *config.recipes})
         self._experts = {name: frozenset({name}) for name in config.experts}
@@ -40,7 +50,11 @@ class AliasResolution:
         if found is None:
             return request
         alias, resolved = found
-        weights = weights_for(resolved, lambda target: self._may_ask(request.tenant, target))
+        weights = weights_for(
+            resolved,
+            lambda target: self._may_ask(request.tenant, target),
+            self._left_out(resolved.shared_by),
+        )
         if not weights:
             raise ForbiddenError(f"this key may not use what {alias!r} stands for", param="model")
         target = next(iter(weights))

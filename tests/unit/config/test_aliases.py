@@ -72,6 +72,17 @@ def test_alias_short_form_has_targets(given: str, targets: dict[str, float]) -> 
         ("{a: {small: -1}}", "a.to.small", "greater than or equal to 0"),
         ("{a: {small: x}}", "a.to.small", "valid number"),
         ("{a: {to: small, more: {}}}", "a.more", "unknown key"),
+        ("{a: {to: small, rollback: {min_requests: 9}}}", "a", "rollback needs several targets"),
+        (
+            "{a: {to: {small: 1, new: 1}, rollback: {confidence: 1}}}",
+            "a.rollback.confidence",
+            "less",
+        ),
+        (
+            "{a: {to: {small: 1, new: 1}, rollback: {margin: 1}}}",
+            "a.rollback.margin",
+            "error_margin",
+        ),
         ("{'a b': small}", "a b", "match pattern"),
         ("{a: {embed-a: 1, embed-b: 1}}", "a", "'embed-a', 'embed-b' embed into several"),
     ],

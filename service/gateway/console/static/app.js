@@ -8,7 +8,7 @@ import { drawFlow } from "./flow.js";
 import { drawFrontier, startFrontier } from "./frontier.js";
 import { bearer, key, setKey } from "./keys.js";
 import { explain, listen, startPlayground, stop } from "./playground.js";
-import { addRoutes, clearRoutes, drawBudgets, drawSavings, drawTotals, nameUnit } from "./routes.js";
+import { addRoutes, clearRoutes, drawAliases, drawBudgets, drawSavings, drawTotals, nameUnit } from "./routes.js";
 
 let experts = [];
 let state = null;
@@ -27,6 +27,7 @@ function draw() {
   drawFlow(state.flows, experts);
   drawFrontier(state.flows, state.budgets);
   drawBudgets(state.budgets);
+  drawAliases(state.aliases);
   drawSavings(state.savings);
   const rates = Object.fromEntries(all.map((one) => [one.name, one.tokensPerS]));
   addSample(state.at_s, rates);

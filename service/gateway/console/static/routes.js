@@ -66,6 +66,22 @@ export function drawBudgets(budgets) {
       el("span", { class: "note" }, one.price ? `1 ${unit} is worth ${one.price.toPrecision(2)} of quality` : "not short"))));
 }
 
+export function drawAliases(aliases) {
+  const shared = Object.entries(aliases || {});
+  byId("aliases-card").hidden = !shared.length;
+  if (!shared.length) return;
+  byId("aliases").replaceChildren(...shared.flatMap(([alias, targets]) => {
+    const all = Object.values(targets).reduce((sum, one) => sum + (one.rolled_back ? 0 : one.weight), 0);
+    return Object.entries(targets).map(([target, one]) => {
+      const share = one.rolled_back ? 0 : one.weight / all;
+      return el("div", { class: "budget" }, el("span", {}, `${alias} → ${target}`),
+        el("span", { class: "meter" }, el("b", { style: { width: `${share * 100}%` } })),
+        el("span", {}, one.rolled_back ? "rolled back" : `${(share * 100).toFixed(0)} %`),
+        el("span", { class: "note" }, one.rolled_back ? one.rolled_back.text : `${one.requests} requests · ${one.errors} errors · ${one.refusals} refusals`));
+    });
+  }));
+}
+
 export function drawSavings(savings) {
   byId("savings-card").hidden = !savings?.length;
   if (!savings?.length) return;
