@@ -62,6 +62,36 @@ ROUTING = Board(
             ),
         ),
         (
+            "Aliases",
+            (
+                Chart(
+                    "Requests by alias",
+                    (
+                        Query(
+                            rate("coe_alias_requests_total", "alias, target, result"),
+                            "{{alias}} → {{target}}: {{result}}",
+                        ),
+                    ),
+                    "reqps",
+                    "stacked",
+                ),
+                Chart(
+                    "Rolled back",
+                    (
+                        Query(
+                            "max by (alias, target) (coe_alias_rollback_state)",
+                            "{{alias}} → {{target}}",
+                        ),
+                        Query(
+                            rate("coe_alias_rollbacks_total", "alias, target, reason"),
+                            "{{alias}} → {{target}}: {{reason}}",
+                        ),
+                    ),
+                    about="1: the target gets no requests. The rate counts the decisions.",
+                ),
+            ),
+        ),
+        (
             "Predictions",
             (
                 Chart(
