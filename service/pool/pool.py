@@ -30,6 +30,7 @@ from service.errors import (
 )
 from service.pool.abandoned_call_tokens import AbandonedCalls
 from service.pool.autoscaling_load import LoadMeter, PoolLoad, SlotLoad, pool_load
+from service.pool.cached_prefixes import CachedPrefixes
 from service.pool.call_acknowledgements import Acknowledgements
 from service.pool.host_memory_division import claims, divide, least
 from service.pool.requested_name_send import RenamedSend
@@ -44,6 +45,7 @@ from service.rpc.call_headers import Call, Times
 from service.rpc.expert_latency import ExpertLatency, measured_speeds
 from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, encode
 from service.telemetry.json_logging import log_fields
+from service.types import Residency
 
 log = logging.getLogger("coe.pool")
 
@@ -99,6 +101,7 @@ class Pool:
         self._tokens: Counter[str] = Counter()
         self._load = LoadMeter(time.monotonic)
         self._acks = Acknowledgements()
+        self._prefixes = CachedPrefixes()
         self._abandoned = AbandonedCalls()
         self._draining = self._is_replaced = False
         # Experts of the config that only other kinds of pools have.
@@ -446,6 +449,7 @@ class Pool:
         finally:
             if self._observer is not None:
                 self._observer.ended(call, reply.times(), fault)
+        self._prefixes.record(call.prefix, call.expert, time.monotonic())
         reply.report(self._latencies.setdefault(held, ExpertLatency()), call.prompt_tokens)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
@@ -566,6 +570,9 @@ class Pool:
             idle_speeds=measured_speeds({n: one.idle for n, one in latencies.items()}, now_s),
             acks=self._acks.to_wire(),
             shares=shares,
+            prefixes=self._prefixes.to_wire(
+                {name for name, own in held.items() if states[own].state is Residency.DEVICE}, now_s
+            ),
         )
 
     def _present_names(self, present: Collection[str]) -> Mapping[str, str]:

@@ -20,12 +20,14 @@ WEIGHT = "x-coe-weight"
 CACHE_SALT = "x-coe-cache-salt"
 PROMPT_TOKENS = "x-coe-prompt-tokens"
 PLACES = "x-coe-places"
+PREFIX = "x-coe-prefix"
 QUEUE_MS = "x-coe-queue-ms"
 SWAP_MS = "x-coe-swap-ms"
 ENGINE_MS = "x-coe-engine-ms"
 # W3C trace context.
 TRACE = ("traceparent", "tracestate")
 _MOST = 512
+_MOST_PREFIX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Call:
         prompt_tokens: Estimated total length of its prompts.
         places: Number of sequences that it takes in the engine: its answers, or its prompts if it
             generates no answer.
+        prefix: Digest of the conversation, by which the next turn finds this one's prefix cache;
+            empty for none.
     """
 
     endpoint: str
@@ -58,6 +62,7 @@ class Call:
     trace: Mapping[str, str] = field(default_factory=dict)
     prompt_tokens: int = 1
     places: int = 1
+    prefix: str = ""
 
     def headers(self) -> dict[str, str]:
         """Serialize as HTTP headers."""
@@ -75,6 +80,7 @@ class Call:
             PRIORITY: self.tenant.priority,
             WEIGHT: str(self.tenant.weight),
             **({CACHE_SALT: self.tenant.cache_salt} if self.tenant.cache_salt else {}),
+            **({PREFIX: self.prefix} if self.prefix else {}),
         }
 
 
@@ -143,6 +149,7 @@ def parse_call(endpoint: str, headers: dict[bytes, bytes]) -> Call:
             trace=trace_of(headers),
             prompt_tokens=max(1, int(text(PROMPT_TOKENS))),
             places=max(1, int(text(PLACES))),
+            prefix=headers.get(PREFIX.encode(), b"").decode("latin-1")[:_MOST_PREFIX],
         )
     except ValueError as error:
         raise InvalidRequestError(f"a pool's header is not a number: {error}") from None

@@ -107,6 +107,8 @@ class Snapshot:
         idle_speeds: The same of requests that had the engine to themselves.
         acks: Last call number received from each gateway.
         shares: The experts that another expert's weights answer for, each with that expert.
+        prefixes: Digests of conversations that are likely to be in a prefix cache, each with the
+            expert that answered.
     """
 
     boot: str
@@ -120,13 +122,14 @@ class Snapshot:
     idle_speeds: dict[str, Speed] = field(default_factory=dict)
     acks: dict[str, int] = field(default_factory=dict)
     shares: dict[str, str] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
 
     def weights_of(self, expert: str) -> str:
         """Return the expert whose weights answer for an expert: usually itself."""
         return self.shares.get(expert, expert)
 
 
-_TABLES = ("experts", "queues", "capacity", "speeds", "idle_speeds", "acks", "shares")
+_TABLES = ("experts", "queues", "capacity", "speeds", "idle_speeds", "acks", "shares", "prefixes")
 _FIELDS = tuple(f.name for f in fields(Snapshot) if f.name != "seq")
 
 
@@ -154,7 +157,7 @@ def encode(now: Snapshot, before: Snapshot | None) -> bytes:
     removed: dict[str, list[str]] = {}
     for name in _FIELDS:
         new, old = getattr(now, name), getattr(before, name)
-        if new == old:
+        if new is old or new == old:
             continue
         if name not in _TABLES:
             line[name] = new
@@ -180,6 +183,7 @@ class _Tables(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     idle_speeds: dict[str, Speed] | None = None
     acks: dict[str, int] | None = None
     shares: dict[str, str] | None = None
+    prefixes: dict[str, str] | None = None
 
 
 class _Line(_Tables, forbid_unknown_fields=True):

@@ -22,10 +22,12 @@ counts = st.integers(0, 2**53)
 states = st.builds(
     ExpertState,
     st.sampled_from(Residency),
-    seconds,
-    st.text(st.characters(codec="utf-8"), max_size=20),
-    counts,
-    st.dictionaries(names, names, max_size=2),
+    eta_s=seconds,
+    swap_s=seconds,
+    slot=counts,
+    reason=st.text(st.characters(codec="utf-8"), max_size=20),
+    max_model_len=counts,
+    engine=st.dictionaries(names, names, max_size=2),
 )
 snapshots = st.builds(
     Snapshot,
@@ -38,6 +40,7 @@ snapshots = st.builds(
     capacity=st.dictionaries(names, counts, max_size=3),
     speeds=st.dictionaries(names, st.builds(Speed, seconds, seconds), max_size=3),
     acks=st.dictionaries(names, counts, max_size=3),
+    prefixes=st.dictionaries(names, names, max_size=3),
 )
 
 

@@ -64,7 +64,7 @@ from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
 from service.gateway.response_send import ResponseSend
 from service.gateway.routing.candidate_planner import selection_request
 from service.gateway.routing.demand_reporter import DemandReporter
-from service.gateway.routing.prefix_affinity import PrefixAffinity
+from service.gateway.routing.prefix_affinity import PrefixAffinity, prefix_of
 from service.gateway.routing.request_bounds import infeasible_error
 from service.gateway.routing.route_plan import RoutePlan
 from service.http.asgi_helpers import body_message, send_response, start_response
@@ -174,6 +174,7 @@ class Dispatcher:
             views: The state of every pool; None means the current state.
         """
         excluded |= self.breakers.blocked()
+        views = self.views() if views is None else views
         wanted = selection_request(
             self.cost_model,
             request,
@@ -181,11 +182,10 @@ class Dispatcher:
             left_s=left_s,
             excluded=excluded,
             budget_price=self.budget_prices.cost_price(request.tenant),
-            prefix_cache=self.prefix_affinity.hint(request),
+            prefix_cache=self.prefix_affinity.hint(request, views),
             added=self.defaults.added(request, self.catalog.experts),
         )
-        matrix = self._pool_table.to_matrix(self.views() if views is None else views)
-        return select(self.catalog, matrix, wanted)
+        return select(self.catalog, self._pool_table.to_matrix(views), wanted)
 
     def idle_times(self, request: SelectionRequest) -> Floats:
         """(rows,), the expected time of each candidate if its experts were resident and idle."""
@@ -497,6 +497,7 @@ class Dispatcher:
                     trace=trace,
                     prompt_tokens=request.prompt_tokens,
                     places=request.sequences,
+                    prefix=prefix_of(request),
                 )
                 try:
                     # POST to the pool's port. `rpc/pool_asgi_app.py` there calls `Pool.run`.

@@ -48,13 +48,7 @@ def turn_state(body: Item) -> TurnState:
     if not items:
         return TurnState()
     first = next((at for at, item in enumerate(items) if item.get("role") == "user"), 0)
-    # What stands behind the last answer, and the last answer itself: a run of items by the model.
-    end = len(items)
-    while end and not _is_models(items[end - 1]):
-        end -= 1
-    start = end
-    while start and _is_models(items[start - 1]):
-        start -= 1
+    start, end = _last_answer(items)
     called = [call_id for item in items[start:end] for call_id in _calls(item)]
     returned = [call_id for item in items[end:] for call_id in _results(item)]
     hashed = hashlib.blake2b(digest_size=8)
@@ -71,6 +65,34 @@ def turn_state(body: Item) -> TurnState:
         open=bool(called or returned),
         calls=frozenset(digest_of(call_id) for call_id in (*called, *returned) if call_id),
     )
+
+
+def since_last_answer(body: Item) -> list[Item]:
+    """The model's last answer and what stands behind it; everything if it has not answered yet."""
+    items = _items(body)
+    start, _ = _last_answer(items)
+    return items[start:]
+
+
+def system_mark(body: Item) -> str:
+    """A short text that tells a body's system prompt from others; empty without one."""
+    given = body.get("messages", body.get("input"))
+    first = next(_objects(given), {}) if isinstance(given, list) else {}
+    if first.get("role") in _SYSTEM:
+        return _mark(first)
+    own = body.get("system", body.get("instructions"))
+    return _mark({"content": own}) if own else ""
+
+
+def _last_answer(items: list[Item]) -> tuple[int, int]:
+    """Begin and end of the last answer, a run of items by the model; 0 and 0 without one."""
+    end = len(items)
+    while end and not _is_models(items[end - 1]):
+        end -= 1
+    start = end
+    while start and _is_models(items[start - 1]):
+        start -= 1
+    return start, end
 
 
 def reply_calls(reply: Item) -> list[str]:

@@ -1,16 +1,22 @@
-"""Prefix affinity: remembers which engine has a conversation in its prefix cache.
+"""Prefix affinity: which engine has a conversation in its prefix cache.
 
-Each gateway keeps its own, by a hash of the messages; it does not keep the text.
+A gateway remembers the conversations that it forwarded itself. Those of other gateways it finds in
+the pools' snapshots. Conversations are known by digests; their texts are not kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable
 
-from service.broker.pool_state import BootId, Place
+from service.broker.pool_state import BootId, Place, PoolView
 from service.broker.selection import PrefixCacheHint
+from service.gateway.request.conversation_turns import (
+    Item,
+    digest_of,
+    since_last_answer,
+    system_mark,
+)
 from service.gateway.request.parsing import InferenceRequest
 from service.http.token_usage import estimate_tokens
 
@@ -21,26 +27,37 @@ class PrefixAffinity:
     """The latest conversations of one gateway, forgotten in the order of their use."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[int, Place] = OrderedDict()
+        self._known: OrderedDict[str, Place] = OrderedDict()
 
-    def hint(self, request: InferenceRequest) -> PrefixCacheHint | None:
-        """Where the beginning of this conversation is cached, if known."""
-        messages = _messages(request)
-        answered = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        if not answered:
+    def hint(
+        self, request: InferenceRequest, pools: Iterable[PoolView] = ()
+    ) -> PrefixCacheHint | None:
+        """Where the beginning of this conversation is cached, if known.
+
+        Args:
+            request: The request.
+            pools: The pools whose snapshots may know it.
+        """
+        if request.turn.history is None:
             return None
-        before = messages[: answered[-1]]
-        found = self._known.get(_key(request, before))
+        prefix = _prefix(request, request.turn.history)
+        found = self._known.get(prefix) or next(
+            (
+                (expert, view.boot)
+                for view in pools
+                if (expert := view.snapshot.prefixes.get(prefix)) is not None
+            ),
+            None,
+        )
         if found is None:
             return None
-        return PrefixCacheHint(*found, estimate_tokens(sum(map(_length, before))))
+        new = estimate_tokens(sum(map(_length, since_last_answer(request.data))))
+        return PrefixCacheHint(*found, max(0, request.prompt_tokens - new))
 
     def record_answer(self, request: InferenceRequest, expert: str, boot: BootId) -> None:
         """Record that an expert's engine in this pool has the request in its prefix cache."""
-        messages = _messages(request)
-        if not messages:
+        if not (key := prefix_of(request)):
             return
-        key = _key(request, messages)
         self._known[key] = (expert, boot)
         self._known.move_to_end(key)
         if len(self._known) > _MOST:
@@ -52,26 +69,16 @@ class PrefixAffinity:
             del self._known[key]
 
 
-def _messages(request: InferenceRequest) -> list[Mapping[str, Any]]:
-    """The request's messages; empty where they are not valid, which the engine refuses."""
-    given = request.data.get("messages")
-    if isinstance(given, list) and all(isinstance(item, dict) for item in given):
-        return given
-    return []
+def prefix_of(request: InferenceRequest) -> str:
+    """The digest by which the next turn finds this one's prefix; empty for no conversation."""
+    return _prefix(request, request.turn.digest) if request.turn.digest else ""
 
 
-def _key(request: InferenceRequest, messages: Sequence[Mapping[str, Any]]) -> int:
-    # Python's own hash of strings: quick, and different in every process.
-    turns = tuple(
-        (_text(message.get("role")), _text(message.get("content"))) for message in messages
-    )
+def _prefix(request: InferenceRequest, history: str) -> str:
     # Apart as in the engines: where two tenants share no prefix, neither is warm by the other.
-    return hash((request.tenant.cache_salt, turns))
+    return digest_of(request.tenant.cache_salt, system_mark(request.data), history)
 
 
-def _text(content: object) -> str:
-    return content if isinstance(content, str) else repr(content)
-
-
-def _length(message: Mapping[str, Any]) -> int:
-    return len(_text(message.get("content")))
+def _length(item: Item) -> int:
+    content = item.get("content", item.get("output", item.get("arguments")))
+    return len(content if isinstance(content, str) else repr(content))
