@@ -26,6 +26,7 @@ def check(path: Path, as_json: bool) -> None:
     """Validate a config and print its memory plan; starts and fetches nothing."""
     from service.config import load_config
     from service.default_prices import with_default_prices
+    from service.engine.command.program_check import check_programs
 
     config = load_config(path)
     priced = with_default_prices(config)
@@ -40,6 +41,7 @@ def check(path: Path, as_json: bool) -> None:
     build_fault = torch_fault(config)
     for fault in () if as_json else filter(None, (build_fault, *gpu_faults(config))):
         click.echo(f"warning: {fault}", err=True)
+    check_programs(config)
     plans = plans_of(config)
     unchecked = engine_arguments_unchecked(config)
     if as_json:
@@ -92,7 +94,9 @@ def torch_fault(config: Config) -> str:
     """
     from service.torch_build import gpu_fault, torch_build
 
-    kinds = [k for k, pool in config.pools.items() if pool.gpus > 0 and pool.engine == "vllm"]
+    kinds = [
+        kind for kind, pool in config.pools.items() if pool.gpus > 0 and config.model_sources(kind)
+    ]
     fault = gpu_fault(torch_build()) if kinds else ""
     return f"pools {', '.join(kinds)} can't run here: {fault}" if fault else ""
 
@@ -223,7 +227,7 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
             kv = (
                 f"{size(engine.kv_bytes)} ({engine.kv_tokens} tokens)"
                 if engine.kv_bytes
-                else "vLLM's share"
+                else ("in its memory" if engine.by_command else "vLLM's share")
             )
             rows.append(
                 (

@@ -8,6 +8,7 @@ from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.batches import BatchesConfig
 from service.config.circuit_breaker import BreakerConfig
+from service.config.command_experts import CommandConfig, ServerCall, SleepCall
 from service.config.experts import ExpertConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig
@@ -33,6 +34,7 @@ __all__ = [
     "BreakerConfig",
     "BudgetConfig",
     "CacheConfig",
+    "CommandConfig",
     "Config",
     "ExpertConfig",
     "FeedbackConfig",
@@ -49,9 +51,11 @@ __all__ = [
     "RequestLimits",
     "RouterConfig",
     "SavingsConfig",
+    "ServerCall",
     "ServerConfig",
     "ShadowConfig",
     "SimulatedOptions",
+    "SleepCall",
     "SpendConfig",
     "StoreConfig",
     "SwapOptions",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from service.config.command_experts import CommandConfig
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.moe_options import ExpertKernels
 from service.config.section_base import ENV_VARIABLE_PATTERN, Section
@@ -94,7 +95,7 @@ class ExpertConfig(Section):
     """One named model.
 
     It has full weights (`model`), or a `base` with `adapter`, `profile`, `defaults` or `thinking`,
-    or `remote`.
+    or `remote`, or `command`.
     """
 
     model: str | None = Field(
@@ -115,6 +116,10 @@ class ExpertConfig(Section):
         "own. GPU: not tested.",
     )
     remote: RemoteConfig | None = Field(None, description="A remote endpoint.")
+    command: CommandConfig | None = Field(
+        None,
+        description="A server of somebody else's, such as llama.cpp, that a pool starts and stops.",
+    )
     form: Literal["adapter", "merged", "steered"] = Field(
         "adapter",
         description="How an adapter is served. adapter: beside its base, in one batch with it. "
@@ -182,10 +187,11 @@ class ExpertConfig(Section):
     def _check_kind(self) -> ExpertConfig:
         # A variant of a remote expert has its base's endpoint, see `Config`.
         own_remote = self.remote is not None and not self.is_variant
-        if sum([self.model is not None, self.base is not None, own_remote]) != 1:
+        own = (self.model is not None, self.base is not None, own_remote, self.command is not None)
+        if sum(own) != 1:
             raise ValueError(
                 "needs exactly one of model, base (with adapter, profile, defaults or thinking), "
-                "remote"
+                "remote, command"
             )
         if self.profile is not None and (self.adapter is not None or self.base is None):
             raise ValueError("profile needs base, and no adapter")

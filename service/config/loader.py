@@ -201,6 +201,9 @@ def _anchored(config: Config, folder: Path) -> Config:
                 if expert.model is not None and is_path(expert.model)
                 else expert.model,
                 "vllm": tuned(expert.vllm),
+                "command": expert.command.model_copy(update={"cwd": at(expert.command.cwd or ".")})
+                if expert.command is not None
+                else None,
             }
         )
         for name, expert in config.experts.items()

@@ -56,6 +56,17 @@ TEXT_FIELDS: Mapping[Place, Meaning] = {
     ("experts", "*", "remote", "url"): Meaning.OTHER,
     ("experts", "*", "remote", "model"): Meaning.OTHER,
     ("experts", "*", "remote", "api_key_env"): Meaning.OTHER,
+    ("experts", "*", "command", "run"): Meaning.OTHER,
+    ("experts", "*", "command", "url"): Meaning.OTHER,
+    ("experts", "*", "command", "ready"): Meaning.OTHER,
+    ("experts", "*", "command", "model"): Meaning.OTHER,
+    ("experts", "*", "command", "env"): Meaning.OTHER,
+    ("experts", "*", "command", "secret_env"): Meaning.OTHER,
+    ("experts", "*", "command", "cwd"): Meaning.PATH,
+    ("experts", "*", "command", "sleep", "url"): Meaning.OTHER,
+    ("experts", "*", "command", "sleep", "body"): Meaning.OTHER,
+    ("experts", "*", "command", "wake", "url"): Meaning.OTHER,
+    ("experts", "*", "command", "wake", "body"): Meaning.OTHER,
     ("experts", "*", "defaults", "system"): Meaning.OTHER,
     ("experts", "*", "defaults", "stop"): Meaning.OTHER,
     ("experts", "*", "defaults", "response_format"): Meaning.OTHER,
@@ -144,6 +155,10 @@ def move_paths(data: dict[str, Any], move: Callable[[str], str]) -> None:
                 _move_draft(value, move)
             elif isinstance(value, str) and _leads_to_a_file(value, meaning):
                 holder[place[-1]] = move(value)
+    # A command without a folder runs in that of the config.
+    for holder, _ in holders(data, ("experts", "*", "command", "run")):
+        if "cwd" not in holder and (moved := move(".")) not in (".", "./"):
+            holder["cwd"] = moved
 
 
 def _leads_to_a_file(value: str, meaning: Meaning) -> bool:

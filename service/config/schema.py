@@ -15,6 +15,7 @@ from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
 from service.config.batches import BatchesConfig
 from service.config.categories import CategoryConfig, Fault, example_faults
 from service.config.circuit_breaker import BreakerConfig
+from service.config.command_experts import CommandConfig, ServerCall, SleepCall
 from service.config.expert_request_defaults import DefaultsConfig
 from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
 from service.config.feedback import FeedbackConfig
@@ -166,7 +167,9 @@ class Config(Section):
                 ),
             )
             for name in held
-            if self.experts[name].model is not None or self.experts[name].form != "adapter"
+            if self.experts[name].model is not None
+            or self.experts[name].command is not None
+            or self.experts[name].form != "adapter"
         )
 
     def vllm_of(self, kind: str, expert: str) -> VllmOptions:
@@ -588,6 +591,9 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("telemetry",): TelemetryConfig,
     ("experts", "*"): ExpertConfig,
     ("experts", "*", "remote"): RemoteConfig,
+    ("experts", "*", "command"): CommandConfig,
+    ("experts", "*", "command", "sleep"): SleepCall,
+    ("experts", "*", "command", "wake"): ServerCall,
     ("experts", "*", "price"): PriceConfig,
     ("experts", "*", "vllm"): ExpertKernels,
     ("experts", "*", "media"): MediaConfig,

@@ -79,7 +79,9 @@ class PoolReplica:
             models = Path(config.models_dir) if config.models_dir else model_root()
             visible = visible_gpus(await asyncio.to_thread(gpu_memory), os.environ)
             os.environ |= compile_cache(models, visible[0].name if visible else "", os.environ)
-        self._process = PoolProcess(config, kind, secret, node=node)
+        # A run on this machine has a folder for its files, which ends with it.
+        files = in_force.parent if self._is_replaceable else node
+        self._process = PoolProcess(config, kind, secret, node=node, logs=files / "servers")
         host = host or ray.util.get_node_ip_address()
         listener = bind_free_port(host)
         self._server = QuietServer(server_config(self._process.app))

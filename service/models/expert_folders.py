@@ -6,23 +6,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.config import Config
-from service.errors import CoeError
+from service.errors import CoeError, ConfigError
 from service.models import inspect_model, locate, pull
 from service.models.weights_version import version_of
 
 
-def _source(config: Config, expert: str) -> tuple[str, Path | None]:
-    """Return the source of an expert's full weights, and the model store's root."""
+def _source(config: Config, expert: str) -> tuple[str | None, Path | None]:
+    """Return the source of an expert's full weights, and the model store's root.
+
+    The source is None where a server of somebody else's has the weights.
+    """
     settings = config.experts[config.owner_of(expert)]
     source = settings.model if settings.base is None else config.experts[settings.base].model
-    assert source is not None
     return source, Path(config.models_dir) if config.models_dir is not None else None
 
 
 def folder_here(config: Config, expert: str) -> Path | None:
-    """Return the folder of an expert's full weights, or None if it is not on this machine."""
+    """Return the folder of an expert's full weights, or None if there is none on this machine."""
     source, root = _source(config, expert)
-    return locate(source, root=root)
+    return locate(source, root=root) if source is not None else None
 
 
 def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
@@ -41,6 +43,8 @@ def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:
 def folder_of(config: Config, expert: str) -> str:
     """Return the folder of an expert's full weights. Missing weights are fetched first."""
     source, root = _source(config, expert)
+    if source is None:
+        raise ConfigError(f"experts.{expert}: it has no model folder")
     folder = locate(source, root=root) or pull(source, dest_root=root)
     # The inspection reports a fault of the files better than an engine that fails to start.
     inspect_model(Path(folder))

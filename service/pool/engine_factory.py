@@ -8,16 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.config import Config, PoolConfig
+from service.config import CommandConfig, Config, PoolConfig
+from service.engine.command.engine import CommandEngine, default_endpoints, server_environment
+from service.engine.command.server_log import last_lines, log_path
 from service.engine.engine_interface import EngineObserver, SwappingEngine
 from service.engine.gpu_share import GpuShare
 from service.engine.lazy_engine import LazyEngine
+from service.engine.scoped_env import secret_variables
 from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
 from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleeping_engines import Sleeper, SleepingEngines
@@ -87,9 +93,14 @@ class EngineFactory:
         config: The config in force.
         kind: The pool's name in the config.
         observer: Receives the events of the engines, for metrics.
+        logs: The folder for the logs of servers that commands start; None for a temporary one.
+            `close` removes it.
     """
 
-    def __init__(self, config: Config, kind: str, observer: EngineObserver) -> None:
+    def __init__(
+        self, config: Config, kind: str, observer: EngineObserver, logs: Path | None = None
+    ) -> None:
+        self._logs = logs
         self._config = config
         self._kind = kind
         self._observer = observer
@@ -163,6 +174,10 @@ class EngineFactory:
         size = profile_bytes(config, name)
         if needs := config.needs(name):
             return Unit(name, experts, pinned, size, needs)
+        if (command := self._command_of(name)) is not None:
+            # A GPU's memory is none of the host's. A unit of no bytes would have a guessed size.
+            held = command.memory_bytes if settings.gpus == 0 else command.sleep_bytes
+            return Unit(name, experts, pinned, max(1, held))
         if settings.engine == "vllm" and (folder := folder_here(config, name)) is not None:
             try:
                 info = inspect_model(folder)
@@ -182,6 +197,8 @@ class EngineFactory:
         settings = self._settings
         if settings.engine == "simulated":
             return SimulatedEngine((base, *adapters), settings.simulated, self._observer)
+        if self._command_of(base) is not None:
+            return LazyEngine(partial(self._make_command, base, self._index_of(base)))
         if adapters or self._config.experts[base].form != "merged":
             return LazyEngine(partial(self._make_vllm, base, adapters, self._index_of(base)))
         slot = self._index_of(base)
@@ -203,6 +220,9 @@ class EngineFactory:
             return SimulatedEngine(
                 self._simulated_experts, settings.simulated, self._observer, bases
             )
+        if (command := self._command_of(first)) is not None:
+            make = self._make_command if command.sleep is None else self._make_sleeping_commands
+            return LazyEngine(partial(make, first, slot))
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())
         method = self.swap_method
@@ -251,7 +271,7 @@ class EngineFactory:
         settings = self._settings
         if settings.gpus == 0:
             return None
-        if fault := gpu_fault(torch_build()):
+        if self._command_of(unit[0]) is None and (fault := gpu_fault(torch_build())):
             raise ConfigError(f"pools.{self._kind}.gpus: {settings.gpus:g}, but {fault}")
         config, slots = self._config, slots_of(self._config, self._kind)
         try:
@@ -306,7 +326,11 @@ class EngineFactory:
         from service.engine.vllm.engine import VllmEngine, VllmModel
 
         config, settings = self._config, self._settings
-        units = {unit[0]: unit for unit in config.units(self._kind)}
+        units = {
+            unit[0]: unit
+            for unit in config.units(self._kind)
+            if config.experts[unit[0]].command is None
+        }
         level = settings.swap.sleep_level
 
         def build(name: str) -> Sleeper:
@@ -326,6 +350,61 @@ class EngineFactory:
 
         sizes = {n: self.unit(unit).size_bytes for n, unit in units.items()} if level == 1 else {}
         return SleepingEngines(first, units, build, sizes, self._gpu_turn)
+
+    # --- servers by command
+
+    def _command_of(self, expert: str) -> CommandConfig | None:
+        """Return the command of an expert that has one, in a pool with real engines."""
+        settings = self._config.experts.get(expert)
+        if settings is None or self._settings.engine == "simulated":
+            return None
+        return settings.command
+
+    def _make_command(self, name: str, slot: int) -> CommandEngine:
+        config = self._config
+        expert = config.experts[name]
+        command = expert.command
+        assert command is not None
+        secret_names = secret_variables(config.key_variables)
+        devices = self._devices_of(self._gpu_share((name,), slot))
+        env, secrets = server_environment(command, secret_names, devices)
+        endpoints = command.endpoints or default_endpoints(expert.capabilities)
+        return CommandEngine(name, command, endpoints, env, secrets, self._log_folder())
+
+    def _make_sleeping_commands(self, first: str, slot: int) -> SwappingEngine:
+        """Make the servers of a slot that sleep while others of them run."""
+        sizes = {}
+        for unit in self._config.units(self._kind):
+            command = self._command_of(unit[0])
+            if command is not None and command.sleep is not None:
+                sizes[unit[0]] = self.unit(unit).size_bytes
+        units = {name: (name,) for name in sizes}
+        return SleepingEngines(
+            first, units, partial(self._make_command, slot=slot), sizes, self._gpu_turn
+        )
+
+    @staticmethod
+    def _devices_of(share: GpuShare | None) -> str | None:
+        """Return the value of CUDA_VISIBLE_DEVICES for a server; None leaves it as it is."""
+        if share is None or not share.device_ids:
+            return None
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = given.split(",") if given else None
+        return ",".join(visible[i] if visible else str(i) for i in share.device_ids)
+
+    def _log_folder(self) -> Path:
+        if self._logs is None:
+            self._logs = Path(tempfile.mkdtemp(prefix="coe-logs-"))
+        return self._logs
+
+    def server_log(self, expert: str, lines: int) -> list[str] | None:
+        """Return the last lines of an expert's server; None where no command starts one."""
+        command = self._command_of(expert)
+        if command is None:
+            return None
+        secrets = [os.environ.get(name, "") for name in command.secret_env]
+        path = log_path(self._log_folder(), expert)
+        return last_lines(path, lines, secrets, earlier=True)
 
     def _make_swapping(self, first: str, *, alone: bool = False, slot: int = 0) -> SwappingEngine:
         from service.engine.vllm.swapping_engine import SwappingVllmEngine
@@ -359,9 +438,11 @@ class EngineFactory:
         return self._cache
 
     def close(self) -> None:
-        """Free the shared memory of the pool's weights."""
+        """Free the shared memory of the pool's weights, and remove the logs of its servers."""
         if self._cache is not None:
             self._cache.close()
+        if self._logs is not None:
+            shutil.rmtree(self._logs, ignore_errors=True)
 
     def _catalog_of(self, first: str, own: Weights, *, alone: bool) -> dict[str, Weights]:
         """List the experts that an engine of one family can run. This may download models.
@@ -377,6 +458,8 @@ class EngineFactory:
         for unit in self._config.units(self._kind):
             name = unit[0]
             if alone and first not in (name, self._config.needs(name)):
+                continue
+            if self._command_of(name) is not None:
                 continue
             # A unit with adapters needs an engine with LoRA support, which this engine lacks.
             if name != first and len(unit) > 1:

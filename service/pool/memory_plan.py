@@ -20,6 +20,7 @@ from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
 from service.moe.option_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
+from service.pool.gpu_memory_plan import ENGINE_BYTES as GPU_ENGINE_BYTES
 from service.pool.gpu_memory_plan import share_gpus, unknown_memory
 from service.pool.same_weight_experts import WeightSharing, share_weights
 from service.pool.vllm_argument_effects import (
@@ -39,6 +40,8 @@ _MIB = 1024**2
 # an engine core without a model.
 REPLICA_BYTES = 900 * _MIB
 ENGINE_BYTES = 1000 * _MIB
+# A pool's process that needs no vLLM, with the keepers of its servers.
+SERVERS_REPLICA_BYTES = 200 * _MIB
 PACKING = 2
 
 
@@ -56,6 +59,9 @@ class EnginePlan:
         overhead_bytes: Bytes of the engine's process without a model.
         draft_bytes: Bytes of the model that drafts tokens.
         offloaded_bytes: On a GPU, bytes of weights and KV cache that vLLM keeps in host memory.
+        by_command: Whether a command starts it. Its weights are then all that it takes, as the
+            config says.
+        asleep_bytes: Bytes of host memory that it keeps while it sleeps.
     """
 
     base: str
@@ -67,6 +73,8 @@ class EnginePlan:
     overhead_bytes: int
     draft_bytes: int = 0
     offloaded_bytes: int = 0
+    by_command: bool = False
+    asleep_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -154,7 +162,8 @@ def plan_pool(
     groups = config.groups(kind)
     slots = slots_of(config, kind)
     for unit in config.units(kind):
-        _check_unit(config, unit, pool, inspect)
+        if config.experts[unit[0]].command is None:
+            _check_unit(config, unit, pool, inspect)
     grouped = [
         [_plan_unit(config, unit, pool, inspect, draft) for unit in group] for group in groups
     ]
@@ -165,7 +174,7 @@ def plan_pool(
     sharing = min(slots, len(shared))
     bound = pool.swap.host_bytes
     _check_bound(config, bound, turns, sharing)
-    held = sum(plan.weight_bytes for plan in turns)
+    held = sum(plan.weight_bytes for plan in turns if not plan.by_command)
     held = held if bound is None else min(bound, held)
     engines = []
     for i in range(slots):
@@ -176,11 +185,16 @@ def plan_pool(
             largest = max(plan.weight_bytes for plan in turns)
             own = held // slots + (held % slots if i == 0 else 0)
             engine = replace(engine, weight_bytes=largest if on_gpu else own)
+            if not on_gpu:
+                engine = _with_room(engine, turns, is_first=i == 0)
         engines.append(engine)
     caches = pool.swap.method == "inplace" or (
         pool.swap.method == "sleep" and pool.swap.sleep_level == 1
     )
-    replica_bytes = 0 if on_gpu else REPLICA_BYTES
+    replica_bytes = 0
+    if not on_gpu:
+        by_command = all(plan.by_command for group in grouped for plan in group)
+        replica_bytes = SERVERS_REPLICA_BYTES if by_command else REPLICA_BYTES
     warnings = [*_warnings(config, kind, inspect, _chatting(named, weights))]
     gpu_shares: tuple[GpuShare, ...] = ()
     if on_gpu:
@@ -199,7 +213,9 @@ def plan_pool(
         pool.memory_bytes,
         on_gpu,
         moe,
-        (held if on_gpu and caches else 0) + sum(engine.offloaded_bytes for engine in engines),
+        (held if on_gpu and caches else 0)
+        + sum(engine.offloaded_bytes for engine in engines)
+        + (sum(plan.asleep_bytes for plan in turns) if on_gpu else 0),
         tuple(warnings),
         tuple(_notes(config, kind, inspect)),
         weights.shared,
@@ -207,8 +223,27 @@ def plan_pool(
     )
 
 
+def _with_room(engine: EnginePlan, turns: Sequence[EnginePlan], *, is_first: bool) -> EnginePlan:
+    """Return a slot's plan on CPU with room for any server that may run there instead.
+
+    vLLM's engine ends before a server starts in its slot. Servers that sleep are beside the one
+    that runs; each is in one slot, so that the first slot counts them.
+    """
+    servers = [plan for plan in turns if plan.by_command]
+    if not servers:
+        return engine
+    asleep = sum(plan.asleep_bytes for plan in servers) if is_first else 0
+    needed = max(plan.weight_bytes - plan.asleep_bytes * is_first for plan in servers) + asleep
+    lacking = max(0, needed - engine.total_bytes)
+    return replace(engine, weight_bytes=engine.weight_bytes + lacking)
+
+
 def _gpu_need(engine: EnginePlan, pool: PoolConfig) -> int:
     """Return the bytes of an engine's weights on each of its GPUs."""
+    if engine.by_command:
+        # It has no KV cache beside them, which the division of the GPUs adds to each engine.
+        beside = GPU_ENGINE_BYTES + (pool.vllm.kv_cache_bytes or 0)
+        return max(0, math.ceil(engine.weight_bytes / pool.vllm.engine_gpus) - beside)
     weights = engine.weight_bytes + engine.adapter_bytes + engine.draft_bytes
     return math.ceil(weights / pool.vllm.engine_gpus)
 
@@ -226,8 +261,12 @@ def gpu_memory(pool: PoolConfig, found_bytes: int | None) -> int | None:
 def sleepers_of(config: Config, kind: str) -> int:
     """Return the number of engines of a replica that sleep beside those that are awake."""
     pool = config.pools[kind]
-    groups = len(config.groups(kind))
-    return max(0, groups - slots_of(config, kind)) if pool.swap.method == "sleep" else 0
+    beside = len(config.groups(kind)) - slots_of(config, kind)
+    if pool.swap.method == "sleep" or beside <= 0:
+        return max(0, beside)
+    commands = (config.experts[unit[0]].command for unit in config.units(kind))
+    asleep = sum(command is not None and command.sleep is not None for command in commands)
+    return min(beside, max(0, asleep - 1))
 
 
 def slots_of(config: Config, kind: str) -> int:
@@ -287,6 +326,8 @@ def _warnings(
     yield from argument_warnings(config, kind)
     for name in config.local_experts(kind):
         expert = config.experts[name]
+        if config.experts[config.owner_of(name)].command is not None:
+            continue
         info = inspect(name if expert.adapter is not None else expert.base or name)
         if isinstance(info, AdapterInfo):
             assert expert.base is not None
@@ -370,7 +411,8 @@ def _check_capture(
 ) -> None:
     if config.pools[kind].vllm.moe_capture is None:
         return
-    infos = [inspect(config.experts[unit[0]].base or unit[0]) for unit in units]
+    names = [config.experts[unit[0]].base or unit[0] for unit in units]
+    infos = [inspect(name) for name in names if config.experts[name].command is None]
     if not any(isinstance(info, ModelInfo) and info.is_moe for info in infos):
         raise ConfigError(
             f"pools.{kind}.vllm.moe_capture: none of its experts is a mixture of experts, so "
@@ -380,19 +422,22 @@ def _check_capture(
 
 def _share(plans: list[EnginePlan]) -> EnginePlan:
     """Plan one engine for several units: one runs, and the others are in host memory."""
-    first, *others = plans
+    # Only vLLM's engines have what the first one stands for, such as a KV cache.
+    first, *others = sorted(plans, key=lambda plan: plan.by_command)
     if not others:
         return first
+    kv_tokens = [plan.kv_tokens for plan in plans if not plan.by_command]
     return EnginePlan(
         base=first.base,
         adapters=(*first.adapters, *(n for plan in others for n in (plan.base, *plan.adapters))),
         weight_bytes=sum(plan.weight_bytes for plan in plans),
         adapter_bytes=max(plan.adapter_bytes for plan in plans),
         kv_bytes=first.kv_bytes,
-        kv_tokens=min(plan.kv_tokens for plan in plans),
+        kv_tokens=min(kv_tokens, default=0),
         overhead_bytes=first.overhead_bytes,
         draft_bytes=first.draft_bytes,
         offloaded_bytes=max(plan.offloaded_bytes for plan in plans),
+        by_command=first.by_command,
     )
 
 
@@ -513,6 +558,9 @@ def _plan_unit(
         ConfigError: vLLM's share of the GPUs can't hold the weights.
     """
     base, *adapters = unit
+    if (command := config.experts[base].command) is not None:
+        size, asleep = command.memory_bytes, command.sleep_bytes
+        return EnginePlan(base, (), size, 0, 0, 0, 0, by_command=True, asleep_bytes=asleep)
     info = _model_of(config, base, inspect)
     on_gpu = pool.gpus > 0
     element = _element_bytes(info, pool.vllm.dtype)

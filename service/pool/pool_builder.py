@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from service.config import Config, PoolConfig
 from service.engine.engine_interface import EngineObserver, SwappingEngine
@@ -45,9 +46,17 @@ class PoolBuilder:
         kind: The pool's name in the config.
         pool: The pool, still without slots.
         observer: Receives the events of the engines, for metrics.
+        logs: The folder for the logs of servers that commands start; None for a temporary one.
     """
 
-    def __init__(self, config: Config, kind: str, pool: Pool, observer: EngineObserver) -> None:
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        pool: Pool,
+        observer: EngineObserver,
+        logs: Path | None = None,
+    ) -> None:
         # A running pool keeps its method, even if a record changes meanwhile.
         self.swap_method = resolve_swap_method(config, kind)
         if self.swap_method is not None:
@@ -59,7 +68,7 @@ class PoolBuilder:
         self._config = config = sharing.config
         self._held = sharing.held
         self._observer = observer
-        self.engines = EngineFactory(config, kind, observer)
+        self.engines = EngineFactory(config, kind, observer, logs)
         versions = file_versions(config, config.local_experts(kind))
         self._wanted = units_of(config, kind, profile_digests(config), versions)
         # The units of the pool, and the tasks that are removing units and adapters.
@@ -352,9 +361,14 @@ class PoolBuilder:
                 swap_s=settings.simulated.swap_s if simulated else _SWAP_GUESS_S,
             ),
             changed=self.pool.changed,
-            apart=not simulated and self.engines.swap_method == "respawn",
+            apart=not simulated and (self._has_commands or self.engines.swap_method == "respawn"),
             refuted=self._withdraw_proof,
         )
+
+    @property
+    def _has_commands(self) -> bool:
+        names = self._config.local_experts(self._kind)
+        return any(self._config.experts[name].command is not None for name in names)
 
     @property
     def _start_guess_s(self) -> float:

@@ -154,6 +154,7 @@ def units_of(
             folders = (expert.model, expert.base, base, expert.adapter, expert.profile)
             embeds = config.embeds(unit[0])
             options = (profiles.get(name), expert.form, expert.strength, kernels, embeds)
-            experts[name] = ExpertSource((*folders, *options), versions.get(name, ""))
+            parts = (*folders, *options, expert.command)
+            experts[name] = ExpertSource(parts, versions.get(name, ""))
         units[unit[0]] = UnitSource(experts, config.needs(unit[0]))
     return units

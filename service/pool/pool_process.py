@@ -23,11 +23,30 @@ from service.telemetry.telemetry_setup import node_target, traces_of
 
 
 class PoolProcess:
-    """A pool with its engines, its application and its metrics."""
+    """A pool with its engines, its application and its metrics.
 
-    def __init__(self, config: Config, kind: str, secret: str, *, node: Path | None = None) -> None:
+    Args:
+        config: The config in force.
+        kind: The pool's name in the config.
+        secret: The cluster's secret.
+        node: The folder of this node's metrics sockets; None where nothing is scraped.
+        logs: The folder for the logs of servers that commands start; None for a temporary one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        secret: str,
+        *,
+        node: Path | None = None,
+        logs: Path | None = None,
+    ) -> None:
         self.pool_metrics = PoolMetrics(config.pools[kind].vllm.moe_capture)
-        self._builder = PoolBuilder(config, kind, Pool(kind, self.pool_metrics), self.pool_metrics)
+        pool = Pool(kind, self.pool_metrics)
+        if logs is not None:
+            logs = logs / f"{kind}-{pool.boot}"  # another replica may have the same experts
+        self._builder = PoolBuilder(config, kind, pool, self.pool_metrics, logs)
         self.pool = self._builder.pool
         if (resolved := self._builder.swap_method) is not None:
             choice = resolved.choice

@@ -146,6 +146,9 @@ class _Origins:
         return base
 
     def _model(self, expert: str, settings: ExpertConfig) -> Origin:
+        if settings.command is not None:
+            # Nobody can tell what a server has loaded, so that each is another one.
+            return ("command", expert, settings.command.model_dump_json())
         folder = self._folder_of(self._config, expert)
         if folder is not None:
             return ("folder", folder)

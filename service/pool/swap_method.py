@@ -81,7 +81,8 @@ def resolve_swap_method(config: Config, kind: str) -> ResolvedSwapMethod | None:
     """
     pool = config.pools[kind]
     groups = config.groups(kind)
-    if pool.engine != "vllm" or slots_of(config, kind) >= len(groups):
+    of_vllm = [group for group in groups if config.experts[group[0][0]].command is None]
+    if pool.engine != "vllm" or not of_vllm or slots_of(config, kind) >= len(groups):
         return None
     on_gpu = pool.gpus > 0
     store = SwapProofStore(Path(config.models_dir) if config.models_dir is not None else None)
@@ -129,6 +130,8 @@ def _units_of(config: Config, kind: str) -> tuple[list[UnitWeights], str]:
     units: list[UnitWeights] = []
     unread = ""
     for (name, *_), *_ in config.groups(kind):
+        if config.experts[name].command is not None:
+            continue
         try:
             path = folder_here(config, name)
             info = inspect_model(path) if path is not None else None

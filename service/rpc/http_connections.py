@@ -189,13 +189,13 @@ class HttpConnections:
         else:
             connection.abort()
 
-    def head(self, path: str, headers: Mapping[str, str]) -> bytes:
-        """The request line and headers of a POST.
+    def head(self, path: str, headers: Mapping[str, str], method: str = "POST") -> bytes:
+        """The request line and headers of a request.
 
         Raises:
             ValueError: A header would break out of its line.
         """
-        lines = [f"POST {path} HTTP/1.1", self._host_line]
+        lines = [f"{method} {path} HTTP/1.1", self._host_line]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         text = "\r\n".join(lines)
         if text.count("\n") != len(lines) - 1 or text.count("\r") != len(lines) - 1:

@@ -100,7 +100,7 @@ def test_config_every_field_has_a_description() -> None:
         (
             {"experts": {"general": {}}},
             "coe.yaml: experts.general: needs exactly one of model, base (with adapter, profile, "
-            "defaults or thinking), remote",
+            "defaults or thinking), remote, command",
         ),
         (
             {"experts": {"general": {"model": "m", "adapter": "a"}}},

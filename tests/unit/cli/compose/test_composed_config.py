@@ -341,6 +341,9 @@ def _with_text(place: tuple[str, ...], value: Any) -> dict[str, Any]:
     }
     if place[-1] in ("adapter", "profile"):
         data["experts"]["two"] = {"base": "one"}
+    if "command" in place:
+        command = {"run": ["./server", "{port}"], "memory_bytes": 1}
+        data["experts"] = {"one": {"command": command}}
     here = data
     for key in place[:-1]:
         here = here.setdefault(list(here)[-1] if key == "*" else key, {})
@@ -370,6 +373,15 @@ def test_rebased_path_leads_to_the_same_file(
     # The loader knows that it is a path, too.
     assert read_config(data, "x", new) == before or path[0] == "."
     assert (read_config(data, "x", new) == before) == (path[0] in "/~")
+
+
+def test_rebased_command_without_a_folder_stays_in_the_configs(tmp_path: Path) -> None:
+    old, new = tmp_path / "a" / "b", tmp_path / "c"
+    data = _with_text(("experts", "*", "command", "model"), "m")
+    moved = rebased(data, old, new)
+    assert moved["experts"]["one"]["command"]["cwd"] == "../a/b"
+    assert read_config(moved, "x", new) == read_config(data, "x", old)
+    assert rebased(data, old, old) == data
 
 
 @pytest.mark.parametrize("key", ["speculative_config", "speculative-config"])

@@ -1,0 +1,174 @@
+"""Servers of somebody else's as experts: gateway, pool and real processes, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.config import Config
+from tests.support.foreign_server import command
+from tests.support.in_process_service import ADMIN_KEY, RunningGateway, events, run_gateway
+from tests.support.polling import until
+
+SLEEP: dict[str, Any] = {"sleep": {"url": "/sleep?level=1"}, "wake": {"url": "/wake_up"}}
+
+
+def expert(*arguments: str, **settings: Any) -> dict[str, Any]:
+    given = {"run": command(*arguments), "memory_bytes": "1MiB", "stop_timeout_s": 1.0}
+    return {"command": {**given, **settings}, "price": {"prompt": 1, "completion": 1}}
+
+
+def config(experts: dict[str, Any], slots: int | None = None, **pool: Any) -> Config:
+    swap = {"min_stay_s": 0.0, **pool.pop("swap", {})}
+    return Config.model_validate(
+        {
+            "router": {"artifact": "none"},
+            "experts": experts,
+            "pools": {"p": {"slots": slots, "swap": swap, **pool}},
+        }
+    )
+
+
+def hello(model: str, text: str = "hello", **more: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": text}], **more}
+
+
+async def told(service: RunningGateway, model: str, **more: Any) -> str:
+    status, _, answer = await service.ask(hello(model, **more))
+    assert status == 200, answer
+    assert answer["model"] == model
+    assert answer["usage"]["total_tokens"] == 7
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def swaps(service: RunningGateway) -> dict[tuple[str, str, str], int]:
+    (slot,) = service.pools["p"].process.pool.slots
+    return slot.swap_counts()
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+async def test_experts_by_command_answer_stream_and_embed(slots: int | None) -> None:
+    experts = {
+        "a": expert(),
+        "b": expert(model="b-at-home"),
+        "e": expert() | {"capabilities": ["embeddings"]},
+        "short": {"base": "a", "defaults": {"max_tokens": 8}},
+    }
+    async with run_gateway(config(experts, slots)) as service:
+        assert await told(service, "a") == "a0 a1 a2 a3"
+        assert await told(service, "b") == "b-at-home0 b-at-home1 b-at-home2 b-at-home3"
+        assert await told(service, "short") == "a0 a1 a2 a3"
+        body = {"model": "e", "input": "x"}
+        status, _, answer = await service.ask(body, "/v1/embeddings")
+        assert status == 200
+        assert answer["data"][0]["embedding"] == [0.5, 0.25]
+        options = {"include_usage": True}
+        async with service.post(hello("b", stream=True, stream_options=options)) as reply:
+            lines = events(await reply.read())
+        assert lines[-1] == "[DONE]"
+        assert "home3" in lines[3]
+        assert '"total_tokens":7' in lines[-2].replace(" ", "")
+        status, _, answer = await service.ask(hello("e"))
+        assert status in (400, 404)
+
+
+async def test_slot_swaps_by_stop_and_start(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    experts = {name: expert("--pids", str(pids)) for name in ("a", "b")}
+    async with run_gateway(config(experts, 1)) as service:
+        for name in ("a", "b", "a"):
+            assert await told(service, name) == " ".join(f"{name}{i}" for i in range(4))
+        counts = swaps(service)
+    assert {(unit, method): n for (unit, method, _), n in counts.items()} == {
+        ("b", "respawn"): 1,
+        ("a", "respawn"): 1,
+    }
+    assert len(pids.read_text().split()) == 3
+
+
+async def test_slot_swaps_by_sleep_and_wake_keep_the_servers(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    experts = {name: expert("--pids", str(pids), **SLEEP) for name in ("a", "b")}
+    async with run_gateway(config(experts, 1)) as service:
+        for name in ("a", "b", "a", "b", "a"):
+            assert await told(service, name) == " ".join(f"{name}{i}" for i in range(4))
+        counts = swaps(service)
+    assert {method for _, method, _ in counts} == {"sleep"}
+    assert sum(counts.values()) == 4
+    assert len(pids.read_text().split()) == 2
+
+
+async def test_slot_mixes_sleeping_and_stopped_servers() -> None:
+    experts = {"a": expert(**SLEEP), "b": expert(**SLEEP), "c": expert()}
+    async with run_gateway(config(experts, 1)) as service:
+        for name in ("a", "b", "c", "a", "b"):
+            assert await told(service, name) == " ".join(f"{name}{i}" for i in range(4))
+        methods = {unit: method for unit, method, _ in swaps(service)}
+    assert methods["c"] == "respawn"
+    assert methods["b"] == "sleep"
+
+
+async def test_slot_requests_of_all_experts_at_once_are_all_answered() -> None:
+    experts = {name: expert("--step-s", "0.01", **SLEEP) for name in ("a", "b", "c")}
+    async with run_gateway(config(experts, 1)) as service:
+        names = [name for name in experts for _ in range(8)]
+        found = await asyncio.gather(*(told(service, name) for name in names))
+    assert found == [" ".join(f"{name}{i}" for i in range(4)) for name in names]
+
+
+async def test_server_that_crashes_is_started_again() -> None:
+    async with run_gateway(config({"a": expert()})) as service:
+        status, _, answer = await service.ask(hello("a", "die"))
+        assert status in (500, 503)
+        assert answer["error"]["code"] in ("engine_dead", "engine_died_twice", "engine_restarting")
+
+        async def answers() -> bool:
+            status, _, _ = await service.ask(hello("a"))
+            return status == 200
+
+        await until(answers, "another server answers")
+
+
+async def test_server_that_never_starts_is_a_typed_failure_with_its_log() -> None:
+    experts = {"bad": expert("--exit", "3", "--say", "no such file: x.gguf"), "good": expert()}
+    async with run_gateway(config(experts)) as service:
+        assert await told(service, "good") == "good0 good1 good2 good3"
+        status, _, answer = await service.ask(hello("bad"))
+        assert status == 503
+        assert answer["error"]["code"] == "expert_failed"
+        assert "exit status 3" in answer["error"]["message"]
+        assert "no such file: x.gguf" in answer["error"]["message"]
+
+
+async def test_reload_with_another_command_starts_only_that_server_again(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    before = {name: expert("--pids", str(pids)) for name in ("a", "b")}
+    after = {**before, "b": expert("--pids", str(pids), "--tokens", "2")}
+    async with run_gateway(config(before)) as service:
+        assert await told(service, "b") == "b0 b1 b2 b3"
+        await service.pools["p"].process.reload(config(after))
+        await service.pools["p"].process._builder.settled()
+
+        async def changed() -> bool:
+            status, _, answer = await service.ask(hello("b"))
+            return status == 200 and answer["choices"][0]["message"]["content"] == "b0 b1"
+
+        await until(changed, "the changed command answers")
+        assert await told(service, "a") == "a0 a1 a2 a3"
+    assert len(pids.read_text().split()) == 3
+
+
+async def test_client_that_leaves_ends_the_request_at_the_server(tmp_path: Path) -> None:
+    aborts = tmp_path / "aborts"
+    one = expert("--tokens", "1000", "--step-s", "0.02", "--aborts", str(aborts))
+    async with run_gateway(config({"a": one})) as service:
+        async with service.post(hello("a", stream=True)) as reply:
+            await reply.content.readany()
+        await until(aborts.exists, "the server notices")
+
+
+def admin() -> dict[str, str]:
+    return {"authorization": f"Bearer {ADMIN_KEY}"}
