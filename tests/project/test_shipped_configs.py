@@ -30,7 +30,7 @@ SCHEMA = "reference.yaml"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.name != SCHEMA)
 # One model serves every prompt here, or its forms do.
 NOT_ROUTED: dict[str, str] = {
-    "command-servers": "its models are the readers' own, so that nobody has recorded their outcomes",
+    "command-servers": "its models are the readers' own, without recorded outcomes",
     "demo-moe": "its experts are one mixture under several names, without outcomes of their own",
 }
 PROMPTS = (
