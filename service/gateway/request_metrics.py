@@ -74,6 +74,10 @@ class GatewayMetrics:
         registry.add(metric_declarations.COST_PREDICTED, record.predicted_cost, recipe)
         for call in record.calls:
             registry.add(metric_declarations.COST, call.cost, recipe, call.expert)
+            if call.reasoning_tokens:
+                registry.add(
+                    metric_declarations.REASONING_TOKENS, call.reasoning_tokens, call.expert
+                )
             if call.expert in self.remote:
                 registry.add(
                     metric_declarations.TOKENS, call.prompt_tokens or 0, call.expert, "prompt"

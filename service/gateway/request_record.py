@@ -41,6 +41,8 @@ class ExpertCall:
         estimated: Whether the call was cut short, so that its tokens are estimated by the clock.
         answers: How many answers are asked for at once.
         most_tokens: The bound of each answer, if there is one.
+        thinking_budget: The bound of each answer's thinking, if there is one.
+        reasoning_tokens: The completion tokens that are thinking; None where nobody counts them.
         ended: False where the call was stopped before its end.
     """
 
@@ -51,6 +53,8 @@ class ExpertCall:
     estimated: bool = False
     answers: int = 1
     most_tokens: int | None = None
+    thinking_budget: int | None = None
+    reasoning_tokens: int | None = None
     ended: bool = True
 
     @property
@@ -77,6 +81,10 @@ class ExpertCall:
             "completion_tokens": self.completion_tokens,
             "cost": round(self.cost, 9),
         }
+        if self.reasoning_tokens is not None:
+            call["reasoning_tokens"] = self.reasoning_tokens
+        if self.thinking_budget is not None:
+            call["thinking_budget"] = self.thinking_budget
         return {**call, "estimated": True} if self.estimated else call
 
 

@@ -25,7 +25,7 @@ from service.http.error_formats import (
     status_of,
     stream_error,
 )
-from service.http.token_usage import reply_usage, token_counts, usage_of
+from service.http.token_usage import reasoning_tokens, reply_usage, token_counts, usage_of
 from service.rpc.call_headers import QUEUE_MS, SWAP_MS
 
 # Only lines that contain one of these are parsed.
@@ -150,7 +150,7 @@ class ResponseSend:
         usage = usage_of(event)
         if usage is None or event.get("type") == "message_start":
             return line  # the usage at a message's start is not complete
-        self._record_usage(*token_counts(usage))
+        self._record_usage(*token_counts(usage), reasoning_tokens(usage))
         usage["coe"] = self._cost()
         return b"data: " + orjson.dumps(event) + b"\n"
 
@@ -217,14 +217,16 @@ class ResponseSend:
         usage = reply_usage(body)
         if usage is None:
             return body
-        self._record_usage(usage.prompt_tokens, usage.answer_tokens)
+        self._record_usage(usage.prompt_tokens, usage.answer_tokens, usage.reasoning_tokens)
         at = usage.value + 1
         added = b'"coe":' + orjson.dumps(self._cost()) + b","
         if body[at:].lstrip()[:1] == b"}":
             added = added[:-1]
         return body[:at] + added + body[at:]
 
-    def _record_usage(self, prompt_tokens: int | None, answer_tokens: int | None) -> None:
+    def _record_usage(
+        self, prompt_tokens: int | None, answer_tokens: int | None, thought_tokens: int | None
+    ) -> None:
         """Record the usage of the call that answers."""
         if self.expert_call is None:
             return
@@ -232,6 +234,8 @@ class ResponseSend:
             self.expert_call.prompt_tokens = prompt_tokens
         if answer_tokens is not None:
             self.expert_call.completion_tokens = answer_tokens
+        if thought_tokens is not None:
+            self.expert_call.reasoning_tokens = thought_tokens
 
     def _cost(self) -> dict[str, Any]:
         decode_s = time.monotonic() - self.record.first_byte_at_s

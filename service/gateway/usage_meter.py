@@ -11,7 +11,13 @@ from service.engine.engine_interface import Message, Send
 from service.gateway.request.parsing import InferenceRequest
 from service.http.asgi_helpers import LineBuffer
 from service.http.prompt_endpoints import TABLE
-from service.http.token_usage import estimate_tokens, reply_usage, token_counts, usage_of
+from service.http.token_usage import (
+    estimate_tokens,
+    reasoning_tokens,
+    reply_usage,
+    token_counts,
+    usage_of,
+)
 
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions"})
 # Events of other APIs that carry a piece of an answer.
@@ -31,11 +37,14 @@ class UsageMeter:
     Attributes:
         most_prompt_tokens: The bound on the prompt's tokens, without those of a chat template.
         calls: The calls so far, each with its expert, prompt tokens and answer tokens.
+        reasoning_tokens: Tokens of thinking of a streamed answer; None where nobody counts them.
     """
 
     def __init__(self, request: InferenceRequest) -> None:
         self.most_prompt_tokens = request.most_prompt_tokens
         self.calls: list[tuple[str, int, int]] = []
+        self.reasoning_tokens: int | None = None
+        self._reasoning_by_choice: dict[int, int] = {}
         self._prompt_tokens = request.prompt_tokens
         self._endpoint = request.endpoint
         self._generates = TABLE[request.endpoint].generates
@@ -168,7 +177,9 @@ class UsageMeter:
             prompt, completion = token_counts(usage)
             choices = event.get("choices") if self._rewrites else None
             first = choices[0] if isinstance(choices, list) and choices else None
-            self._note(prompt, completion, first.get("index") if isinstance(first, dict) else None)
+            index = first.get("index") if isinstance(first, dict) else None
+            self._note(prompt, completion, index)
+            self._note_reasoning(reasoning_tokens(usage), index)
         if self._each or not self._rewrites or "usage" not in event:
             return line
         if not event.get("choices"):
@@ -180,6 +191,14 @@ class UsageMeter:
         """Read the usage of a whole reply."""
         if (usage := reply_usage(body)) is not None:
             self._note(usage.prompt_tokens, usage.answer_tokens, None)
+
+    def _note_reasoning(self, tokens: int | None, choice: Any) -> None:
+        if tokens is None:
+            return
+        if isinstance(choice, int):
+            self._reasoning_by_choice[choice] = tokens
+            tokens = sum(self._reasoning_by_choice.values())
+        self.reasoning_tokens = max(self.reasoning_tokens or 0, tokens)
 
     def _note(self, prompt_tokens: int | None, answer_tokens: int | None, choice: Any) -> None:
         """Record a usage. `choice` is its index where each chunk counts one choice's tokens."""

@@ -18,6 +18,8 @@ _BYTES_PER_TOKEN = 4
 # Objects of an event that may hold its own usage. Elsewhere that key may be a user's, as in a
 # tool's schema, metadata or a tool call's arguments.
 _HOLDERS = ("response", "message")
+# What a usage tells of the answer's tokens, in chat completions and in Responses.
+_DETAILS = ("completion_tokens_details", "output_tokens_details")
 # Most bytes of a reply that are parsed to find its own usage among several.
 _MOST_READ = 16 * 1024**2
 # What an endpoint tells beyond that is no count: it would be charged, and kept in a store.
@@ -35,6 +37,7 @@ class TokenUsage:
         is_object: Whether the value is an object; false where it is null.
         prompt_tokens: Tokens of the prompt, if given.
         answer_tokens: Tokens of the answer, if given.
+        reasoning_tokens: Those of them that are thinking, if given.
     """
 
     start: int
@@ -43,6 +46,7 @@ class TokenUsage:
     is_object: bool
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 def estimate_tokens(byte_count: int) -> int:
@@ -73,6 +77,7 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
             isinstance(value, dict),
             _count(found, "prompt_tokens", "input_tokens"),
             _count(found, "completion_tokens", "output_tokens"),
+            reasoning_tokens(found),
         )
 
 
@@ -112,6 +117,14 @@ def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None]:
         _count(usage, "prompt_tokens", "input_tokens"),
         _count(usage, "completion_tokens", "output_tokens"),
     )
+
+
+def reasoning_tokens(usage: Mapping[str, Any]) -> int | None:
+    """Those of the answer's tokens that are thinking, in OpenAI's words; None if it lacks them."""
+    for name in _DETAILS:
+        if isinstance(details := usage.get(name), Mapping):
+            return _count(details, "reasoning_tokens")
+    return None
 
 
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:

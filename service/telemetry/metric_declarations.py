@@ -99,6 +99,13 @@ TOKENS = counter(
     "reports them; the gateway those of remote experts, as the endpoint bills them.",
 )
 
+REASONING_TOKENS = counter(
+    "coe_reasoning_tokens_total",
+    Side.GATEWAY,
+    ("expert",),
+    "Completion tokens that are thinking, where the engine or endpoint tells them.",
+)
+
 # --- latency: the gateway's, then the engine's
 
 ROUTE = histogram(
@@ -499,6 +506,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         INTER_TOKEN_LATENCY,
         REQUEST_DURATION,
         TOKENS,
+        REASONING_TOKENS,
     ),
     "Where the time goes": (
         ROUTE,

@@ -37,6 +37,7 @@ FINISHED = "vllm.v1.metrics.stats:FinishedRequestStats"
 SERVING_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
 LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
+BUDGETS = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
 SECOND_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 SECOND_STATE = "vllm.v1.worker.gpu.model_runner:ExecuteModelState"
 SECOND_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
@@ -78,6 +79,8 @@ ASSIGNED = {
     "DefaultModelLoader.get_all_weights": LOADER,
     "method.process_weights_after_loading": METHOD,
     "self.model_runner.model": RUNNER,
+    "holder.think_start_token_ids": BUDGETS,
+    "holder.think_end_token_ids": BUDGETS,
     "app.state.server": None,
     "target.cpu_linear": None,
     "weight.weight_loader": None,
@@ -127,8 +130,25 @@ READ = {
     MOE_RUNNER: {"layer_id", "router"},
     MOE_METHOD: {"is_monolithic", "moe_kernel"},
     RUNNER: {"get_model", "input_batch", "query_start_loc"},
-    BATCH: {"num_reqs", "req_ids"},
-    SECOND_RUNNER: {"execute_model_state", "get_model", "model"},
+    BATCH: {"num_reqs", "req_ids", "thinking_budget_state_holder"},
+    BUDGETS: {
+        "think_end_token_ids",
+        "think_start_token_ids",
+    },
+    SECOND_RUNNER: {"execute_model_state", "get_model", "model", "sampler"},
+    "vllm.v1.worker.gpu.sample.sampler:Sampler": {"thinking_budget_state"},
+    "vllm.v1.worker.gpu.sample.thinking_budget:ThinkingBudgetState": {
+        "natural_reasoning_end_token_ids",
+        "reasoning_end_token_ids",
+        "reasoning_start_token_ids",
+    },
+    "vllm.config.reasoning:ReasoningConfig": {
+        "enabled",
+        "initialize_token_ids",
+        "natural_reasoning_end_token_ids",
+        "reasoning_end_token_ids",
+        "reasoning_start_token_ids",
+    },
     SECOND_STATE: {"input_batch"},
     SECOND_BATCH: {"num_reqs", "query_start_loc_np", "req_ids"},
 }

@@ -460,6 +460,7 @@ class Dispatcher:
             self.cost_model.price(option.expert),
             answers=request.answers,
             most_tokens=request.most_tokens,
+            thinking_budget=request.thinking_budget,
         )
         reply.expert_call = expert_call
         try:

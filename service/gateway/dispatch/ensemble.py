@@ -401,6 +401,8 @@ def _as_stream(data: dict[str, Any], request: InferenceRequest) -> bytes:
     head["object"] = "chat.completion.chunk"
     message = data["choices"][0]["message"]
     delta = {"role": "assistant", "content": message.get("content") or ""}
+    if message.get("reasoning"):
+        delta["reasoning"] = message["reasoning"]
     reason = data["choices"][0].get("finish_reason") or "stop"
 
     def event(choices: list[dict[str, Any]], **more: Any) -> bytes:

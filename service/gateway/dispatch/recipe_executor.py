@@ -248,6 +248,8 @@ class RecipeExecutor:
             # The reply had no usage. Each chunk is a token, except for the first and the last.
             last_call.completion_tokens = reply.events - 2
             last_call.estimated = True
+        if last_call is not None and last_call.reasoning_tokens is None and reply.meter is not None:
+            last_call.reasoning_tokens = reply.meter.reasoning_tokens
         if last_call is not None and not complete:
             last_call.ended = False
         for call in record.calls:

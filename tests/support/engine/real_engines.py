@@ -63,13 +63,17 @@ class Swapping(SwappingVllmEngine):
     die_at = ""
 
     def __init__(
-        self, first: str, weights: dict[str, Weights], canaries: dict[str, Canary]
+        self,
+        first: str,
+        weights: dict[str, Weights],
+        canaries: dict[str, Canary],
+        options: VllmOptions = OPTIONS,
     ) -> None:
         self.metrics = PoolMetrics()
         super().__init__(
             first,
             weights,
-            OPTIONS,
+            options,
             on_cpu=True,
             canary_interval=10,
             canaries=canaries,

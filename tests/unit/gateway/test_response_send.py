@@ -271,3 +271,19 @@ def test_response_send_any_upstream_event_is_passed_on(
                 holder["usage"].pop("coe", None)
                 break
         assert item == original
+
+
+def test_response_send_tells_the_thinking_of_whole_answers_and_streams() -> None:
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    whole = orjson.dumps({"choices": [], "usage": usage})
+    for body, kind in ((whole, b"application/json"), (b"data: " + whole + b"\n\n", b"")):
+        client, reply = passed([body], kind=kind or b"text/event-stream")
+        assert reply.expert_call is not None
+        assert reply.expert_call.reasoning_tokens == 2
+        told = json.loads(client.body.removeprefix(b"data: "))["usage"]
+        assert told["completion_tokens_details"] == {"reasoning_tokens": 2}
+        assert told["coe"]["calls"][0]["reasoning_tokens"] == 2

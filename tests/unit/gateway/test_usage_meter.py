@@ -301,3 +301,14 @@ async def test_usage_meter_usage_without_the_answer_s_tokens_counts_what_passes(
     await metered(whole, [body], kind=b"application/json")
     ((_, _, completion),) = whole.calls_made("e")
     assert completion >= 100
+
+
+async def test_usage_meter_hidden_usage_still_tells_the_thinking() -> None:
+    meter = UsageMeter(chat_request(stream=True, n=2))
+    pieces = [
+        event("a", {**counts(9, 4), "completion_tokens_details": {"reasoning_tokens": made}}, 1, i)
+        for i, made in ((0, 1), (1, 2), (0, 3))
+    ]
+    assert b"usage" not in await metered(meter, pieces)
+    assert meter.reasoning_tokens == 5
+    assert UsageMeter(chat_request(stream=True)).reasoning_tokens is None

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from service.http.token_usage import reply_usage, token_counts
+from service.http.token_usage import reasoning_tokens, reply_usage, token_counts
 
 
 @pytest.mark.parametrize("count", [-5, True, 2**31 + 1, 10**18, 1.5, "7", None, [], {}])
@@ -17,3 +17,21 @@ def test_token_counts_takes_no_count_that_cannot_be_one(count: Any) -> None:
     usage = reply_usage(body)
     assert usage is not None
     assert (usage.prompt_tokens, usage.answer_tokens) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("details", "tokens"),
+    [
+        ({"completion_tokens_details": {"reasoning_tokens": 2}}, 2),
+        ({"output_tokens_details": {"reasoning_tokens": 0}}, 0),
+        ({"completion_tokens_details": {"reasoning_tokens": -1}}, None),
+        ({"completion_tokens_details": {}}, None),
+        ({"completion_tokens_details": None}, None),
+        ({}, None),
+    ],
+)
+def test_reasoning_tokens_are_read_in_the_words_of_each_api(details: Any, tokens: Any) -> None:
+    assert reasoning_tokens(details) == tokens
+    usage = reply_usage(orjson.dumps({"usage": {"completion_tokens": 3, **details}}))
+    assert usage is not None
+    assert usage.reasoning_tokens == tokens

@@ -2,7 +2,8 @@
 
 vLLM's core loads one tokenizer at its start, for grammars and reasoning parsers. An expert of the
 same family may have another tokenizer, and the core's grammars would then allow wrong tokens. A
-worker can't reach the core's grammar manager object, so this module changes its class.
+worker can't reach the core's grammar manager object, so this module changes its class. The marks of
+thinking are read with the tokenizer, see `thinking_marks`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from service.engine.vllm.worker.model_access import world_size
+from service.engine.vllm.worker.thinking_marks import marks_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.reasoning import ReasoningConfig
     from vllm.tokenizers import TokenizerLike
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm.v1.structured_output.backend_types import StructuredOutputBackend
@@ -34,6 +37,7 @@ class ExpertGrammars:
         self._config = config
         self._tokenizers: dict[str, TokenizerLike] = {}
         self._backends: dict[str, StructuredOutputBackend] = {}
+        self._marks: dict[str, ReasoningConfig | None] = {}
         self._faults: dict[str, str] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._running = ""
@@ -61,6 +65,7 @@ class ExpertGrammars:
         config = copy.copy(self._config.model_config)
         config.model = config.tokenizer = folder
         try:
+            self._marks[expert] = marks_of(self._config, config)
             self._tokenizers[expert] = cached_tokenizer_from_config(config)
         except Exception as error:
             self._faults[expert] = f"{type(error).__name__}: {error}".splitlines()[0][:400]
@@ -75,10 +80,15 @@ class ExpertGrammars:
             return None
         return self._faults.get(expert, "")
 
+    def marks(self, expert: str) -> ReasoningConfig | None:
+        """Return the marks of an expert's thinking; None where the engine knows no marks."""
+        return self._marks.get(expert, self._config.reasoning_config)
+
     def forget(self, expert: str) -> None:
         """Use the core's own tokenizer for an expert again."""
         self._threads.pop(expert, None)
         self._tokenizers.pop(expert, None)
+        self._marks.pop(expert, None)
         self._faults.pop(expert, None)
         if (backend := self._backends.pop(expert, None)) is not None:
             backend.destroy()

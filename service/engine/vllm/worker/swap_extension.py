@@ -24,6 +24,7 @@ from service.engine.vllm.worker.gate_capture import CaptureExtension
 from service.engine.vllm.worker.model_access import is_attention, named_layers
 from service.engine.vllm.worker.pack_while_loading import ScratchBuffers
 from service.engine.vllm.worker.second_model import SecondModel, check_alike
+from service.engine.vllm.worker.thinking_marks import use_marks
 from service.engine.vllm.worker.weight_memory import (
     check_room,
     keep_freed,
@@ -310,6 +311,7 @@ class SwapExtension(CaptureExtension):
             state.running = expert
             if state.grammars is not None:
                 state.grammars.run(expert)
+                use_marks(self.model_runner, state.grammars.marks(expert))
             self._coe_watch_gates(self.model_runner.model)
         except Exception as error:
             return {"ok": False, "error": _first_line(error), "unchanged": False}
