@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.config import Config
-from service.errors import CoeError
+from service.errors import CoeError, UnknownModelError
 from service.gpu_devices import gpu_memory, visible_gpus
 from service.models import inspect_model
 from service.models.expert_folders import folder_here
@@ -20,6 +20,8 @@ from service.rpc.pool_asgi_app import PoolApp
 from service.telemetry import metric_declarations
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.telemetry_setup import node_target, traces_of
+
+_LOG_LINES = 200
 
 
 class PoolProcess:
@@ -125,6 +127,18 @@ class PoolProcess:
 
     async def moe_statistics(self, expert: str) -> dict[str, Any]:
         return await self.pool_metrics.routing_stats(self.pool.held_name(expert))
+
+    async def server_log(self, expert: str) -> dict[str, Any]:
+        """Return the last lines of the server that a command started for an expert.
+
+        Raises:
+            UnknownModelError: The pool has no such expert, or no command starts it.
+        """
+        held = self.pool.held_name(expert)
+        lines = await asyncio.to_thread(self._builder.engines.server_log, held, _LOG_LINES)
+        if lines is None:
+            raise UnknownModelError(f"expert {expert[:128]!r} has no server that a command starts")
+        return {"lines": lines}
 
     async def metrics(self) -> str:
         states = await self._gpu_states()

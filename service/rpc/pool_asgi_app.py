@@ -81,6 +81,13 @@ class PoolReports(Protocol):
             CoeError: There are no statistics.
         """
 
+    async def server_log(self, expert: str) -> dict[str, Any]:
+        """Return the last lines of the server that a command started for an expert.
+
+        Raises:
+            CoeError: No command starts it.
+        """
+
 
 class PoolApp:
     """The application of one pool.
@@ -109,6 +116,7 @@ class PoolApp:
             ("GET", "gpus"): self._send_gpus,
             ("GET", "used"): self._send_used,
             ("GET", "moe-statistics"): self._send_moe_statistics,
+            ("GET", "server-log"): self._send_server_log,
             ("POST", "demand"): self._record_demand,
             ("POST", "operate"): self._operate,
         }
@@ -173,6 +181,9 @@ class PoolApp:
 
     async def _send_moe_statistics(self, expert: str, _receive: Receive, reply: _Reply) -> None:
         await reply.json(await self._reports.moe_statistics(expert))
+
+    async def _send_server_log(self, expert: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(await self._reports.server_log(expert))
 
     async def _record_demand(self, _: str, receive: Receive, reply: _Reply) -> None:
         self._pool.demand(_amounts(await read_body(receive, self._max_body_bytes)))

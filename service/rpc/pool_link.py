@@ -216,6 +216,17 @@ class PoolLink:
         """
         return await self._request("GET", f"/moe-statistics/{quote(expert, safe='')}", timeout_s=10)
 
+    async def server_log(self, expert: str) -> tuple[int, bytes]:
+        """Fetch the last lines of the server that a command started for an expert.
+
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        return await self._request("GET", f"/server-log/{quote(expert, safe='')}", timeout_s=10)
+
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Fetch prompt and answer tokens of a cancelled call; None if they are unknown."""
         try:

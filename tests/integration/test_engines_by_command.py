@@ -170,5 +170,38 @@ async def test_client_that_leaves_ends_the_request_at_the_server(tmp_path: Path)
         await until(aborts.exists, "the server notices")
 
 
-def admin() -> dict[str, str]:
-    return {"authorization": f"Bearer {ADMIN_KEY}"}
+async def test_log_is_shown_to_admins_alone_and_without_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FOREIGN_KEY", "sesame-123")
+    said = ("--say", "ready to serve", "--say-env", "FOREIGN_KEY")
+    experts = {
+        "org/a": expert(*said, secret_env=["FOREIGN_KEY"]),
+        "short": {"base": "org/a", "defaults": {"max_tokens": 8}},
+    }
+    async with run_gateway(config(experts)) as service:
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        for name in experts:
+            async with service.get(f"/admin/experts/{name}/log", headers=admin) as reply:
+                assert reply.status == 200
+                (lines,) = (await reply.json())["pools"].values()
+                assert lines == ["ready to serve", "the key is ***"]
+        async with service.get("/admin/experts/org/a/log") as reply:
+            assert reply.status in (401, 403)
+        async with service.get("/admin/experts/other/log", headers=admin) as reply:
+            assert reply.status == 404
+
+
+async def test_log_of_an_expert_without_a_command_is_unknown() -> None:
+    one = Config.model_validate(
+        {
+            "router": {"artifact": "none"},
+            "experts": {"a": {"model": "m"}},
+            "pools": {"p": {"engine": "simulated"}},
+        }
+    )
+    async with run_gateway(one) as service:
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        async with service.get("/admin/experts/a/log", headers=admin) as reply:
+            assert reply.status == 404
+            assert "no server that a command starts" in (await reply.json())["error"]["message"]

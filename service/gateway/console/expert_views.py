@@ -20,6 +20,8 @@ def describe_experts(config: Config) -> list[dict[str, Any]]:
         kind = "remote" if expert.remote else made if expert.base else "full"
         if expert.is_variant:
             kind = "variant"
+        elif expert.command is not None:
+            kind = "command"
         experts.append(
             {
                 "name": name,

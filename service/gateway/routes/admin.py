@@ -69,6 +69,32 @@ async def operate(name: str, act: str, services: Services) -> Response:
     return json_response({"expert": name, "done": act, "pools": len(links)})
 
 
+@router.get("/admin/experts/{name:path}/log")
+async def server_log(name: str, services: Services) -> Response:
+    """Return the last lines of an expert's server in each pool, where a command starts it.
+
+    Raises:
+        UnknownModelError: No pool has the expert, or no command starts it.
+        PoolUnavailableError: No pool that has it could be reached.
+    """
+    links = services.directory.holding(name)
+    replies = await asyncio.gather(
+        *(link.server_log(name) for link in links), return_exceptions=True
+    )
+    answers = {
+        link.address.name: reply
+        for link, reply in zip(links, replies, strict=True)
+        if isinstance(reply, tuple)
+    }
+    if not answers:
+        raise PoolUnavailableError(f"no pool that holds {name[:128]!r} can be reached")
+    for status, body in answers.values():
+        if status != 200:
+            return Response(body, status_code=status, media_type="application/json")
+    pools = {pool: orjson.loads(body)["lines"] for pool, (_, body) in answers.items()}
+    return json_response({"expert": name, "pools": pools})
+
+
 @router.get("/admin/experts/{name:path}/moe")
 async def routing_counts(name: str, services: Services) -> Response:
     """Return what the gates of an expert chose, summed over all pools.

@@ -106,6 +106,8 @@ def _kind(config: Config, name: str) -> str:
         return "variant"
     if expert.remote is not None:
         return "remote"
+    if expert.command is not None:
+        return "command"
     if expert.base is not None:
         return "steered" if expert.profile is not None else "lora"
     return "full"

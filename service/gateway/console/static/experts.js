@@ -56,7 +56,7 @@ export function drawExperts(all) {
 }
 
 function row(one) {
-  const kind = { full: "full weights", lora: one.form === "merged" ? `merged into ${one.base}` : `LoRA on ${one.base}`, remote: "remote", variant: `asks ${one.base}` }[one.kind];
+  const kind = { full: "full weights", lora: one.form === "merged" ? `merged into ${one.base}` : `LoRA on ${one.base}`, remote: "remote", command: "by command", variant: `asks ${one.base}` }[one.kind];
   const facts = [];
   if (one.bytes) facts.push(el("span", {}, el("b", {}, bytes(one.bytes))));
   facts.push(el("span", {}, el("b", {}, String(one.running)), " running · ", el("b", {}, String(one.waiting)), " waiting"));
@@ -71,13 +71,33 @@ function row(one) {
     el("div", { class: "name", title: one.description }, swatch(one.name), el("span", {}, one.name), el("span", { class: "kind" }, kind)),
     el("div", { class: "tier", dataset: { state: one.state }, title: "disk, host memory, device" }, el("i"), el("i"), el("i"), el("span", {}, says)),
     el("div", { class: "facts" }, ...facts),
-    key("admin") && one.movable ? acts(one) : null);
+    key("admin") && (one.movable || one.kind === "command") ? acts(one) : null);
 }
 
 function acts(one) {
-  const able = ["load", "evict", one.pinned ? "unpin" : "pin"];
+  const able = one.movable ? ["load", "evict", one.pinned ? "unpin" : "pin"] : [];
+  if (one.kind === "command") able.push("log");
   return el("div", { class: "acts" }, ...able.map((act) =>
-    el("button", { type: "button", dataset: { expert: one.name, act }, "aria-label": `${act} ${one.name}`, onclick: () => operate(one.name, act) }, act)));
+    el("button", { type: "button", dataset: { expert: one.name, act }, "aria-label": `${act} ${one.name}`, onclick: () => (act === "log" ? showLog(one.name) : operate(one.name, act)) }, act)));
+}
+
+async function showLog(name) {
+  const box = byId("server-log");
+  const lines = byId("server-log-lines");
+  byId("server-log-title").textContent = `Log of ${name}`;
+  lines.textContent = "…";
+  if (!box.open) box.showModal();
+  try {
+    const path = `/admin/experts/${encodeURIComponent(name).replaceAll("%2F", "/")}/log`;
+    const reply = await fetch(path, { headers: bearer("admin") });
+    const told = await reply.json();
+    if (!reply.ok) throw new Error(told.error?.message || `status ${reply.status}`);
+    const pools = Object.entries(told.pools);
+    lines.textContent = pools.map(([pool, said]) => [...(pools.length > 1 ? [`# ${pool}`] : []), ...(said.length ? said : ["(nothing yet)"])].join("\n")).join("\n\n");
+    lines.scrollTop = lines.scrollHeight;
+  } catch (error) {
+    lines.textContent = error.message;
+  }
 }
 
 async function operate(name, act) {
