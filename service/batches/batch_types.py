@@ -46,8 +46,8 @@ class BatchTerms:
     Attributes:
         max_cost: The most that all lines together may cost, in units of cost; None for no bound.
         deadline_s: The seconds from the batch's creation until its end.
-        quality: The mean expected quality to reach at the least cost, in (0, 1]; None for the best
-            quality within `max_cost`.
+        quality: The part of the best total quality within the other terms that is to be reached
+            at the least cost, in (0, 1]; None for the best quality.
     """
 
     max_cost: float | None = None

@@ -19,6 +19,7 @@ from service.gateway.cross_site_guard import CrossOriginMiddleware, CrossOriginR
 from service.gateway.dependencies import GatewayServices
 from service.gateway.routes import (
     admin,
+    batch_plan,
     batches,
     feedback,
     files,
@@ -83,6 +84,7 @@ def build_app(
     app.include_router(usage.router)
     if services.batches is not None:
         app.include_router(files.router)
+        app.include_router(batch_plan.router)
         app.include_router(batches.router)
     if services.admin_key is not None:
         app.include_router(keys.router)

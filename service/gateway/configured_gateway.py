@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from random import random
 from typing import Any
 
+from service.batches.batch_planner import BatchPlanner
 from service.batches.batch_service import BatchService
-from service.batches.batch_types import AsWritten, NoPace, PacesBatches, PlansBatches
+from service.batches.batch_types import NoPace, PacesBatches, PlansBatches
 from service.broker.limit_and_budget_ledger import Ledger
 from service.broker.savings import Saving, SavingsTotal
 from service.config import Config
@@ -36,6 +37,7 @@ from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.gateway.routing.alias_traffic import AliasTraffic
+from service.gateway.routing.batch_estimates import BatchEstimator
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.quality_cost_frontier import frontier_of
 from service.gateway.routing.routing_setup import RoutingSetup
@@ -189,13 +191,19 @@ class ConfiguredGateway:
         self.alias_traffic = AliasTraffic(config, self._registry, resources.volatile, shared=shared)
         self._succeeds = predecessor is not None
         self.aliases = AliasResolution(config, self.alias_traffic.left_out)
+        intake = RequestIntake(
+            config, Guard(config, resources.screens), self._registry, self.aliases
+        )
+        planner = BatchPlanner(
+            BatchEstimator(
+                config, routing, intake, defaults, self.dispatcher.context, self.dispatcher.views
+            )
+        )
         self.services = GatewayServices(
             config=config,
             state=state,
             admission=self._admission,
-            intake=RequestIntake(
-                config, Guard(config, resources.screens), self._registry, self.aliases
-            ),
+            intake=intake,
             aliases=self.aliases,
             alias_traffic=self.alias_traffic,
             planner=routing.planner,
@@ -219,8 +227,9 @@ class ConfiguredGateway:
             admin_key=resources.admin_key,
             reload=resources.reload,
             batches=resources.batches,
+            batch_planner=planner,
         )
-        self.batch_planner: PlansBatches = AsWritten()
+        self.batch_planner: PlansBatches = planner
         self.batch_pace: PacesBatches = NoPace()
         self.inference = InferenceEndpoint(self._inference_handler())
         self.events = EventStream(

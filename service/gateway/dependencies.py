@@ -10,6 +10,7 @@ import orjson
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
+from service.batches.batch_planner import BatchPlanner
 from service.batches.batch_service import BatchService
 from service.broker.pool_state import PoolView
 from service.config import Config
@@ -58,6 +59,7 @@ class GatewayServices:
         admin_key: The admin key; without one there are no admin endpoints.
         reload: Puts the config's file in force again; None where the gateway doesn't own it.
         batches: Files and batches; None where the service has none.
+        batch_planner: Plans batches; None where the service has none.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class GatewayServices:
     admin_key: str | None
     reload: Reload | None
     batches: BatchService | None = None
+    batch_planner: BatchPlanner | None = None
 
     def keyless(self) -> bool:
         """Whether requests need no key. While the store can't tell, they need one."""

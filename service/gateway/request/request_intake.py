@@ -70,15 +70,21 @@ class RequestIntake:
             timeout_s=self._server.limits.body_timeout_s,
         )
         arrived_s = time.monotonic()
-        parse = partial(self._parse, path, raw, headers, tenant)
+        parse = partial(self.parse, path, raw, headers, tenant)
         request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
         result = await self._run_guard(request)
         request = self._defaults.apply(result.request, result.request.model)
         return replace(result, request=request, arrived_s=arrived_s)
 
-    def _parse(
+    def parse(
         self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
     ) -> InferenceRequest:
+        """Check and parse a body, and resolve its alias; the guard has not seen it.
+
+        Raises:
+            InvalidRequestError: The body is not valid.
+            ForbiddenError: The key may use nothing that the alias stands for.
+        """
         self._limits.shape(raw)
         server = self._server
         most = server.limits.max_messages

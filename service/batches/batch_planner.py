@@ -1,0 +1,385 @@
+"""Plans a batch: the knapsack over all of its lines, and the order in which they run.
+
+The gateway's estimator classifies the lines and expects quality, cost and time of each. The choice
+of answerers is `service/broker/batch_knapsack.py`. Here the lines get their order: those of one
+expert together, so that it is loaded once; experts that are resident first; and lines that begin
+alike one after another, so that the prefix cache of the engine holds their beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from service.batches.batch_types import BatchLine, BatchPlan, BatchTerms, LineChoice
+from service.broker.batch_knapsack import (
+    BatchBounds,
+    BatchInfeasibleError,
+    BatchOptions,
+    BatchSolution,
+    Floats,
+    Ints,
+    least_cost,
+    solve,
+)
+from service.errors import InvalidRequestError
+from service.types import Tenant
+
+# The budgets of a curve, as parts of the way from the least cost to the cost of the best quality.
+_CURVE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LineEstimates:
+    """What is expected of a batch's lines, with L lines, R models and E experts.
+
+    Attributes:
+        numbers: (L,), the numbers of the lines.
+        models: (R,), names of experts and recipes.
+        experts: (E,), names of experts.
+        options: Quality, cost and time of each model for each line.
+        tokens: (L, R), expected tokens of prompts and answers of all calls.
+        load_s: (P, E), time until each engine can answer for each expert, in s; infinite where it
+            never can.
+        weights: (E,), the expert on whose weights each expert runs.
+        prompts: (L,), the prompts as texts, whose beginnings are compared.
+        unplanned: Lines that no model can answer, or that are not valid. They run as they are, so
+            that each gets its own error.
+    """
+
+    numbers: Ints
+    models: tuple[str, ...]
+    experts: tuple[str, ...]
+    options: BatchOptions
+    tokens: Floats
+    load_s: Floats
+    weights: Ints
+    prompts: tuple[str, ...]
+    unplanned: tuple[LineChoice, ...] = ()
+
+
+class EstimatesLines(Protocol):
+    """Expects quality, cost and time of the lines of a batch."""
+
+    async def estimate(
+        self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+    ) -> LineEstimates:
+        """Estimate all lines, without holding up other requests.
+
+        Args:
+            endpoint: The path that the lines are for.
+            lines: The lines.
+            tenant: The tenant whose batch it is.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class BatchForecast:
+    """What a batch would be within one budget.
+
+    Attributes:
+        max_cost: The budget, in units of cost; None for no bound.
+        quality: The mean expected quality of the lines, in [0, 1].
+        cost: The expected cost of all lines.
+        seconds: The expected time, in s.
+        shares: By model, its part of the lines.
+        best_quality: No choice within the budget has a greater mean quality.
+    """
+
+    max_cost: float | None
+    quality: float
+    cost: float
+    seconds: float
+    shares: dict[str, float]
+    best_quality: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a client sees it."""
+        return {
+            "max_cost": self.max_cost,
+            "quality": round(self.quality, 6),
+            "cost": self.cost,
+            "seconds": round(self.seconds, 3),
+            "shares": {name: round(share, 6) for name, share in self.shares.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutlook:
+    """The forecasts of a batch.
+
+    Attributes:
+        lines: How many lines were planned.
+        unplanned: How many lines no model can answer.
+        plan: The forecast by the batch's own terms; None where nothing keeps them.
+        problem: Why nothing keeps them.
+        curve: Forecasts for several budgets, the least one first, by the same deadline.
+    """
+
+    lines: int
+    unplanned: int
+    plan: BatchForecast | None
+    problem: str | None
+    curve: tuple[BatchForecast, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a client sees it."""
+        return {
+            "object": "batch.plan",
+            "lines": self.lines,
+            "unplanned": self.unplanned,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "problem": self.problem,
+            "curve": [point.to_json() for point in self.curve],
+        }
+
+
+class BatchPlanner:
+    """Plans the batches of a gateway.
+
+    Args:
+        estimator: Expects quality, cost and time of lines.
+    """
+
+    def __init__(self, estimator: EstimatesLines) -> None:
+        self._estimator = estimator
+        # Forecasts cost seconds of a core, so that one is made at a time.
+        self._forecasting = asyncio.Semaphore(1)
+
+    async def plan(
+        self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
+    ) -> BatchPlan:
+        """Plan a batch.
+
+        Args:
+            endpoint: The path that the lines are for, such as `/v1/chat/completions`.
+            lines: The lines.
+            terms: The terms of the batch. `quality` is a part of the best total quality that the
+                other terms allow.
+            tenant: The tenant whose batch it is.
+
+        Raises:
+            InvalidRequestError: No plan keeps the terms.
+        """
+        found = await self._estimator.estimate(endpoint, lines, tenant)
+        if not len(found.numbers):
+            return BatchPlan(found.unplanned, 0.0, 0.0, 0.0)
+        try:
+            # The solver works for seconds on a large batch.
+            return await asyncio.to_thread(_plan, found, terms)
+        except BatchInfeasibleError as error:
+            raise _infeasible_error(error, found) from None
+
+    async def forecast(
+        self,
+        endpoint: str,
+        lines: Sequence[BatchLine],
+        terms: BatchTerms,
+        tenant: Tenant,
+        budgets: Sequence[float] = (),
+    ) -> BatchOutlook:
+        """Tell what a batch would be by its terms, and for several budgets, without running it.
+
+        Args:
+            endpoint: The path that the lines are for.
+            lines: The lines.
+            terms: The terms of the batch.
+            tenant: The tenant whose batch it is.
+            budgets: The budgets of the curve; without any, budgets from the least possible cost to
+                that of the best quality.
+        """
+        async with self._forecasting:
+            return await self._forecast(endpoint, lines, terms, tenant, budgets)
+
+    async def _forecast(
+        self,
+        endpoint: str,
+        lines: Sequence[BatchLine],
+        terms: BatchTerms,
+        tenant: Tenant,
+        budgets: Sequence[float],
+    ) -> BatchOutlook:
+        found = await self._estimator.estimate(endpoint, lines, tenant)
+        if not len(found.numbers):
+            return BatchOutlook(0, len(found.unplanned), None, "no line can be answered", ())
+        plan, problem = None, None
+        try:
+            plan = await asyncio.to_thread(_forecast, found, terms)
+        except BatchInfeasibleError as error:
+            problem = str(_infeasible_error(error, found))
+        curve = []
+        free = replace(terms, max_cost=None, quality=None)
+        for budget in budgets or await asyncio.to_thread(_budgets, found, free):
+            try:
+                point = await asyncio.to_thread(_forecast, found, replace(free, max_cost=budget))
+            except BatchInfeasibleError:
+                continue
+            curve.append(point)
+        return BatchOutlook(len(found.numbers), len(found.unplanned), plan, problem, tuple(curve))
+
+
+def _infeasible_error(error: BatchInfeasibleError, found: LineEstimates) -> InvalidRequestError:
+    if error.term == "lines":
+        number = int(found.numbers[int(error.nearest)])
+        return InvalidRequestError(f"line {number + 1}: no engine can answer it now", param="coe")
+    return InvalidRequestError(f"no plan keeps the terms: {error}", param=f"coe.{error.term}")
+
+
+def _plan(found: LineEstimates, terms: BatchTerms) -> BatchPlan:
+    solution = _solve(found, terms)
+    options, chosen = found.options, solution.chosen
+    lines = np.arange(len(chosen))
+    work_s = (options.calls[chosen] * options.seconds).sum(axis=1)
+    first = options.calls.argmax(axis=1)[chosen]
+    order = run_order(first, work_s, found.prompts, found.load_s, found.weights)
+    quality, cost = options.quality[lines, chosen], options.cost[lines, chosen]
+    tokens = found.tokens[lines, chosen]
+    choices = tuple(
+        LineChoice(
+            int(found.numbers[line]),
+            found.models[chosen[line]],
+            float(quality[line]),
+            float(cost[line]),
+            float(tokens[line]),
+        )
+        for line in order.tolist()
+    )
+    count = len(choices) + len(found.unplanned)
+    return BatchPlan(
+        (*found.unplanned, *choices), solution.quality / count, solution.cost, solution.seconds
+    )
+
+
+def _solve(found: LineEstimates, terms: BatchTerms) -> BatchSolution:
+    possible = found.options.possible
+    resident = possible & runs_at_once(found.options.calls, found.load_s, found.weights)
+    # A line that names a recipe of such experts keeps it.
+    possible = np.where(resident.any(axis=1)[:, None], resident, possible)
+    options = replace(found.options, possible=possible)
+    bounds = BatchBounds(
+        np.inf if terms.max_cost is None else terms.max_cost, terms.deadline_s, terms.quality
+    )
+    return solve(options, found.load_s, bounds)
+
+
+def _forecast(found: LineEstimates, terms: BatchTerms) -> BatchForecast:
+    solution = _solve(found, terms)
+    lines = len(solution.chosen)
+    counts = np.bincount(solution.chosen, minlength=len(found.models))
+    shares = {name: n / lines for name, n in zip(found.models, counts.tolist(), strict=True) if n}
+    best = solution.bound if terms.quality is None else solution.quality
+    return BatchForecast(
+        terms.max_cost,
+        solution.quality / lines,
+        solution.cost,
+        solution.seconds,
+        shares,
+        best / lines,
+    )
+
+
+def _budgets(found: LineEstimates, terms: BatchTerms) -> list[float]:
+    """Budgets from the least cost to that of the best quality; none where nothing is possible."""
+    try:
+        dearest = _solve(found, terms).cost
+    except BatchInfeasibleError:
+        return []
+    least = least_cost(found.options)
+    parts = [least + part * (dearest - least) for part in _CURVE]
+    return list(dict.fromkeys(parts))
+
+
+def runs_at_once(calls: Floats, load_s: Floats, weights: Ints) -> Any:
+    """(R,), whether a recipe's experts can be resident at the same time.
+
+    Experts that share a slot would be swapped for every line, so that a batch leaves out recipes
+    that ask several of them.
+
+    Args:
+        calls: (R, E), calls of each expert.
+        load_s: (P, E), finite where an engine can hold the expert.
+        weights: (E,), the expert on whose weights each expert runs.
+    """
+    holds = np.isfinite(load_s)
+    fits = np.ones(len(calls), dtype=bool)
+    for r in range(len(calls)):
+        units = {int(weights[e]) for e in np.flatnonzero(calls[r])}
+        if len(units) > 1:
+            fits[r] = _matched(units, holds)
+    return fits
+
+
+def _matched(units: set[int], holds: Any) -> bool:
+    """Whether each unit finds an engine of its own (augmenting paths)."""
+    taken: dict[int, int] = {}
+
+    def place(unit: int, seen: set[int]) -> bool:
+        for engine in np.flatnonzero(holds[:, unit]).tolist():
+            if engine not in seen:
+                seen.add(engine)
+                if engine not in taken or place(taken[engine], seen):
+                    taken[engine] = unit
+                    return True
+        return False
+
+    return all(place(unit, set()) for unit in units)
+
+
+def run_order(
+    first: Ints, work_s: Floats, prompts: Sequence[str], load_s: Floats, weights: Ints
+) -> Ints:
+    """The order in which lines run.
+
+    Each engine gets a sequence of experts: those on resident weights first, then one expert after
+    another, the one with the most work first. In an expert's lines, prompts that begin alike stand
+    together. The sequences of several engines are merged by the time at which a line would start,
+    so that all engines have work.
+
+    Args:
+        first: (L,), the expert that each line asks first.
+        work_s: (L,), time of an engine for each line, in s.
+        prompts: (L,), the prompts.
+        load_s: (P, E), time to load, in s.
+        weights: (E,), the expert on whose weights each expert runs.
+
+    Returns:
+        (L,), the indices of the lines.
+    """
+    experts = load_s.shape[1]
+    unit_s = np.bincount(weights[first], weights=work_s, minlength=experts)
+    ends = np.zeros(len(load_s))
+    home = np.zeros(experts, dtype=np.intp)
+    resident = (load_s == 0).any(axis=0)
+    units = sorted(
+        np.flatnonzero(np.bincount(weights[first], minlength=experts)).tolist(),
+        key=lambda unit: (not resident[unit], -unit_s[unit], unit),
+    )
+    place: dict[int, int] = {}
+    for turn, unit in enumerate(units):
+        after = ends + load_s[:, unit] + unit_s[unit]
+        home[unit] = int(after.argmin())
+        if np.isfinite(after[home[unit]]):
+            ends[home[unit]] = after[home[unit]]
+        place[unit] = turn
+    begins = np.array(sorted(range(len(first)), key=prompts.__getitem__), dtype=np.intp)
+    rank = np.empty(len(first), dtype=np.intp)
+    rank[begins] = np.arange(len(first))
+    position = np.array([place[unit] for unit in weights[first].tolist()], dtype=np.intp)
+    ordered = np.lexsort((rank, first, position))
+    starts = np.zeros(len(first))
+    clock = np.zeros(len(load_s))
+    engines = home[weights[first]]
+    for engine in range(len(load_s)):
+        own = ordered[engines[ordered] == engine]
+        loads = np.where(np.isfinite(load_s[engine]), load_s[engine], 0.0)[weights[first[own]]]
+        new = np.diff(position[own], prepend=-1) != 0
+        steps = work_s[own] + np.where(new, loads, 0.0)
+        starts[own] = clock[engine] + np.cumsum(steps) - work_s[own]
+    at = np.empty(len(first), dtype=np.intp)
+    at[ordered] = np.arange(len(first))
+    merged: Ints = np.lexsort((at, starts))
+    return merged
