@@ -14,12 +14,12 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 SUFFIX, UNFINISHED_SUFFIX = ".weights", ".new"
-_MAGIC = b"coeW1\0\0\0"
+_MAGIC = b"coeW2\0\0\0"
 _LENGTH = struct.Struct("<Q")
 # Alignment of every tensor (a cache line) and of the first one (a page, for fast copies).
 _ALIGN_BYTES, _PAGE_BYTES = 64, 4096
@@ -27,11 +27,21 @@ _ALIGN_BYTES, _PAGE_BYTES = 64, 4096
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in a file. `dtype` is a name, and `offset` is in bytes."""
+    """A tensor in a file.
+
+    Attributes:
+        dtype: The name of the dtype.
+        shape: The shape.
+        size_bytes: The size in bytes.
+        strides: The strides, in elements, of values that lie in another order. It is empty where
+            the values are in the order of the dimensions.
+        offset: The place in the file, in bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
+    strides: tuple[int, ...] = ()
     offset: int = 0
 
 
@@ -40,19 +50,16 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor], 
     places: dict[str, Tensor] = {}
     at = 0
     for name, tensor in tensors.items():
-        places[name] = Tensor(tensor.dtype, tensor.shape, tensor.size_bytes, at)
+        places[name] = replace(tensor, offset=at)
         at = _up(at + tensor.size_bytes, _ALIGN_BYTES)
     header_data = {
-        n: [tensor.dtype, tensor.shape, tensor.size_bytes, tensor.offset]
+        n: [tensor.dtype, tensor.shape, tensor.size_bytes, tensor.strides, tensor.offset]
         for n, tensor in places.items()
     }
     text = json.dumps(header_data, separators=(",", ":")).encode()
     header = _MAGIC + _LENGTH.pack(len(text)) + text
     begin = _up(len(header), _PAGE_BYTES)
-    moved = {
-        name: Tensor(tensor.dtype, tensor.shape, tensor.size_bytes, begin + tensor.offset)
-        for name, tensor in places.items()
-    }
+    moved = {name: replace(tensor, offset=begin + tensor.offset) for name, tensor in places.items()}
     return header, moved, begin + at
 
 
@@ -134,7 +141,7 @@ def map_file(path: Path, tensors: Mapping[str, Tensor]) -> MappedTensors | None:
 
     Args:
         path: The path of the file.
-        tensors: The tensors that the file must hold, by name, dtype and shape.
+        tensors: The tensors that the file must hold, by name, dtype, shape and strides.
 
     Raises:
         ValueError: The file holds other tensors, or it is not a file of tensors.
@@ -165,8 +172,8 @@ def _read(memory: mmap.mmap) -> dict[str, Tensor]:
     header_data: dict[str, Any] = json.loads(memory[start : start + length])
     begin = _up(start + length, _PAGE_BYTES)
     held = {
-        name: Tensor(dtype, tuple(shape), size_bytes, begin + offset)
-        for name, (dtype, shape, size_bytes, offset) in header_data.items()
+        name: Tensor(dtype, tuple(shape), size_bytes, tuple(strides), begin + offset)
+        for name, (dtype, shape, size_bytes, strides, offset) in header_data.items()
     }
     for name, tensor in held.items():
         if tensor.offset + tensor.size_bytes > size:
@@ -174,7 +181,5 @@ def _read(memory: mmap.mmap) -> dict[str, Tensor]:
     return held
 
 
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    return {
-        name: (tensor.dtype, tensor.shape, tensor.size_bytes) for name, tensor in tensors.items()
-    }
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: replace(tensor, offset=0) for name, tensor in tensors.items()}

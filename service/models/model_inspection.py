@@ -31,6 +31,7 @@ from service.models.model_config import (
     optional_integer,
     read_json,
 )
+from service.models.quantization_form import quantization_facts, quantization_form
 from service.models.safetensors_headers import DTYPE_BITS, TensorInfo, main_dtype, read_header
 from service.models.tokenizer_files import has_chat_template, has_tokenizer
 
@@ -55,7 +56,7 @@ class ModelInfo:
     `parameters` counts stored elements, so tied embeddings count once. `dtype` is the dtype of most
     stored elements. Two models have the same `family` exactly if an engine of either model can hold
     the other's weights. They then have the same architecture and sizes, the same tensor names,
-    shapes and dtypes, and the same quantisation.
+    shapes and dtypes as an engine loads them, and the same form of quantisation.
     """
 
     path: Path
@@ -85,6 +86,10 @@ class ModelInfo:
     second_copies: tuple[str, ...] = ()
     """Files with the same weights once more, which an engine would read, as no index forbids it."""
     kv: KvLayout | None = None
+    quantization_form: str | None = None
+    """The method with its bits, groups and exceptions, where weights are stored quantised."""
+    compute_dtype: str = ""
+    """The dtype that layers compute in where nothing else is said."""
 
     @property
     def is_moe(self) -> bool:
@@ -183,6 +188,8 @@ def _inspect_full(path: Path) -> ModelInfo:
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         second_copies=_second_copies(path),
         kv=kv_layout(sizes, layers, kv_heads, head_size),
+        quantization_form=quantization_form(config),
+        compute_dtype=_compute_dtype(config, sizes, tensors, quantization),
     )
 
 
@@ -318,11 +325,31 @@ def _quantization(config: dict[str, Any]) -> str | None:
     return str(found.get("quant_method", "unknown"))
 
 
+def _compute_dtype(
+    config: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    quantization: str | None,
+) -> str:
+    """Return the dtype of activations: that of the weights, unless they are quantised."""
+    stored = main_dtype(tensors)
+    if quantization is None:
+        return stored
+    for given in (config, sizes):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(name := given.get(key), str):
+                return name
+    return stored
+
+
 _NOT_OF_THE_FAMILY = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"}
+    {"quantization_config"}
+    | {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"}
     | {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "_model_name_or_path"}
 )
-"""Config keys that an engine does not build its layers from."""
+"""Config keys that an engine does not build its layers from, or that count in another form."""
+# vLLM does not load the order of GPTQ's columns.
+_NEVER_LOADED = (".g_idx",)
 
 
 def _family(
@@ -330,8 +357,11 @@ def _family(
 ) -> str:
     digest = hashlib.sha256()
     kept = {key: value for key, value in config.items() if key not in _NOT_OF_THE_FAMILY}
-    digest.update(json.dumps([kept, quantization], sort_keys=True).encode())
+    facts = quantization_facts(config) if quantization is not None else None
+    digest.update(json.dumps([kept, facts], sort_keys=True).encode())
     for name in sorted(tensors):
+        if quantization is not None and name.endswith(_NEVER_LOADED):
+            continue
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\n".encode())
     return digest.hexdigest()[:16]

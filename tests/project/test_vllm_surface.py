@@ -36,6 +36,7 @@ REQUEST_STATE = "vllm.v1.engine.output_processor:RequestState"
 FINISHED = "vllm.v1.metrics.stats:FinishedRequestStats"
 SERVING_MODELS = "vllm.entrypoints.openai.models.serving:OpenAIServingModels"
 BATCH = "vllm.v1.worker.gpu_input_batch:InputBatch"
+PARAMETER = "vllm.model_executor.parameter:BasevLLMParameter"
 LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
 BUDGETS = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
 SECOND_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -52,6 +53,7 @@ PRIVATE = {
     "_ec_connector_cls": LOGGER,
     "_kv_connector_cls": LOGGER,
     "_perf_metrics_cls": LOGGER,
+    "_weight_loader": PARAMETER,
     "_spec_decoding_cls": LOGGER,
 }
 # Attributes that we assign, as our source writes them. None: it is no attribute of a vLLM class.
@@ -123,6 +125,8 @@ READ = {
     },
     LOGGER: {"log_engine_initialized", "record", "record_sleep_state"},
     LLM: {"add_request"},
+    METHOD: {"process_weights_after_loading"},
+    "vllm.model_executor.layers.linear:LinearBase": {"update_param_tp_status"},
     LOADER: {"_init_ep_weight_filter", "get_all_weights", "load_weights"},
     SERVING_MODELS: {"load_lora_adapter", "lora_requests", "unload_lora_adapter"},
     "vllm.lora.request:LoRARequest": {"lora_int_id"},
@@ -165,10 +169,10 @@ AT_RUN_TIME = {
 # Expressions whose attributes we may assign: objects of ours, and vLLM's arguments, which its own
 # `AsyncEngineArgs.from_cli_args` checks.
 OUR_OBJECTS = re.compile(
-    r"self|args|done|held|load|load\.thread|refusal|scratch|self\._routing_stats|self\._scratch"
+    r"self|args|done|held|load|load\.thread|part|refusal|scratch|self\._routing_stats|self\._scratch"
     r"|self\._stats|settings|state|step\.sample"
 )
-TORCH = re.compile(r"(parameter|self\._parameter|module\.weight)\.data")
+TORCH = re.compile(r"(found|parameter|self\._parameter|module\.weight)\.data")
 # Private names that are no attributes of Python objects.
 NO_ATTRIBUTES = {"_model_name_or_path", "_name_or_path"}
 

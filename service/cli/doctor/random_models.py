@@ -1,17 +1,21 @@
 """Small random models of a given architecture, for trials of an engine.
 
 transformers makes them from the architecture's own config class. No code of a model folder runs.
-Their tokens are the bytes and two more.
+Their tokens are the bytes and two more. Where a config has quantised weights, the matrices are
+quantised (`quantised_weights`), and a second folder has the exact values that they stand for.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from service.cli.doctor.quantised_weights import QuantizedForm, form_of
 
 BOS, EOS = 256, 257
 _VOCABULARY = 512
@@ -19,7 +23,7 @@ _CONTEXT = 1024
 _MOST_LAYERS = 8
 _NOISE = (1 << 20) + 7
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_DROPPED = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
+_DROPPED = ("auto_map", "_name_or_path", "transformers_version")
 _SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
 # Matrices that need larger random values: a gate should prefer some experts clearly.
 _GATE_SCALE, _HEAD_SCALE = 3.0, 2.0
@@ -47,6 +51,67 @@ MIXTRAL: dict[str, Any] = {
 }
 
 
+# The forms of weights that people run on small GPUs, as their config.json says it.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+    },
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "fp8 in blocks": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "strategy": "channel",
+                    "symmetric": True,
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "strategy": "token",
+                    "symmetric": True,
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+    "packed": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "strategy": "group",
+                    "group_size": 128,
+                    "symmetric": True,
+                    "dynamic": False,
+                },
+            }
+        },
+    },
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSize:
     """The size of a random model: least width, layers, and the FFN's width over the model's."""
@@ -71,11 +136,10 @@ def small_config(config: Mapping[str, Any], size: ModelSize, gpus: int = 1) -> d
         gpus: The number of GPUs that share the attention heads.
 
     Raises:
-        ValueError: The config has no plain sizes of a decoder, or its weights are quantised.
+        ValueError: The config has no plain sizes of a decoder, or its weights are quantised in a
+            form that this release does not make.
     """
-    if isinstance(config.get("quantization_config"), Mapping):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"this release makes no random weights of {method}")
+    form = form_of(config)
     missing = [name for name in ("hidden_size", "num_attention_heads") if name not in config]
     if missing:
         raise ValueError(f"its config.json has no {missing[0]} at its top, as text decoders have")
@@ -86,6 +150,11 @@ def small_config(config: Mapping[str, Any], size: ModelSize, gpus: int = 1) -> d
     # Query heads that share a head of keys, as long as that leaves more than one such head.
     share = max(1, old_heads // int(config.get("num_key_value_heads") or old_heads))
     step = math.lcm(gpus, share) if share < heads else gpus
+    if form is not None:
+        # The sizes of all matrices go into whole groups of scales.
+        step = math.lcm(step, form.multiple // math.gcd(form.multiple, int(head_size)))
+        if share < heads:
+            step = math.lcm(step, share * form.multiple // math.gcd(form.multiple, int(head_size)))
     heads = math.ceil(heads / step) * step
     hidden = heads * head_size
     made |= {
@@ -136,15 +205,17 @@ def write_random_model(folder: Path, config: Mapping[str, Any], dtype: str, seed
         The bytes of its weights.
 
     Raises:
-        ValueError: transformers does not know the architecture, or it has no such model.
+        ValueError: transformers does not know the architecture, it has no such model, or its
+            matrices do not go into the groups of its quantisation.
         OSError: The folder can't be written.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    form = form_of(config)
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    for name in ("torch_dtype", "dtype"):
+    for name in ("torch_dtype", "dtype", "quantization_config"):
         fields.pop(name, None)
     made = AutoConfig.for_model(config["model_type"], **fields)
     with no_init_weights():
@@ -162,7 +233,47 @@ def write_random_model(folder: Path, config: Mapping[str, Any], dtype: str, seed
             weight.copy_(scaled.repeat(times)[: weight.numel()].view(weight.shape))
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
+    if form is not None:
+        _quantise(folder, form, config["quantization_config"])
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def exact_folder(folder: Path) -> Path:
+    """Return the folder of the exact values of a model's weights, of which it may be the folder."""
+    exact = folder.with_name(f"{folder.name}-exact")
+    return exact if exact.is_dir() else folder
+
+
+def _quantise(folder: Path, form: QuantizedForm, quantization: Mapping[str, Any]) -> None:
+    """Quantise a model's files in place, and write their exact values to a folder beside it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    exact = folder.with_name(f"{folder.name}-exact")
+    shutil.copytree(folder, exact)
+    found = False
+    for file in sorted(folder.glob("*.safetensors")):
+        stored: dict[str, torch.Tensor] = {}
+        values: dict[str, torch.Tensor] = {}
+        for name, weight in load_file(file).items():
+            values[name] = weight.float()
+            if form.takes(name, weight):
+                found = True
+                made, values[name] = form.quantise(name, weight)
+                stored |= made
+            else:
+                stored[name] = weight
+        save_file(stored, file, metadata={"format": "pt"})
+        contiguous = {name: value.contiguous() for name, value in values.items()}
+        save_file(contiguous, exact / file.name, metadata={"format": "pt"})
+    if not found:
+        raise ValueError("its layers have no matrices that could be quantised")
+    for path in folder.glob("*.index.json"):
+        path.unlink()  # it names the matrices of the unquantised model
+    where = folder / "config.json"
+    config = json.loads(where.read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization
+    where.write_text(json.dumps(config), encoding="utf-8")
 
 
 def _scale(name: str, shape: tuple[int, ...], tied: bool) -> float:

@@ -1,8 +1,8 @@
 """`python -m tests.support.engine.cuda_exchanges FOLDER`: swaps in models built for a GPU.
 
 For each case a line of JSON. Two experts of an architecture take turns in one model, which must
-then have, tensor by tensor, what vLLM's own loader makes of the expert that runs. Quantised models
-and mixtures of experts keep their weights.
+then have, tensor by tensor, what vLLM's own loader makes of the expert that runs. Models that are
+quantised while they are loaded keep their weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from tests.support.engine.dense_model import loaded
 _SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 _SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DENSE: dict[str, dict[str, Any]] = {
+EXCHANGED: dict[str, dict[str, Any]] = {
+    # vLLM makes the group of expert parallelism for a mixture only, and groups are made once.
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Llama": {},
     "Llama tied": {"tie_word_embeddings": True},
     "Qwen2": {},
@@ -44,7 +46,6 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 # By case, the architecture and the arguments of the engine.
 FIXED: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixture": ("Mixtral", {}),
     "fp8": ("Llama", {"quantization": "fp8"}),
 }
 
@@ -80,7 +81,7 @@ class _Worker:
 
 
 def _exchange(case: str, root: Path) -> dict[str, Any]:
-    first, second = (_write(root / f"{case}-{i}", case, i, **DENSE[case]) for i in (0, 1))
+    first, second = (_write(root / f"{case}-{i}", case, i, **EXCHANGED[case]) for i in (0, 1))
     one = _Worker(first, root)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
         extension = one.extension(Path(shared))
@@ -137,10 +138,9 @@ def _keeps(case: str, root: Path) -> dict[str, Any]:
 def main(root: Path) -> None:
     # The models are in the CPU's memory.
     cuda_runtime.torch.cuda.is_available = lambda: False
-    # vLLM makes the group of expert parallelism for a mixture only, and groups are made once.
-    for case in ("mixture", *DENSE, "fp8"):
+    for case in (*EXCHANGED, *FIXED):
         try:
-            found = _exchange(case, root) if case in DENSE else _keeps(case, root)
+            found = _exchange(case, root) if case in EXCHANGED else _keeps(case, root)
         except Exception as error:
             found = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": case, **found}), flush=True)

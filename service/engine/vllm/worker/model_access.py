@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 
 # Classes that compute with weights as the loader leaves them, and with inputs of the same dtype.
 PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+# Classes that change the weights once after loading (layouts, scales), and keep nothing elsewhere
+# that `model_state` can't see. Each was read in the release of vLLM that is installed.
+PROCESSED_METHODS = (
+    "AutoAWQLinearMethod",
+    "AutoAWQMarlinLinearMethod",
+    "AutoAWQMoEMethod",
+    "AutoGPTQLinearMethod",
+    "AutoGPTQMoEMethod",
+    "CompressedTensorsLinearMethod",
+    "CompressedTensorsW8A8Fp8MoEMethod",
+    "CompressedTensorsW8A8Int8MoEMethod",
+    "CompressedTensorsWNA16MoEMethod",
+    "Fp8LinearMethod",
+    "Fp8MoEMethod",
+    "UnquantizedFusedMoEMethod",
+)
 
 
 def named_layers(config: VllmConfig) -> dict[str, torch.nn.Module]:
@@ -38,6 +54,16 @@ def weight_method(module: torch.nn.Module) -> str | None:
     """Return the name of the class that computes with a layer's weights; None without weights."""
     method = getattr(module, "quant_method", None)
     return None if method is None else type(method).__name__
+
+
+def is_plain(model: torch.nn.Module) -> bool:
+    """Return whether the kernels use all weights of a model as the loader leaves them."""
+    return all(
+        method is None or method in PLAIN_METHODS
+        for module in model.modules()
+        if not is_attention(module)
+        for method in [weight_method(module)]
+    )
 
 
 def linear_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

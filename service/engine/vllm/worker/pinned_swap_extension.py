@@ -4,14 +4,18 @@ Captured graphs hold the addresses of the parameters. Weights are therefore copi
 model's parameters on a separate stream, and never replaced by reference. An expert is loaded beside
 the running expert as a model on the CPU, by vLLM's own classes and loader. Its tensors are written
 to a file of shared memory (`service.engine.shared_memory_tensors`), which the pool's other engines
-map. Each engine registers the file with CUDA. This works for plain linear layers and embeddings,
-because a GPU's kernels use their weights as the loader leaves them.
+map. Each engine registers the file with CUDA.
+
+A GPU's kernels use plain linear layers and embeddings as the loader leaves them. Quantised weights
+and fused mixtures are first made ready by vLLM's own code, layer by layer on the GPU between two
+steps of the running model (`SecondModel.process`), and read back. Everything else that such a model
+computes with must be equal in both (`model_state`).
 
 The engine's first expert is in the model only. It is written to shared memory before the first
 other expert is loaded, because a swap will overwrite it.
 
-For other models (mixtures of experts) the engine keeps its first weights. Steered experts use these
-weights with the rules that are installed in the routers (`graph_steering`).
+For other models the engine keeps its first weights. Steered experts use these weights with the
+rules that are installed in the routers (`graph_steering`).
 
 The code is written for vLLM's CUDA build. It was seen working around a CPU's compiled engine, and
 was not run on a GPU.
@@ -43,12 +47,22 @@ from service.engine.vllm.worker.graph_steering import GraphSteering, SteeringTab
 from service.engine.vllm.worker.host_registration import Registration, parts_of, register
 from service.engine.vllm.worker.model_access import (
     PLAIN_METHODS,
+    PROCESSED_METHODS,
     is_attention,
+    is_plain,
     weight_method,
     world_size,
 )
+from service.engine.vllm.worker.model_state import (
+    ModelState,
+    as_bytes,
+    ends_of,
+    memory_of,
+    memory_order,
+)
 from service.engine.vllm.worker.pack_while_loading import ScratchBuffers
 from service.engine.vllm.worker.second_model import SecondModel
+from service.engine.vllm.worker.step_turns import StepTurns
 from service.engine.vllm.worker.swap_extension import PendingLoad, SwapExtension
 from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
@@ -108,9 +122,19 @@ class PinnedExtension(SwapExtension):
     _coe_device = "cpu"
     # The rules in the routers, or the reason why there are none. None: the engine has no steering.
     _coe_graph_steering: GraphSteering | str | None = None
+    # The state of a running model whose weights were changed after loading; None for plain models.
+    _coe_live_state: ModelState | None = None
+    # Why the running model's weights can't be replaced, or an empty string.
+    _coe_fixed = ""
     # Set by vLLM's worker.
     rank: int
     device: torch.device
+
+    def _coe_live(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the running model that experts' tensors are copied into."""
+        if self._coe_live_state is not None:
+            return self._coe_live_state.tensors
+        return tensors_of(self.model_runner.model)
 
     def coe_share(self, expert: str, path: str, token: str) -> None:
         """Set the path prefix of an expert's files, and the token for incomplete files."""
@@ -149,16 +173,22 @@ class PinnedExtension(SwapExtension):
         state = self._coe()
         if state.held:
             return ""
-        model, fixed = self.model_runner.model, ""
+        model = self.model_runner.model
         try:
-            check_plain(model)
+            check_copyable(model)
+            if not is_plain(model):
+                # Before any other expert runs, and after graphs were captured.
+                live = ModelState.of(model)
+                live.check_open()
+                self._coe_live_state = live
         except ValueError as error:
-            fixed, held = str(error), PinnedWeights({})  # nothing is ever written into them
+            self._coe_fixed = str(error)
+            held = PinnedWeights({})  # nothing is ever written into them
         else:
             held = PinnedWeights({}, stored=False, probe=self._coe_probe_of(model))
         state.held[expert] = held
         state.running = expert
-        return fixed
+        return self._coe_fixed
 
     def _coe_probe_of(self, model: torch.nn.Module) -> WeightProbe | None:
         """Record a probe. Without one, every swap compares values with their source instead."""
@@ -173,27 +203,42 @@ class PinnedExtension(SwapExtension):
             runtime.use_device(self.device)
         for expert, held in self._coe().held.items():
             if not held.stored:  # and no other weights were ever in the model
-                held.store(self._coe_hold(expert, tensors_of(self.model_runner.model)))
+                held.store(self._coe_hold(expert, self._coe_live()))
                 return
 
     def _coe_prepare_load(self, expert: str, load: PendingLoad) -> Callable[[], Any]:
         # Weights that can't be copied can't be replaced either.
-        check_plain(self.model_runner.model)
+        if self._coe_fixed:
+            raise ValueError(self._coe_fixed)
         # Another engine of the pool may have written the file already.
-        live = describe(tensors_of(self.model_runner.model))
+        live = describe(self._coe_live())
         mapped = map_file(self._coe_path(expert, live), live)
         if mapped is not None:
             return partial(pinned, mapped)
         return super()._coe_prepare_load(expert, load)
 
     def _coe_read(
-        self, expert: str, second: SecondModel, delta: LoraDelta | None, before: int
+        self,
+        expert: str,
+        second: SecondModel,
+        delta: LoraDelta | None,
+        before: int,
+        turns: StepTurns,
     ) -> PinnedWeights:
-        check_plain(second.model)
+        check_copyable(second.model)
         second.load(delta, ScratchBuffers(), finish=False)
+        if (live := self._coe_live_state) is not None:
+            second.process(self._coe_processor(), turns, memory_of(live))
+            state = ModelState.of(second.model)
+            state.check_fits(live)
+            return self._coe_hold(expert, {name: state.tensors[name] for name in live.tensors})
         tensors = tensors_of(second.model)
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)
+
+    def _coe_processor(self) -> torch.device:
+        """Return the device whose kernels change weights after loading."""
+        return self.device if cuda_runtime() is not None else torch.device("cpu")
 
     def _coe_release(self, held: Any) -> None:
         runtime = cuda_runtime()
@@ -229,7 +274,7 @@ class PinnedExtension(SwapExtension):
         state = self._coe()
         same_weights = held.tensors is state.held[state.running].tensors
         if repairs or not same_weights:
-            copy_all(held, tensors_of(self.model_runner.model))
+            copy_all(held, self._coe_live())
         if isinstance(self._coe_graph_steering, GraphSteering):
             self._coe_graph_steering.write(held.steered)
         return "steer" if same_weights else "inplace"
@@ -244,7 +289,7 @@ class PinnedExtension(SwapExtension):
         if not held.tensors and held.probe is None:
             return True  # nothing was ever written into the weights
         # The copy must equal its source, at the first swap and where there is no probe.
-        if (whole or held.probe is None) and not arrived(held.tensors, tensors_of(model)):
+        if (whole or held.probe is None) and not arrived(held.tensors, self._coe_live()):
             return False
         if held.probe is not None:
             return bool(held.probe.verify(whole=whole))
@@ -270,17 +315,17 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_plain(model: torch.nn.Module) -> None:
-    """Check that the kernels use all weights as the loader leaves them.
+def check_copyable(model: torch.nn.Module) -> None:
+    """Check that all weights belong to classes of vLLM that are known to leave nothing unseen.
 
     Raises:
-        ValueError: A kernel converts the weights of a layer.
+        ValueError: A layer has weights of another class.
     """
     for name, module in model.named_modules():
         method = weight_method(module)
         if method is None or is_attention(module):
             continue
-        if method not in PLAIN_METHODS:
+        if method not in (*PLAIN_METHODS, *PROCESSED_METHODS):
             raise ValueError(f"{name} has weights of {method}; they can't be copied")
 
 
@@ -307,17 +352,27 @@ def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, Tensor]:
             str(tensor.dtype).removeprefix("torch."),
             tuple(tensor.shape),
             tensor.numel() * tensor.element_size(),
+            _strides(tensor),
         )
         for name, tensor in tensors.items()
     }
 
 
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides of a tensor whose dimensions are permuted, and otherwise nothing."""
+    if tensor.is_contiguous() or memory_order(tensor) is None:
+        return ()
+    return tuple(tensor.stride())
+
+
 def copy_to(tensors: Mapping[str, torch.Tensor], name: str, memory: memoryview) -> None:
     """Write one tensor's values to memory."""
-    tensor = tensors[name].detach().flatten()
+    tensor = tensors[name].detach()
     if not tensor.numel():
         return
-    target = torch.frombuffer(memory, dtype=tensor.dtype)
+    flat = memory_order(tensor) if _strides(tensor) else None
+    tensor = as_bytes(tensor.contiguous() if flat is None else flat)
+    target = torch.frombuffer(memory, dtype=torch.uint8)
     runtime = cuda_runtime()
     if runtime is None or tensor.device.type == "cpu":
         target.copy_(tensor)
@@ -334,12 +389,7 @@ def pinned(mapped: MappedTensors) -> PinnedWeights:
         RuntimeError: CUDA can't register the memory.
     """
     whole = torch.frombuffer(mapped.memory, dtype=torch.uint8)
-    tensors = {
-        name: whole[tensor.offset : tensor.offset + tensor.size_bytes]
-        .view(getattr(torch, tensor.dtype))
-        .view(tensor.shape)
-        for name, tensor in mapped.tensors.items()
-    }
+    tensors = {name: _of_file(whole, tensor) for name, tensor in mapped.tensors.items()}
     offsets = {name: tensor.offset for name, tensor in mapped.tensors.items()}
     size = sum(tensor.size_bytes for tensor in mapped.tensors.values())
     held = PinnedWeights(tensors, offsets, host_bytes=size)
@@ -347,6 +397,15 @@ def pinned(mapped: MappedTensors) -> PinnedWeights:
         held.registration = register(runtime, whole.data_ptr(), whole.numel())
         held.stall_s = held.registration.longest_s
     return held
+
+
+def _of_file(whole: torch.Tensor, tensor: Tensor) -> torch.Tensor:
+    """Return a view of a file's bytes as one of its tensors."""
+    part = whole[tensor.offset : tensor.offset + tensor.size_bytes]
+    flat = part.view(getattr(torch, tensor.dtype))
+    if tensor.strides:
+        return flat.as_strided(tensor.shape, tensor.strides)
+    return flat.view(tensor.shape)
 
 
 def copy_all(held: PinnedWeights, live: dict[str, torch.Tensor]) -> None:
@@ -362,24 +421,42 @@ def copy_all(held: PinnedWeights, live: dict[str, torch.Tensor]) -> None:
 
 
 def _copy_pinned(source: torch.Tensor, offset: int, target: torch.Tensor) -> None:
-    """Copy a tensor of registered memory, no range of which may span two pieces."""
+    """Copy a tensor of registered memory, no range of which may span two pieces.
+
+    A tensor whose dimensions are permuted is copied in the order of its memory.
+    """
+    if not source.numel():
+        return
     parts = list(parts_of(offset, source.numel() * source.element_size()))
-    if len(parts) <= 1:
-        target.copy_(source, non_blocking=True)
-    elif not target.is_contiguous():
+    from_, to = memory_order(source), memory_order(target)
+    if from_ is None or to is None or not _same_order(source, target):
         target.copy_(source.clone())  # slower, through memory that is not registered
+    elif len(parts) <= 1:
+        to.copy_(from_, non_blocking=True)
     else:
         size = source.element_size()
-        from_, to = source.view(-1), target.view(-1)
         for begin, end in parts:
             part = slice(begin // size, end // size)
             to[part].copy_(from_[part], non_blocking=True)
 
 
+def _same_order(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape have their values in the same order of memory."""
+    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(mine == theirs for size, mine, theirs in steps if size > 1)
+
+
 def arrived(held: dict[str, torch.Tensor], live: dict[str, torch.Tensor]) -> bool:
     """Return whether live tensors begin and end with the values that they were copied from."""
     return all(
-        torch.equal(live[name].detach().flatten()[part].cpu(), tensor.flatten()[part])
+        torch.equal(there.cpu(), here)
         for name, tensor in held.items()
-        for part in (slice(None, _VALUES), slice(-_VALUES, None))
+        for there, here in zip(_ends(live[name], tensor), _ends(tensor, tensor), strict=True)
     )
+
+
+def _ends(tensor: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tensor's first and last values as bytes, in the order that a file has them."""
+    if _same_order(tensor, held):
+        return ends_of(tensor, _VALUES)
+    return ends_of(tensor.contiguous(), _VALUES)

@@ -1,24 +1,33 @@
 """A second model of the same architecture beside the running model. They share only attention.
 
 vLLM's own classes build the model and vLLM's own loader fills it. Fused, tied and packed weights
-are therefore exactly as in vLLM. On CPU each matrix is packed as it is read (`packing`).
+are therefore exactly as in vLLM. On CPU each matrix is packed as it is read (`packing`). Quantised
+weights are made ready for their kernels by vLLM's own code, too, layer by layer between two steps
+of the running model, and on the engine's device.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from service.engine.vllm.worker.model_access import is_attention, named_layers
+from service.engine.vllm.worker.model_state import move_to_host
 from service.engine.vllm.worker.pack_while_loading import (
     ScratchBuffers,
     packing_as_read,
     packing_tied_once,
 )
+from service.engine.vllm.worker.step_turns import StepTurns
 from service.models.lora_merge import LoraDelta
+from service.models.model_config import read_json
+from service.models.quantization_form import quantization_facts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -41,6 +50,7 @@ class SecondModel:
         from vllm.model_executor.model_loader.utils import initialize_model
         from vllm.utils.torch_utils import set_default_torch_dtype
 
+        check_same_form(Path(config.model_config.model), Path(folder))
         own = copy.copy(config)
         own.model_config = copy.copy(config.model_config)
         own.model_config.model = folder
@@ -67,8 +77,8 @@ class SecondModel:
         Args:
             adapter: A LoRA adapter to add to the weights.
             scratch: Buffers to assemble matrices in.
-            finish: Whether to pack the weights for the kernels. Otherwise they stay as vLLM's
-                loader leaves them.
+            finish: Whether to pack the weights for the kernels, in this thread. Otherwise they stay
+                as vLLM's loader leaves them.
 
         Raises:
             ValueError: The weights do not fit the model.
@@ -100,6 +110,68 @@ class SecondModel:
         with set_current_vllm_config(config), packing_tied_once(self.model, scratch):
             process_weights_after_loading(self.model, config.model_config, self._device)
         self.model.eval()
+
+    def process(
+        self, device: torch.device, turns: StepTurns, shared: Collection[int] = frozenset()
+    ) -> None:
+        """Make loaded weights ready for the kernels, in the order of vLLM's own loader.
+
+        Each layer is one turn between two steps of the running model. It is moved to the device,
+        changed there, and moved back.
+
+        Args:
+            device: The engine's device.
+            turns: The turns of the load's thread.
+            shared: Addresses of memory that other models use, which stays where it is.
+
+        Raises:
+            ValueError: The model has weights that can't be made ready layer by layer.
+            Exception: Any error of vLLM's classes.
+        """
+        from vllm.model_executor.layers.attention import is_deferred_attention_layer
+        from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+        from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+
+        if hasattr(self.model, "process_weights_after_loading"):
+            kind = type(self.model).__name__
+            raise ValueError(f"{kind} changes its weights as a whole after they are loaded")
+        maybe_retie_word_embeddings(self.model, self._config.model_config)
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, QuantizeMethodBase):
+                run = partial(method.process_weights_after_loading, module)
+                turns.take(partial(self._on_device, module, device, shared, run))
+                if hasattr(module, "update_param_tp_status"):
+                    module.update_param_tp_status()
+        dtype = self._config.model_config.dtype
+        for module in self.model.modules():
+            if is_deferred_attention_layer(module):
+                run = partial(module.process_weights_after_loading, dtype)
+                turns.take(partial(self._on_device, module, device, shared, run))
+        self.model.eval()
+
+    def _on_device(
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        shared: Collection[int],
+        run: Callable[[], None],
+    ) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        config = self._config
+        moves = device.type != "cpu"
+        with (
+            torch.no_grad(),
+            set_current_vllm_config(config),
+            set_default_torch_dtype(config.model_config.dtype),
+            device if moves else nullcontext(),
+            _on(device, module) if moves else nullcontext(),
+        ):
+            run()
+            if moves:
+                move_to_host(module, shared)
 
     def share_attention(self, running: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
         """Put the running attention layers into this model.
@@ -133,6 +205,45 @@ class SecondModel:
             parent, child = places[id(layer)]
             setattr(parent, child, running[name])
         return own
+
+
+@contextmanager
+def _on(device: torch.device, module: torch.nn.Module) -> Iterator[None]:
+    """Move a layer's parameters to a device. A failed layer moves back, to free its room."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device)
+    try:
+        yield
+    except BaseException:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.cpu()
+        raise
+
+
+def check_same_form(running: Path, folder: Path) -> None:
+    """Check that an engine of one model reads another model's quantised weights rightly.
+
+    Both are built from the engine's config, which knows only the form of the running weights.
+
+    Raises:
+        ValueError: The forms differ.
+    """
+    mine, theirs = (_facts(path) for path in (folder, running))
+    if mine == theirs:
+        return
+    if mine is None or theirs is None:
+        raise ValueError(f"its weights are {'not ' if mine is None else ''}stored quantised")
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise ValueError(
+                f"quantization_config.{name} is {mine.get(name)!r:.80}, and "
+                f"{theirs.get(name)!r:.80} in the running model"
+            )
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    where = folder / "config.json"
+    return quantization_facts(read_json(where)) if where.is_file() else None
 
 
 def check_alike(model: torch.nn.Module, running: torch.nn.Module) -> None:

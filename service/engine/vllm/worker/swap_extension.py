@@ -18,12 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from service.engine.vllm.worker.eager_steering import SteeredGates
 from service.engine.vllm.worker.expert_grammars import ExpertGrammars
 from service.engine.vllm.worker.gate_capture import CaptureExtension
-from service.engine.vllm.worker.model_access import is_attention, named_layers
+from service.engine.vllm.worker.model_access import (
+    PLAIN_METHODS,
+    is_attention,
+    named_layers,
+    weight_method,
+)
 from service.engine.vllm.worker.pack_while_loading import ScratchBuffers
 from service.engine.vllm.worker.second_model import SecondModel, check_alike
+from service.engine.vllm.worker.step_turns import StepTurns
 from service.engine.vllm.worker.thinking_marks import use_marks
 from service.engine.vllm.worker.weight_memory import (
     check_room,
@@ -37,8 +45,14 @@ from service.engine.vllm.worker.weight_probe import WeightProbe
 from service.models.lora_merge import LoraDelta
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
+
+
+# The longest time that a load takes from the running model at one question for its state.
+_TURN_S = 0.02
+# Classes whose weights are packed in the load's thread on a CPU. The packers of all others use what
+# holds for the whole process.
+_PACKED_IN_THREAD = (*PLAIN_METHODS, "UnquantizedFusedMoEMethod")
 
 
 @dataclass(slots=True)
@@ -74,6 +88,7 @@ class PendingLoad:
     requested_s: float
     thread: threading.Thread | None = None
     error: str | None = None
+    turns: StepTurns = field(default_factory=StepTurns)
 
 
 @dataclass(slots=True)
@@ -194,7 +209,7 @@ class SwapExtension(CaptureExtension):
         def read() -> Any:
             delta = LoraDelta(Path(load.adapter), load.strength) if load.adapter else None
             check_room(second.model)
-            return self._coe_read(expert, second, delta, before)
+            return self._coe_read(expert, second, delta, before, load.turns)
 
         return read
 
@@ -206,6 +221,7 @@ class SwapExtension(CaptureExtension):
             held = read()
             release_freed()
             held.fill_s = time.monotonic() - began_s
+            held.stall_s = max(held.stall_s, load.turns.longest_s)
         except Exception as error:
             load.error = _first_line(error)
             return
@@ -216,11 +232,23 @@ class SwapExtension(CaptureExtension):
         """Prepare a load's thread."""
 
     def _coe_read(
-        self, _expert: str, second: SecondModel, delta: LoraDelta | None, before: int
+        self,
+        _expert: str,
+        second: SecondModel,
+        delta: LoraDelta | None,
+        before: int,
+        turns: StepTurns,
     ) -> Any:
         """Load an expert's weights. `before` has the bytes of the process before the load."""
         scratch = ScratchBuffers()
-        second.load(delta, scratch)
+        in_thread = all(
+            method is None or method in _PACKED_IN_THREAD
+            for module in second.model.modules()
+            for method in [weight_method(module)]
+        )
+        second.load(delta, scratch, finish=in_thread)
+        if not in_thread:
+            second.process(torch.device("cpu"), turns)
         layers = second.share_attention(named_layers(self.vllm_config))
         check_alike(second.model, self.model_runner.model)
         # Packed weights are not tensors. Buffers of other layers show only as growth.
@@ -262,6 +290,7 @@ class SwapExtension(CaptureExtension):
         """
         state = self._coe()
         self._coe_start_next_load()
+        self._coe_give_turns()
         if (held := state.held.get(expert)) is not None:
             self._coe_record_probe(held)
             return {
@@ -279,6 +308,12 @@ class SwapExtension(CaptureExtension):
             release_freed()
             return {"state": "failed", "reason": load.error}
         return {"state": "loading", "since_s": time.monotonic() - load.requested_s}
+
+    def _coe_give_turns(self) -> None:
+        """Let the load that runs do some of what can't be done beside the running model."""
+        for load in tuple(self._coe().loads.values()):
+            if load.thread is not None and load.error is None:
+                load.turns.serve(_TURN_S)
 
     def _coe_record_probe(self, held: Any) -> None:
         """Record the probe of new weights. Called between two steps of the running model."""

@@ -19,6 +19,7 @@ from service.engine.vllm.worker.model_access import (
     packed_weight,
     weight_method,
 )
+from service.engine.vllm.worker.model_state import ends_of
 
 _ROWS = 2
 _LAYERS = 3
@@ -71,6 +72,7 @@ class WeightProbe:
             whole: Whether to compute all recorded layers instead of the next few.
         """
         with torch.inference_mode():
+            # As bytes: a layout may have values that equal nothing.
             if any(
                 not torch.equal(_first_values(parameter), expected)
                 for parameter, expected in self.values
@@ -88,8 +90,7 @@ class WeightProbe:
 
 
 def _first_values(parameter: torch.Tensor) -> torch.Tensor:
-    values: torch.Tensor = parameter.detach().flatten()[:_VALUES].clone()
-    return values
+    return ends_of(parameter, _VALUES)[0]
 
 
 def _output(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:

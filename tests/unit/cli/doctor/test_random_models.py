@@ -58,7 +58,7 @@ def test_small_config_has_every_kind_of_layer() -> None:
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "no random weights of awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "no random weights of hqq"),
         ({"hidden_size": None}, None),
     ],
 )

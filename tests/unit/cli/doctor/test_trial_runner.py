@@ -167,7 +167,7 @@ def test_prove_of_quantised_weights_is_not_proven(
     launcher: tuple[str, ...], tmp_path: Path
 ) -> None:
     subject = default_subject(on_gpu=True)
-    config = {**subject.config, "quantization_config": {"quant_method": "gptq"}}
+    config = {**subject.config, "quantization_config": {"quant_method": "hqq"}}
     found = run(
         launcher,
         tmp_path,
@@ -176,5 +176,5 @@ def test_prove_of_quantised_weights_is_not_proven(
         ),
     )
     assert found["inplace"] == ProofFinding(
-        Verdict.UNTRIED, "this release makes no random weights of gptq"
+        Verdict.UNTRIED, "this release makes no random weights of hqq"
     )

@@ -267,7 +267,7 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     def odd(_: Any) -> None:
         raise ValueError("mlp has weights of FusedMoE; they can't be copied")
 
-    monkeypatch.setattr(pinned_swap_extension, "check_plain", odd)
+    monkeypatch.setattr(pinned_swap_extension, "check_copyable", odd)
     one = worker()
     one.load_model()
     assert one.coe_register_initial("base") == "mlp has weights of FusedMoE; they can't be copied"

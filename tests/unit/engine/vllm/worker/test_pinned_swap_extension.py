@@ -169,6 +169,52 @@ def test_pinned_weights_for_a_transposed_parameter_arrive(
     assert torch.equal(live["w"], held.tensors["w"])
 
 
+@pytest.mark.parametrize(
+    "live",
+    [
+        torch.zeros(70, 90).t(),
+        torch.zeros(5, 70, 30).permute(1, 2, 0),
+        torch.zeros(70, 90, dtype=torch.int8).t().view(torch.float8_e4m3fn),
+        torch.zeros(90, 1),
+        torch.zeros(1, 90).t(),
+        torch.zeros(()),
+        torch.zeros(0, dtype=torch.int32),
+    ],
+    ids=["transposed", "permuted", "float8", "column", "row", "scalar", "empty"],
+)
+def test_pinned_weights_of_a_permuted_parameter_are_copied_in_the_order_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: Any
+) -> None:
+    """From registered memory and without a copy on the way, whatever the order of dimensions."""
+    from service.engine.vllm.worker import host_registration, pinned_swap_extension
+
+    cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    monkeypatch.setattr(host_registration, "PIECE_BYTES", fake_cuda.PAGE_BYTES)
+    source = live.clone(memory_format=torch.preserve_format)
+    chance = torch.Generator().manual_seed(5)
+    size = source.untyped_storage().nbytes()
+    noise = torch.randint(0, 120, (size,), dtype=torch.uint8, generator=chance)
+    source.untyped_storage().copy_(noise.untyped_storage())
+    held = dense_model.extension(model(1), tmp_path)._coe_hold("a", {"w": source})
+    assert held.tensors["w"].stride() == source.stride() or source.is_contiguous()
+    copies: list[bool] = []
+
+    class Looked(torch.Tensor):
+        def copy_(self, source: Any, non_blocking: bool = False) -> Any:
+            copies.append(non_blocking)
+            assert cuda.has(source.data_ptr(), source.numel() * source.element_size())
+            return super().copy_(source)
+
+    pinned_swap_extension.copy_all(held, {"w": live.as_subclass(Looked)})
+    assert all(copies)
+    assert pinned_swap_extension.arrived(held.tensors, {"w": live})
+    assert torch.equal(live.float(), source.float())
+    if live.numel() > 16:
+        flat = live.permute(sorted(range(live.dim()), key=lambda d: -live.stride(d))).view(-1)
+        flat[-1:].view(torch.uint8)[0] ^= 1
+        assert not pinned_swap_extension.arrived(held.tensors, {"w": live})
+
+
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 5])
 def test_pinned_weights_refused_registration_fails_the_load_and_gives_all_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
