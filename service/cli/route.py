@@ -110,4 +110,6 @@ def _local_decision(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     )
     added = RequestDefaults(config).added(request, routing.catalog.experts)
     wanted = selection_request(routing.cost_model, request, plan, added=added)
-    return explain(plan, select(routing.catalog, pool_matrix, wanted), request.alias)
+    selection = select(routing.catalog, pool_matrix, wanted)
+    left_out = routing.planner.left_out(request, plan)
+    return explain(plan, selection, request.alias, left_out)

@@ -32,7 +32,12 @@ async def test_categories_are_live_after_a_reload_and_the_encoder_joins(tmp_path
         await s.gateway.reload(config)
         found = await asked(s, text)
         assert (found["category"], found["stage"]) == ("law", "static")
-        encoder = {"model": str(make_encoder(tmp_path)), "when_below": 1.0, "timeout_ms": 1000}
+        encoder = {
+            "model": str(make_encoder(tmp_path)),
+            "when_below": 1.0,
+            "min_gain": 0.0,
+            "timeout_ms": 1000,
+        }
         config = simulated(
             {"cpu": {}},
             experts=EXPERTS,

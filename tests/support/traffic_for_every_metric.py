@@ -71,7 +71,12 @@ def learning(folder: Path) -> dict[str, Any]:
     return {
         "router": {
             "artifact": str(folder / "mine@1"),
-            "encoder": {"model": str(encoder), "when_below": 1.0, "timeout_ms": 1000},
+            "encoder": {
+                "model": str(encoder),
+                "when_below": 1.0,
+                "min_gain": 0.0,
+                "timeout_ms": 1000,
+            },
         },
         "shadow": {
             "share": 1.0,

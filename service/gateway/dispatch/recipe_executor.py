@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import within_bounds
-from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.route_plan import LeftOut, RoutePlan
 from service.types import Recipe
 
 
@@ -229,9 +230,12 @@ class RecipeExecutor:
         """Return the experts that each recipe of a plan may call."""
         return [self._catalog.recipes[row].experts for row in plan.rows.tolist()]
 
-    def explain(self, request: InferenceRequest, plan: RoutePlan) -> dict[str, Any]:
-        """Explain the decision as JSON: the posterior, and every candidate with its reason."""
-        return explain(plan, self._dispatcher.weigh_candidates(request, plan), request.alias)
+    def explain(
+        self, request: InferenceRequest, plan: RoutePlan, left_out: Sequence[LeftOut] = ()
+    ) -> dict[str, Any]:
+        """Explain the decision as JSON: the posterior, and every recipe with its reason."""
+        selection = self._dispatcher.weigh_candidates(request, plan)
+        return explain(plan, selection, request.alias, left_out)
 
     def _learn_lengths(self, plan: RoutePlan, reply: ResponseSend, *, complete: bool) -> None:
         """Learn the lengths of the answers.

@@ -20,6 +20,7 @@ async def route(request: Request, services: Services) -> Response:
         )
         session = await services.sessions.find(validated.request)
         plan = await services.planner.plan_by_all_stages(validated.request, session)
-        decision = services.executor.explain(validated.request, plan)
+        left_out = services.planner.left_out(validated.request, plan)
+        decision = services.executor.explain(validated.request, plan, left_out)
         entry.record.status = 200
     return json_response({**decision, "guard": validated.explained()})

@@ -29,7 +29,7 @@ from service.gateway.request.parsing import AUTO, GENERAL, InferenceRequest
 from service.gateway.request.thinking_ways import ThinkingWays, refused
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import allowed_experts, bounds_of
-from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.route_plan import LeftOut, RoutePlan
 from service.gateway.routing.session_affinity import NO_SESSION, SessionLookup
 from service.types import MAX_LATER, CategoryScores, Recipe, Tenant
 
@@ -473,6 +473,41 @@ class CandidatePlanner:
                 told = {n: why for n, why in reasons.items() if request.tenant.may_ask(n)}
                 raise refused(request.thinking, told)
         return able
+
+    def left_out(self, request: InferenceRequest, plan: RoutePlan) -> list[LeftOut]:
+        """The recipes that are no candidates of a plan, with the reasons, best first.
+
+        Those that the tenant may not ask are not told of. There are none where the client names an
+        expert or a recipe.
+        """
+        if plan.estimates is None:
+            return []
+        candidates = set(plan.rows.tolist())
+        found = []
+        for row, recipe in enumerate(self._catalog.recipes):
+            if row in candidates or not all(map(request.tenant.may_ask, recipe.experts)):
+                continue
+            quality = float(plan.estimates.quality[row])
+            found.append(LeftOut(row, quality, self._why_left_out(request, row)))
+        return sorted(found, key=lambda one: -one.quality)
+
+    def _why_left_out(self, request: InferenceRequest, row: int) -> str:
+        if not self._chosen_by_auto[row]:
+            return "only clients that name it get it (auto: false)"
+        lacking = [
+            need
+            for need in sorted(request.needs)
+            if need not in self._lacking or self._lacking[need][row]
+        ]
+        if lacking:
+            return f"it can't do {', '.join(lacking)}"
+        if not request.combinable and not self._catalog.single[row]:
+            return "it asks several experts: only chat with n = 1, without tools and logprobs"
+        refusals = self._ways.refusals(request.endpoint, request.thinking)
+        for name in self._catalog.recipes[row].experts:
+            if name in refusals:
+                return refusals[name]
+        return f"its expected quality is less than {_MIN_QUALITY:g}, too little for a candidate"
 
     def _allowed(self, experts: frozenset[str]) -> NDArray[np.bool_]:
         """The recipes that use only these experts, as a mask (recipes,)."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from service.broker.model_aliases import AliasChoice
 from service.broker.quality_cost_bounds import Exclusion
 from service.broker.selection import Selection
-from service.gateway.routing.route_plan import RoutePlan
+from service.gateway.routing.route_plan import LeftOut, RoutePlan
 
 _WHY = {
     Exclusion.NO_POOL: "no running pool has it",
@@ -25,7 +26,10 @@ _MAX_CANDIDATES = 256
 
 
 def explain(
-    plan: RoutePlan, selection: Selection, alias: AliasChoice | None = None
+    plan: RoutePlan,
+    selection: Selection,
+    alias: AliasChoice | None = None,
+    left_out: Sequence[LeftOut] = (),
 ) -> dict[str, Any]:
     """Explain a selection.
 
@@ -33,15 +37,18 @@ def explain(
         plan: The candidates.
         selection: The selection among them.
         alias: The alias that was asked for; None without one.
+        left_out: The recipes that are no candidates.
 
     Returns:
         A JSON object. Times are in seconds, null where there are none. The best candidate comes
-        first, and no more than 256 are listed.
+        first, recipes that are none come last, and no more than 256 are listed.
     """
     scores = plan.scores
     posterior = dict(zip(scores.labels, scores.probabilities, strict=True)) if scores else {}
     order = [int(at) for at in selection.order()[:_MAX_CANDIDATES]]
     best = selection.best_position()
+    listed = [_candidate(selection, at, best) for at in order]
+    listed += [_no_candidate(selection, one) for one in left_out[: _MAX_CANDIDATES - len(listed)]]
     return {
         "alias": None if alias is None else {"name": alias.alias, "target": alias.target},
         "category": plan.category,
@@ -55,7 +62,7 @@ def explain(
         "budget_price": _significant(selection.request.budget_price),
         "session": _session(selection, best),
         "chosen": None if best is None else _candidate(selection, best, best)["recipe"],
-        "candidates": [_candidate(selection, at, best) for at in order],
+        "candidates": listed,
     }
 
 
@@ -107,6 +114,26 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
         "utility": _finite(float(selection.utility[at]), 4),
         "behind": _finite(behind, 4),
         "why": why,
+    }
+
+
+def _no_candidate(selection: Selection, left_out: LeftOut) -> dict[str, Any]:
+    """A recipe that was not weighed: nothing is known of it but its quality."""
+    recipe = selection.catalog.recipes[left_out.row]
+    unknown = ("cost", "swap_s", "wait_s", "answer_s", "time_s", "waiting_s", "displaced_s")
+    return {
+        "recipe": recipe.name,
+        "kind": recipe.kind,
+        "expert": recipe.members[0],
+        "members": list(recipe.members),
+        "later": list(recipe.later),
+        "pool": None,
+        "pools": {},
+        "quality": round(left_out.quality, 4),
+        **dict.fromkeys(unknown),
+        "utility": None,
+        "behind": None,
+        "why": left_out.why,
     }
 
 

@@ -17,6 +17,21 @@ from service.types import CategoryScores
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A recipe that is no candidate for a request.
+
+    Attributes:
+        row: Its index in the catalog.
+        quality: Its expected quality, in [0, 1].
+        why: Why it is none.
+    """
+
+    row: int
+    quality: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class RoutePlan:
     """The candidates for one request.
 

@@ -79,7 +79,7 @@ function candidate(one, told) {
   const known = typeof one.utility === "number";
   const share = known ? Math.max(0, Math.min(1, one.utility)) * 100 : 0;
   return el("tr", { class: (one.recipe ?? one.expert) === told.chosen ? "chosen" : "" }, who, num(one.quality),
-    el("td", { class: "num" }, one.cost ? one.cost.toPrecision(2) : "0"), num(one.wait_s), num(one.answer_s), num(one.displaced_s),
+    el("td", { class: "num" }, one.cost === null ? "–" : one.cost ? one.cost.toPrecision(2) : "0"), num(one.wait_s), num(one.answer_s), num(one.displaced_s),
     el("td", {}, known ? el("span", { class: "meter" }, el("b", { style: { width: `${share}%`, background: colour(one.expert) } })) : "", known ? one.utility.toFixed(3) : one.why));
 }
 

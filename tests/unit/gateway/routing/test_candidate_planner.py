@@ -211,6 +211,44 @@ def test_plan_expert_without_the_needed_capability_is_skipped_or_raises() -> Non
     assert caught.value.param == "model"
 
 
+def left_out(category: str, tenant: Tenant | None = None, **more: Any) -> dict[str, str]:
+    """The recipes that are no candidates, with the reasons."""
+    asked = parse_request(
+        "/v1/chat/completions",
+        orjson.dumps({"model": "auto", "messages": [{"role": "user", "content": "x"}], **more}),
+        {},
+        1000,
+    )
+    if tenant is not None:
+        asked = replace(asked, tenant=tenant)
+    planner = router(category)
+    got = planner.plan(asked)
+    told = planner.left_out(asked, got)
+    assert not {one.row for one in told} & set(got.rows.tolist())
+    assert [one.quality for one in told] == sorted((one.quality for one in told), reverse=True)
+    return {BOOK.recipes[one.row].name: one.why for one in told}
+
+
+def test_left_out_recipes_are_told_with_the_reason() -> None:
+    tools = [{"type": "function"}]
+    small = "its expected quality is less than 0.05"
+    assert left_out("math") == {"vectors": "it can't do chat"}
+    assert left_out("general")["math"].startswith(small)
+    assert left_out("math", tools=tools) == {
+        "math": "it can't do tools",
+        "vectors": "it can't do chat, tools",
+        BOTH.name: "it can't do tools",
+    }
+    several = left_out("math", n=2)[BOTH.name]
+    assert several.startswith("it asks several experts")
+    # Nobody is told of what the key may not ask.
+    limited = Tenant("t", experts=frozenset({"general", "vectors"}))
+    assert set(left_out("math", limited)) == {"vectors"}
+    named = {"model": "math", "messages": [{"role": "user", "content": "x"}]}
+    asked = parse_request("/v1/chat/completions", orjson.dumps(named), {}, 1000)
+    assert not router("math").left_out(asked, plan("math"))
+
+
 def test_plan_auto_last_resort_is_any_capable_expert() -> None:
     data = orjson.dumps({"input": "x"})
     asked = parse_request("/v1/embeddings", data, {}, 1000)

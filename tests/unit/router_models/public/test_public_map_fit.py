@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ def test_outcome_rows_have_costs_of_what_was_read_and_lengths_of_what_people_ask
     file = tmp_path / "rows.jsonl.gz"
     with gzip.open(file, "wt") as out:
         out.write(json.dumps(ROW) + "\n")
-    (row,) = outcome_rows(file, {"mine": MODEL, "missing": MODEL.__class__(*["x"] * 3, 1, 1, "")})
-    assert row["prompt"] == stem(ROW["prompt"]) == QUESTION
+    (row,) = outcome_rows(file, {"mine": MODEL, "missing": replace(MODEL, recorded="Missing")})
+    assert row["prompt"] == stem(str(ROW["prompt"])) == QUESTION
     assert set(row["outcomes"]) == {"mine"}
     found = row["outcomes"]["mine"]
     assert found["cost"] == pytest.approx(2.0 * (len(str(ROW["prompt"])) + 401) / 4 / 1e6)
