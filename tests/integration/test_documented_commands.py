@@ -205,8 +205,9 @@ async def test_worked_example_has_the_right_numbers(tmp_path: Path) -> None:
     async with run_gateway(DEMO) as s:
         route = json.loads(await run(s, tmp_path, found[1] + " --json"))
     assert round(route["posterior"]["math"], 3) == 1.0
-    assert len(weighed_ones := [c for c in route["candidates"] if c["utility"] is not None]) > 3
-    for candidate in weighed_ones:
+    candidates = [one for one in route["candidates"] if one["utility"] is not None]
+    assert len(candidates) > 3
+    for candidate in candidates:
         weighed = route["cost_price"] * candidate["cost"]
         name = candidate.get("recipe") or candidate["expert"]
         row = (
