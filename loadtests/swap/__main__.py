@@ -3,6 +3,9 @@
 It uses the real engine and the demo's family. The methods are in place from host memory, in place
 from disk, as an adapter, and by another engine. For comparison, the same run copies the same bytes
 in memory, reads and packs the same file, and starts an engine.
+
+With `--engines command` it measures the swaps of other projects' servers, and streams through them,
+beside the same by hand.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.median_intervals import Estimate, median, ratio_of_medians
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
+from loadtests.swap import foreign_servers
 from loadtests.swap.real_shared_slot_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.engine.vllm.engine import VllmEngine, VllmModel
@@ -223,7 +227,15 @@ def main() -> int:
     words.add_argument(
         "--respawns", type=int, default=3, help="number of engine starts (default 3)"
     )
+    words.add_argument(
+        "--engines",
+        choices=("vllm", "command"),
+        default="vllm",
+        help="the pool's own engine, or servers that commands start (default vllm)",
+    )
     given = words.parse_args()
+    if given.engines == "command":
+        return tell(lambda _: foreign_servers.report_of(given.times), as_json=given.json)
     prepare()
     return tell(
         lambda _: report_of(asyncio.run(measure(settings(), given.times, given.respawns))),

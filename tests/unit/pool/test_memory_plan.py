@@ -14,6 +14,7 @@ from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_sha
 from service.pool.memory_plan import (
     ENGINE_BYTES,
     REPLICA_BYTES,
+    SERVERS_REPLICA_BYTES,
     PoolPlan,
     check_plan,
     folders_of,
@@ -369,3 +370,91 @@ def test_plan_pool_reads_each_folder_once() -> None:
 
     plan_pool(config(), "cpu", inspect)
     assert sorted(looked) == ["base", "tuned"]
+
+
+def by_command(size: str, asleep: str | None = None) -> dict[str, Any]:
+    command: dict[str, Any] = {"run": ["s", "{port}"], "memory_bytes": size}
+    if asleep is not None:
+        command |= {"sleep": {"url": "/s", "memory_bytes": asleep}, "wake": {"url": "/w"}}
+    return {"command": command}
+
+
+def plan_servers(experts: dict[str, Any], gpu_bytes: int | None = None, **pool: Any) -> PoolPlan:
+    options = {"dtype": "float32", "kv_cache_bytes": "128MiB", "enforce_eager": True}
+    settings = {"vllm": options, **pool}
+    made = Config.model_validate({"experts": experts, "pools": {"p": settings}})
+    return plan_pool(made, "p", inspect(), gpu_bytes=gpu_bytes)
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "expected_mib"),
+    [
+        ({"a": by_command("300MiB"), "b": by_command("500MiB")}, None, 800),
+        ({"a": by_command("300MiB"), "b": by_command("500MiB")}, 1, 500),
+        # What sleeps is beside the one that runs.
+        ({"a": by_command("300MiB", "50MiB"), "b": by_command("500MiB", "70MiB")}, 1, 550),
+        ({"a": by_command("300MiB", "50MiB"), "b": by_command("500MiB")}, 1, 550),
+        ({n: by_command("300MiB") for n in "abc"}, 2, 600),
+    ],
+)
+def test_plan_servers_that_take_turns_need_the_largest(
+    experts: dict[str, Any], slots: int | None, expected_mib: int
+) -> None:
+    plan = plan_servers(experts, slots=slots)
+    assert sum(engine.total_bytes for engine in plan.engines) == expected_mib * MIB
+    assert plan.replica_bytes == SERVERS_REPLICA_BYTES
+    assert all(engine.by_command for engine in plan.engines)
+
+
+@pytest.mark.parametrize("size_mib", [1, 20_000])
+def test_plan_server_shares_a_slot_with_an_engine_of_ours(size_mib: int) -> None:
+    alone = plan_servers({"base": {"model": "m"}}, slots=1)
+    experts = {"base": {"model": "m"}, "a": by_command(f"{size_mib}MiB")}
+    (engine,) = plan_servers(experts, slots=1).engines
+    # One of them has ended before the other starts.
+    assert engine.total_bytes == max(alone.engines[0].total_bytes, size_mib * MIB)
+    two = plan_servers(experts)
+    assert [one.total_bytes for one in two.engines] == [
+        alone.engines[0].total_bytes,
+        size_mib * MIB,
+    ]
+    assert two.replica_bytes == REPLICA_BYTES
+
+
+def test_plan_servers_above_the_bounds_are_refused() -> None:
+    experts = {"a": by_command("3GiB"), "b": by_command("3GiB")}
+    plan = plan_servers(experts, memory_bytes="4GiB")
+    with pytest.raises(ConfigError, match=r"pools\.p\.memory_bytes: the experts need"):
+        check_plan(plan, None)
+    with pytest.raises(ConfigError, match="this machine has"):
+        check_plan(plan_servers(experts), 4 * 1024**3)
+    with pytest.raises(ConfigError, match=r"swap\.host_bytes is 1\.00 GiB"):
+        plan_servers(experts, slots=1, swap={"host_bytes": "1GiB"})
+
+
+@pytest.mark.parametrize(
+    ("experts", "slots", "fits"),
+    [
+        ({"a": by_command("20GiB"), "b": by_command("9GiB")}, 1, True),
+        ({"a": by_command("20GiB"), "b": by_command("9GiB")}, None, False),
+        ({"a": by_command("10GiB"), "b": by_command("9GiB")}, None, True),
+        ({"a": by_command("23GiB")}, None, False),
+    ],
+)
+def test_plan_servers_on_a_gpu_have_to_fit_its_memory(
+    experts: dict[str, Any], slots: int | None, fits: bool
+) -> None:
+    options = {"vllm": {}, "gpus": 1, "slots": slots}
+    if fits:
+        plan = plan_servers(experts, 24 * 1024**3, **options)
+        assert plan.on_gpu
+        assert plan.replica_bytes == 0
+    else:
+        with pytest.raises(ConfigError, match=r"pools\.p\.gpus: engines that share a GPU"):
+            plan_servers(experts, 24 * 1024**3, **options)
+
+
+def test_plan_servers_asleep_on_a_gpu_are_in_host_memory() -> None:
+    experts = {"a": by_command("9GiB", "10GiB"), "b": by_command("8GiB", "9GiB")}
+    plan = plan_servers(experts, 24 * 1024**3, gpus=1, slots=1, vllm={})
+    assert plan.host_bytes == 19 * 1024**3

@@ -69,6 +69,10 @@ class Pool:
         self.asked.append(("moe_statistics", expert))
         return {"layers": 2}
 
+    async def server_log(self, expert: str) -> dict[str, Any]:
+        self.asked.append(("server_log", expert))
+        return {"lines": ["a"]}
+
 
 async def send_request(
     pool: Pool,
@@ -112,6 +116,7 @@ async def send_request(
         ("GET", "/gpus", b"", ("gpus",), b'[{"index":0,"reserved_bytes":1}]'),
         ("GET", "/used/a-again1", b"", ("used", "a-again1"), b"[3,4]"),
         ("GET", "/moe-statistics/org/e", b"", ("moe_statistics", "org/e"), b'{"layers":2}'),
+        ("GET", "/server-log/org/e", b"", ("server_log", "org/e"), b'{"lines":["a"]}'),
         ("POST", "/demand", b'{"e":1}', ("demand", {"e": 1.0}), b"{}"),
         ("POST", "/operate/pin/org/e", b"", ("operate", "pin", "org/e"), b"{}"),
         ("POST", "/v1/completions", b"prompt", ("run", "e", b"prompt"), b"answer"),
