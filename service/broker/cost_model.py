@@ -199,6 +199,7 @@ class CostModel:
         prompt_tokens: int | Floats,
         most_tokens: int | None,
         answers: int = 1,
+        saved_tokens: Floats | None = None,
     ) -> ExpectedUsage:
         """Expected tokens and cost of an answer to a prompt of this length.
 
@@ -208,6 +209,7 @@ class CostModel:
                 or (experts,).
             most_tokens: The client's bound on the length of an answer.
             answers: How many answers of that length are asked for at once.
+            saved_tokens: (experts,), by how much each answer is shorter than usual; None for 0.
         """
         known, row, columns = self._lengths, self._row.get(category, 0), self._columns
         prior_row = self._prior_row.get(category, 0)
@@ -219,6 +221,8 @@ class CostModel:
         tokens = (known.sums[row, columns] + _SHRINK * usual) / (
             known.weights[row, columns] + _SHRINK
         )
+        if saved_tokens is not None:
+            tokens = np.maximum(tokens - saved_tokens, 1.0)
         np.minimum(tokens, self._most if most_tokens is None else most_tokens, out=tokens)
         cost = self._per_prompt * prompt_tokens + self._per_answer * (answers * tokens)
         cost += self._template_cost

@@ -503,11 +503,11 @@ def _check_kernels(config: Config) -> None:
 
 def _check_thinking(config: Config) -> None:
     for name, expert in config.experts.items():
-        if expert.thinking is None or expert.thinking.budget_tokens is None:
+        if expert.thinking is None or expert.thinking.bounded is None:
             continue
         if not config.bounds_thinking(name):
             raise ValueError(
-                f"experts.{name}.thinking.budget_tokens: nothing would keep it; set "
+                f"experts.{name}.thinking.{expert.thinking.bounded}: nothing would keep it; set "
                 + (
                     "vllm.reasoning_parser of each of its pools"
                     if expert.remote is None

@@ -28,11 +28,29 @@ class ThinkingConfig(Section):
         "remote endpoint that takes budgets.",
     )
 
+    learned_quantile: float | None = Field(
+        None,
+        ge=0.5,
+        le=0.99,
+        description="Learn a budget for each category: this share of the expert's thinking keeps "
+        "within it. It bounds requests that set neither a budget nor an effort of high or more. "
+        "Default: off.",
+    )
+
     @model_validator(mode="after")
     def _check_budget(self) -> ThinkingConfig:
         if not self.enabled and self.budget_tokens is not None:
             raise ValueError("budget_tokens is for experts that think")
+        if not self.enabled and self.learned_quantile is not None:
+            raise ValueError("learned_quantile is for experts that think")
         return self
+
+    @property
+    def bounded(self) -> str | None:
+        """The key by which it has a budget; None if it has none."""
+        if self.budget_tokens is not None:
+            return "budget_tokens"
+        return None if self.learned_quantile is None else "learned_quantile"
 
 
 def _read_switch(value: object) -> object:

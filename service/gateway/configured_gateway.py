@@ -31,6 +31,7 @@ from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.guard import Guard
 from service.gateway.guard.screen_interface import Screen
 from service.gateway.request.expert_defaults import RequestDefaults
+from service.gateway.request.learned_budgets import LearnedBudgets
 from service.gateway.request.request_intake import RequestIntake
 from service.gateway.request_record import ExpertCall
 from service.gateway.request_scope import RequestObservers
@@ -133,7 +134,8 @@ class ConfiguredGateway:
         )
         remotes = {name: expert.remote for name, expert in config.experts.items() if expert.remote}
         self._remote_owners = {name: config.owner_of(name) for name in remotes}
-        defaults = RequestDefaults(config)
+        learned = LearnedBudgets(config, state.thinking)
+        defaults = RequestDefaults(config, learned)
         self.breakers = CircuitBreakers(
             {name: remote.url for name, remote in remotes.items()},
             config.server.breaker.min_hang_s,
@@ -216,6 +218,7 @@ class ConfiguredGateway:
                 state.prefix_affinity,
                 self.feedback,
                 routing.savings,
+                learned,
             ),
             sessions=self.sessions,
             feedback=self.feedback,

@@ -17,6 +17,7 @@ from typing import Any
 from service.broker.circuit_breaker import BreakerPolicy, Breakers, RetryBudget
 from service.broker.cost_model import Lengths
 from service.broker.savings import SavingsTotal
+from service.broker.thinking_lengths import ThinkingLengths
 from service.config import BreakerConfig, Config, ExpertConfig
 from service.gateway.console.event_stream import HISTORY
 from service.gateway.console.request_history import RequestHistory
@@ -50,6 +51,7 @@ class GatewayState:
         prefix_affinity: The engines that have conversations in their prefix caches.
         sessions: The conversations of each tenant, with the experts that answered them.
         lengths: Learned lengths of answers.
+        thinking: Learned lengths of thinking.
         escalations: Learned frequency of calls of cascades' later experts.
         savings: What requests saved since the gateway's start, by baseline, of all tenants.
         created_s: When the gateway was started, in seconds since 1970.
@@ -63,6 +65,7 @@ class GatewayState:
     prefix_affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
     sessions: SessionMemory = field(default_factory=SessionMemory)
     lengths: Lengths = field(default_factory=Lengths)
+    thinking: ThinkingLengths = field(default_factory=ThinkingLengths)
     escalations: Escalations = field(default_factory=Escalations)
     savings: dict[str, SavingsTotal] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -83,6 +86,7 @@ class GatewayState:
         self.breakers.forget(lambda key: not isinstance(key, RemoteUrl) and key[0] in experts)
         self.prefix_affinity.forget(experts)
         self.lengths.forget(experts)
+        self.thinking.forget(experts)
         self.escalations.forget(experts)
 
 

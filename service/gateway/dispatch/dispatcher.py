@@ -184,6 +184,7 @@ class Dispatcher:
             budget_price=self.budget_prices.cost_price(request.tenant),
             prefix_cache=self.prefix_affinity.hint(request, views),
             added=self.defaults.added(request, self.catalog.experts),
+            saved_tokens=self.defaults.saved_thinking(request, self.catalog.experts, plan.category),
         )
         return select(self.catalog, self._pool_table.to_matrix(views), wanted)
 
@@ -240,7 +241,7 @@ class Dispatcher:
             try:
                 # This expert may cost more per token than the first one.
                 context = self.context(option.expert)
-                own = self.defaults.apply(request, option.expert)
+                own = self.defaults.apply(request, option.expert, plan.category)
                 bounded = within_cost(own, (option.expert,), self.cost_model, (context,))
             except InvalidRequestError as error:
                 raise fault or error from None

@@ -27,6 +27,7 @@ from service.gateway.budget_prices import BudgetPrices
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.dispatch.ensemble import EnsembleExecutor
 from service.gateway.dispatch.pool_errors import deadline_error
+from service.gateway.request.learned_budgets import LearnedBudgets
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
 from service.gateway.response_send import ResponseSend
@@ -52,6 +53,7 @@ class RecipeExecutor:
         prefix_affinity: Remembers which engine has a conversation in its prefix cache.
         feedback: Remembers replies, so that clients can vote on them.
         savings: Compares the choices with always asking the same recipe.
+        learned_budgets: Learns how long experts think.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RecipeExecutor:
         prefix_affinity: PrefixAffinity,
         feedback: FeedbackService,
         savings: SavingsModel,
+        learned_budgets: LearnedBudgets,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalog = catalog
@@ -73,6 +76,7 @@ class RecipeExecutor:
         self._prefix_affinity = prefix_affinity
         self._feedback = feedback
         self._savings = savings
+        self._learned_budgets = learned_budgets
 
     async def execute(
         self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
@@ -155,7 +159,7 @@ class RecipeExecutor:
         finally:
             if complete and answered_row >= 0 and record.status == 200:
                 record.comparison = self._compare(unclipped, plan, answered_row, record.expert)
-            self._learn_lengths(plan, reply, complete=complete)
+            self._learn_lengths(request, plan, reply, complete=complete)
             if answered_row >= 0 and record.status == 200:
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)
                 ids = (request.request_id, request.client_id)
@@ -187,8 +191,14 @@ class RecipeExecutor:
         """
         if not request.bounds_choice:
             return plan
-        added = self._dispatcher.defaults.added(request, self._catalog.experts)
-        wanted = selection_request(self._cost_model, request, plan, added=added)
+        defaults, experts = self._dispatcher.defaults, self._catalog.experts
+        wanted = selection_request(
+            self._cost_model,
+            request,
+            plan,
+            added=defaults.added(request, experts),
+            saved_tokens=defaults.saved_thinking(request, experts, plan.category),
+        )
         idle_s = None
         if math.isfinite(wanted.bounds.deadline_s):
             idle_s = self._dispatcher.idle_times(wanted)
@@ -237,10 +247,13 @@ class RecipeExecutor:
         selection = self._dispatcher.weigh_candidates(request, plan)
         return explain(plan, selection, request.alias, left_out)
 
-    def _learn_lengths(self, plan: RoutePlan, reply: ResponseSend, *, complete: bool) -> None:
-        """Learn the lengths of the answers.
+    def _learn_lengths(
+        self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend, *, complete: bool
+    ) -> None:
+        """Learn the lengths of the answers, and of their thinking.
 
         Args:
+            request: The request.
             plan: The candidates of the request.
             reply: The reply with its calls.
             complete: Whether the last answer reached its own end.
@@ -259,3 +272,5 @@ class RecipeExecutor:
         for call in record.calls:
             if call.length:
                 self._cost_model.observe(call.expert, plan.category, call.length, cut=call.cut)
+                if request.thinking.enabled is not False:
+                    self._learned_budgets.observe(call, plan.category)

@@ -15,6 +15,7 @@ import numpy as np
 from service.broker.pool_state import Floats
 from service.config import Config
 from service.config.expert_request_defaults import DefaultsConfig
+from service.gateway.request.learned_budgets import LearnedBudgets
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.thinking_terms import ThinkingTerms
 from service.gateway.request.thinking_ways import ThinkingWays
@@ -135,7 +136,14 @@ _NO_DEFAULTS = DefaultsConfig()
 class RequestDefaults:
     """The defaults of a config's experts."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, learned: LearnedBudgets | None = None) -> None:
+        """Read a config.
+
+        Args:
+            config: The config.
+            learned: Learned budgets of thinking; None has none.
+        """
+        self._learned = learned
         self._defaults = {
             name: expert.defaults
             for name, expert in config.experts.items()
@@ -144,17 +152,18 @@ class RequestDefaults:
         self._ways = ThinkingWays(config)
         self._adds_system = any(defaults.system is not None for defaults in self._defaults.values())
 
-    def apply(self, request: InferenceRequest, expert: str) -> InferenceRequest:
+    def apply(self, request: InferenceRequest, expert: str, category: str = "") -> InferenceRequest:
         """Return a request with an expert's defaults. A second call changes nothing.
 
         Args:
             request: The request.
             expert: The expert that answers it; any other name, such as `auto`, has no defaults.
+            category: The prompt's category; empty where it was not classified.
         """
-        way = self._ways.get(expert)
-        if way is None:
+        way, defaults = self._ways.get(expert), self._defaults.get(expert)
+        if way is None or (defaults is None and way.enabled is None and not request.thinking):
             return request
-        defaults = self._defaults.get(expert, _NO_DEFAULTS)
+        defaults = defaults or _NO_DEFAULTS
         data = dict(request.data)
         if system := self._system(request, defaults):
             _add_system(request.endpoint, data, system)
@@ -162,7 +171,8 @@ class RequestDefaults:
         if defaults.max_tokens is not None:
             bounded = _bound(request, data, defaults.max_tokens) or bounded
         most_tokens = replace(request, data=data).most_tokens
-        data, budget = way.write(request.endpoint, data, request.thinking, most_tokens)
+        learned = None if self._learned is None else self._learned.budget(expert, category)
+        data, budget = way.write(request.endpoint, data, request.thinking, most_tokens, learned)
         for name, field in FIELDS.get(request.endpoint, {}).items():
             if name == "reasoning_effort" and _rules_out_effort(request.thinking):
                 continue
@@ -195,6 +205,15 @@ class RequestDefaults:
             np.array([estimate_tokens(size) for size in sizes], dtype=np.float64),
             np.array(sizes, dtype=np.float64),
         )
+
+    def saved_thinking(
+        self, request: InferenceRequest, experts: Sequence[str], category: str
+    ) -> Floats | None:
+        """Return what a request's budget of thinking saves of each expert's expected tokens."""
+        budget = request.thinking.budget_tokens
+        if budget is None or self._learned is None:
+            return None
+        return np.array([self._learned.excess(name, category, budget) for name in experts])
 
     @staticmethod
     def _system(request: InferenceRequest, defaults: DefaultsConfig) -> str:

@@ -33,6 +33,8 @@ _ANSWER_PART = 1 / 4
 # The least budget that Anthropic's API accepts.
 _LEAST_ANTHROPIC = 1024
 
+# Who asks for so much is not bounded by what was learned.
+_LONG = ("high", "xhigh", "max")
 # What a model that thinks is told where the request asks for no certain effort.
 _USUAL_EFFORT = "medium"
 
@@ -86,31 +88,42 @@ class ThinkingWay:
             return "is remote, and thinks only with a budget"
         return None
 
-    def budget(self, terms: ThinkingTerms, most_tokens: int | None) -> int | None:
+    def budget(
+        self, terms: ThinkingTerms, most_tokens: int | None, learned: int | None = None
+    ) -> int | None:
         """Most tokens of thinking of one answer; None without a bound, or where it does not think.
 
         Args:
             terms: What the request says.
             most_tokens: The bound of the answer, thinking included; None without one.
+            learned: The budget that was learned for prompts like this one; None without one.
         """
         if self.thinks(terms) is False:
             return None
-        own = self.budget_tokens
-        if own is not None:
-            own = max(1, int(own * _PARTS.get(terms.effort or "", 1)))
+        own: list[int] = []
+        if self.budget_tokens is not None:
+            own.append(max(1, int(self.budget_tokens * _PARTS.get(terms.effort or "", 1))))
+        if learned is not None and terms.budget_tokens is None and terms.effort not in _LONG:
+            own.append(learned)
+        if own and most_tokens is not None:
+            own.append(max(1, int(most_tokens * (1 - _ANSWER_PART))))
+        if terms.budget_tokens is not None:
+            own.append(terms.budget_tokens)
             if most_tokens is not None:
-                own = max(1, min(own, int(most_tokens * (1 - _ANSWER_PART))))
-        given = [tokens for tokens in (own, terms.budget_tokens) if tokens is not None]
-        if given and most_tokens is not None:
-            given.append(max(1, most_tokens - 1))
-        return min(given, default=None)
+                own.append(max(1, most_tokens - 1))
+        return min(own, default=None)
 
     def thinks(self, terms: ThinkingTerms) -> bool | None:
         """Whether it thinks in its answer to a request; None where nobody says."""
         return self.enabled if terms.enabled is None else terms.enabled
 
     def write(
-        self, endpoint: str, data: Data, terms: ThinkingTerms, most_tokens: int | None
+        self,
+        endpoint: str,
+        data: Data,
+        terms: ThinkingTerms,
+        most_tokens: int | None,
+        learned: int | None = None,
     ) -> tuple[Data, int | None]:
         """Tell it how to think. A second call changes nothing.
 
@@ -119,6 +132,7 @@ class ThinkingWay:
             data: The body.
             terms: What the client's body said.
             most_tokens: The bound of the answer, thinking included; None without one.
+            learned: The budget that was learned for prompts like this one; None without one.
 
         Returns:
             The body, and the most tokens of thinking; None without a bound.
@@ -126,7 +140,11 @@ class ThinkingWay:
         if not terms and self.enabled is None:
             return data, None
         form = self.form_on(endpoint)
-        budget = self.budget(terms, most_tokens) if endpoint in _BUDGETED[form] else None
+        budget = None
+        if endpoint in _BUDGETED[form]:
+            budget = self.budget(terms, most_tokens, learned)
+        if form == "anthropic" and budget is not None and terms.budget_tokens is None:
+            budget = max(budget, _LEAST_ANTHROPIC)
         if endpoint == _COMPLETIONS:
             # There is no template, so that only the prompt can begin to think.
             rest = {name: value for name, value in data.items() if name != BUDGET}
@@ -140,6 +158,8 @@ class ThinkingWay:
                 if endpoint == _RESPONSES:
                     # Those who serve Anthropic's models there take OpenAI's field.
                     return _openai(endpoint, rest, enabled, terms.effort, self.enabled), budget
+                if budget is not None and most_tokens is not None and most_tokens <= budget:
+                    enabled, budget = False, None  # the answer has no room for it
                 return _anthropic(endpoint, rest, enabled, terms.effort, budget), budget
             case "openai":
                 return _openai(endpoint, rest, enabled, terms.effort, self.enabled), budget

@@ -565,6 +565,7 @@ def selection_request(
     budget_price: float = 0.0,
     prefix_cache: PrefixCacheHint | None = None,
     added: AddedPrompt = NOTHING_ADDED,
+    saved_tokens: Floats | None = None,
 ) -> SelectionRequest:
     """Build the request for the broker's selection.
 
@@ -577,9 +578,13 @@ def selection_request(
         budget_price: Shadow price of the tenant's budgets, in quality per unit of cost.
         prefix_cache: Where the conversation's prefix is cached, if known.
         added: What the defaults of each expert add to the prompt.
+        saved_tokens: (experts,), tokens of each expert's answer that the request's budget of
+            thinking saves; None for 0.
     """
     prompt_tokens = request.prompt_tokens + added.tokens
-    expected = cost_model.expect(plan.category, prompt_tokens, request.most_tokens, request.answers)
+    expected = cost_model.expect(
+        plan.category, prompt_tokens, request.most_tokens, request.answers, saved_tokens
+    )
     return SelectionRequest(
         rows=plan.rows,
         quality=plan.quality,
