@@ -242,7 +242,8 @@ def report_of(times: int) -> Report:
         ("what", "pairs", "through a pool, ms", "by hand, ms", "added, ms"),
     )
 
-    def add(name: str, ours: list[float], by_hand: list[float], target_ms: float) -> None:
+    def add(name: str, pairs: tuple[list[float], list[float]], target_ms: float) -> None:
+        ours, by_hand = pairs
         one, other = [1000 * s for s in ours], [1000 * s for s in by_hand]
         added = differences(one, other)
         row = (name, str(len(one)), median(one).text(2), median(other).text(2), added.text(2))
@@ -254,14 +255,13 @@ def report_of(times: int) -> Report:
         }
         report.reach.append(at_most(f"{name}: added, ms", target_ms, added))
 
-    add("swap by stop and start", *run("stop and start", restarts, times), _SWAP_MS)
-    add("swap by sleep and wake", *run("sleep and wake", naps, times), _SWAP_MS)
+    add("swap by stop and start", run("stop and start", restarts, times), _SWAP_MS)
+    add("swap by sleep and wake", run("sleep and wake", naps, times), _SWAP_MS)
     ours, by_hand = run("streams", streams, 5 * times)
     for name, part in (("first", "first_s"), ("last", "all_s")):
         add(
             f"stream, until its {name} bytes",
-            [getattr(one, part) for one in ours],
-            [getattr(one, part) for one in by_hand],
+            ([getattr(one, part) for one in ours], [getattr(one, part) for one in by_hand]),
             _STREAM_MS,
         )
     report.tables.append(table)

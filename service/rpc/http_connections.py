@@ -51,6 +51,7 @@ class HttpConnection(asyncio.Protocol):
         self._head: asyncio.Future[HttpReply] | None = None
         self._headers: dict[str, str] = {}
         self._body: asyncio.StreamReader | None = None
+        self._until_close = False
         self._ended = True
 
     @property
@@ -109,8 +110,13 @@ class HttpConnection(asyncio.Protocol):
         assert self._transport is not None
         self._body = body = asyncio.StreamReader(_BUFFER_BYTES)
         body.set_transport(self._transport)
+        status = self._parser.get_status_code()
+        # Such a body, of an HTTP/1.0 server for example, ends where the connection does.
+        chunked = "chunked" in self._headers.get("transfer-encoding", "")
+        has_body = status >= 200 and status not in (204, 304)
+        self._until_close = has_body and not chunked and "content-length" not in self._headers
         if self._head is not None and not self._head.done():
-            self._head.set_result(HttpReply(self._parser.get_status_code(), self._headers, body))
+            self._head.set_result(HttpReply(status, self._headers, body))
 
     def on_body(self, data: bytes) -> None:
         if self._body is not None:
@@ -123,6 +129,12 @@ class HttpConnection(asyncio.Protocol):
             self._body = None
         if not self._parser.should_keep_alive():
             self.abort()
+
+    def eof_received(self) -> None:
+        if self._until_close and self._body is not None:
+            self._ended = True
+            self._body.feed_eof()
+            self._body = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(ConnectionResetError("the connection was lost"))

@@ -150,7 +150,9 @@ def candidates(
             for other, one in config.experts.items()
             if one.base == name and other in wanted and not one.is_variant
         ]
-        if expert.model is None or (name not in wanted and not built):
+        if expert.model is None and expert.command is None:
+            continue
+        if name not in wanted and not built:
             continue
         if not config.embeds(name):
             _add_base(found, config, name, built, sizes, options, on_gpu=on_gpu, merge=merge)
@@ -236,6 +238,8 @@ def _unit(
     packing = 1 if on_gpu else PACKING
     if given.bytes is not None:
         size = given.bytes * packing
+    elif (command := config.experts[name].command) is not None:
+        size = command.memory_bytes
     elif info is not None:
         size = weights_bytes(info, options.dtype) * packing
     elif (billions := billions_in_name(config.experts[name].model or "")) is not None:

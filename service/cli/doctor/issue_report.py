@@ -156,6 +156,8 @@ def _expert(config: Config, name: str) -> dict[str, Any]:
     expert = config.experts[name]
     if config.experts[config.owner_of(name)].remote is not None:
         return {"form": "remote"}
+    if config.experts[config.owner_of(name)].command is not None:
+        return {"form": "command"}
     facts: dict[str, Any] = {
         "form": "variant" if expert.is_variant else expert.form if expert.base else "model",
         "base": expert.base,

@@ -107,6 +107,8 @@ class CommandEngine:
         self._health: asyncio.Task[None] | None = None
         self._alive_s = 0.0
         self._sick: str | None = None
+        # Why the server is not ready yet: a wrong path shows here.
+        self._refusal = ""
         self._stopped = False
         self._running = 0
 
@@ -124,8 +126,9 @@ class CommandEngine:
                 await self._start()
         except TimeoutError:
             await self._end()
+            last = f" ({self._refusal})" if self._refusal else ""
             raise self._failed(
-                f"it was not ready within {self._command.ready_timeout_s:g} s"
+                f"it was not ready within {self._command.ready_timeout_s:g} s{last}"
             ) from None
         except BaseException:
             await self._end()
@@ -194,7 +197,8 @@ class CommandEngine:
         while True:
             try:
                 await self._ask("GET", self._command.ready, _POLL_TIMEOUT_S)
-            except ServerRefusedError:
+            except ServerRefusedError as error:
+                self._refusal = str(error)
                 await asyncio.sleep(wait_s)
                 wait_s = min(_LAST_POLL_S, 1.3 * wait_s)
             else:

@@ -103,6 +103,26 @@ async def test_reply_in_pieces_of_any_size_is_read_whole(reply: bytes, size: int
         assert lines[-1] == b"{}"
 
 
+@pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
+async def test_reply_without_a_length_ends_with_the_connection(version: bytes) -> None:
+    head = version + b" 200 OK\r\ncontent-type: text/plain\r\n\r\n"
+    async with connected(ending(head, b"hel", b"lo")) as (connections, server):
+        for _ in range(2):
+            async with asyncio.timeout(5), asked(connections) as reply:
+                assert await reply.body.read() == b"hello"
+        assert server.opened == 2
+
+
+async def test_reply_without_a_length_that_we_cut_off_is_not_whole() -> None:
+    head = b"HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n"
+    async with connected(saying(head + b"hel")) as (connections, _):
+        async with asked(connections) as reply:
+            assert await reply.body.read(3) == b"hel"
+            connections.abort_calls()
+            with pytest.raises(ConnectionError):
+                await reply.body.read()
+
+
 async def test_calls_at_once_have_connections_of_their_own() -> None:
     async with connected(saying(WHOLE)) as (connections, server):
         async with asked(connections) as one, asked(connections) as two:

@@ -426,3 +426,14 @@ def test_given_size_counts_as_often_as_in_the_memory_plan(on_gpu: bool, times: i
     info = model(path=Path("a"), weight_bytes=3 * GIB)
     plan = plan_pool(config, "main", lambda _: info)
     assert unit.size_bytes == times * 3 * GIB == plan.engines[0].weight_bytes
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_server_by_command_is_a_candidate_of_its_declared_size(on_gpu: bool) -> None:
+    command = {"run": ["server", "{port}"], "memory_bytes": 3 * GIB}
+    pools = {"main": {"gpus": int(on_gpu)}}
+    config = read_config({"experts": {"a": {"command": command}}, "pools": pools}, "x", Path("."))
+    options = config.pools["main"].vllm
+    found = candidates(config, {}, options, on_gpu=on_gpu, merge=False, wanted={"a"})
+    assert [(unit.experts, unit.size_bytes) for unit in found.units] == [(("a",), 3 * GIB)]
+    assert found.forms == {"a": {"a": None}}

@@ -248,6 +248,8 @@ async def test_start_server_that_is_never_ready_fails_with_its_last_lines(
     with pytest.raises(ExpertFailedError) as caught:
         await engine.start()
     assert "it was not ready within 1 s" in caught.value.message
+    if how == ("--never-ready",):
+        assert "(/health: status 503)" in caught.value.message
     assert "loading the weights | the key is ***" in caught.value.message
     assert "sesame" not in caught.value.message
     assert len(caught.value.message) < 2000
