@@ -115,12 +115,12 @@ async def test_reply_without_a_length_ends_with_the_connection(version: bytes) -
 
 async def test_reply_without_a_length_that_we_cut_off_is_not_whole() -> None:
     head = b"HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n"
-    async with connected(saying(head + b"hel")) as (connections, _):
-        async with asked(connections) as reply:
-            assert await reply.body.read(3) == b"hel"
-            connections.abort_calls()
-            with pytest.raises(ConnectionError):
-                await reply.body.read()
+    answer = saying(head + b"hel")
+    async with connected(answer) as (connections, _), asked(connections) as reply:
+        assert await reply.body.read(3) == b"hel"
+        connections.abort_calls()
+        with pytest.raises(ConnectionError):
+            await reply.body.read()
 
 
 async def test_calls_at_once_have_connections_of_their_own() -> None:
