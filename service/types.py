@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, cast
 
-Kind = Literal["single", "cascade", "vote"]
+Kind = Literal["single", "cascade", "vote", "deliberate", "recruit"]
 
 MAX_LATER = 3
 """Most experts that a cascade may ask one after another."""
+MAX_ROUNDS = MAX_LATER
+"""Most rounds of a deliberation: reviews, and then each further round, are its later steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,43 @@ NOBODY = Tenant()
 
 
 @dataclass(frozen=True, slots=True)
+class Deliberation:
+    """How the members of a deliberation review each other.
+
+    Attributes:
+        rounds: The most rounds.
+        votes: What a reviewer may spend in a round; v votes cost v².
+        gain: The share of wrong answers that another round puts right, in [0, 1].
+        review_tokens: The bound of a review.
+        review: The template of the prompt for reviewers.
+        revise: The template of what members are told in a further round.
+    """
+
+    rounds: int
+    votes: float
+    gain: float
+    review_tokens: int
+    review: str
+    revise: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recruitment:
+    """How experts are recruited for a prompt.
+
+    Attributes:
+        k: How many experts answer.
+        aggregator: The expert that makes one answer of theirs; None takes the best one for the
+            prompt.
+        prompt: The template of the aggregator's prompt.
+    """
+
+    k: int
+    aggregator: str | None
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A way to make an answer.
 
@@ -115,20 +155,30 @@ class Recipe:
     are asked in turn, each one's answer taken if it agrees with one before, the last
     one's in any case (or the newest earlier answer where the last one fails). `vote`:
     all members are asked together; the answer most of them give, the last member's where
-    none has most.
+    none has most. `deliberate`: all members answer, review each other's answers, and vote.
+    `recruit`: the best of the members for a prompt answer, and an aggregator makes one
+    answer of theirs.
     """
 
     kind: Kind
     members: tuple[str, ...]
     later: tuple[str, ...] = ()
     sure: float = 0.0
+    deliberation: Deliberation | None = None
+    recruitment: Recruitment | None = None
 
     def __post_init__(self) -> None:
         experts = self.members + self.later
+        if (self.kind == "deliberate") != (self.deliberation is not None) or (
+            self.kind == "recruit"
+        ) != (self.recruitment is not None):
+            raise ValueError(f"invalid recipe: {self.kind} lacks its settings, or has another's")
         fits = {
             "single": len(self.members) == 1 and not self.later,
             "cascade": len(self.members) >= 1 and 1 <= len(self.later) <= MAX_LATER,
             "vote": len(self.members) >= 3 and not self.later,
+            "deliberate": len(self.members) >= 3 and not self.later,
+            "recruit": len(self.members) >= 2 and not self.later,
         }
         if not fits.get(self.kind, False) or len(set(experts)) != len(experts):
             raise ValueError(f"invalid recipe: {self.kind} of {self.members} then {self.later}")
@@ -136,14 +186,41 @@ class Recipe:
     @property
     def experts(self) -> tuple[str, ...]:
         """All experts that may be asked, in that order."""
+        recruitment = self.recruitment
+        if recruitment is not None and recruitment.aggregator not in (None, *self.members):
+            return (*self.members, str(recruitment.aggregator))
         return self.members + self.later
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """The experts without which the recipe can't answer: all, but for those to choose from."""
+        if self.recruitment is None:
+            return self.experts
+        aggregator = self.recruitment.aggregator
+        return () if aggregator is None else (aggregator,)
+
+    @property
+    def steps(self) -> int:
+        """How many steps may follow the first answers, each with a learned probability.
+
+        Those of a cascade are its later experts. Those of a deliberation are the first reviews, and
+        then each further round. That of a recruit is the aggregator.
+        """
+        if self.recruitment is not None:
+            return 1
+        return self.deliberation.rounds if self.deliberation is not None else len(self.later)
+
+    @property
     def name(self) -> str:
-        """Readable and unique: `a`, `cascade([a, b] → c)`, `vote([a, b, c])`."""
+        """Readable, and unique but for settings: `a`, `cascade([a, b] → c)`, `vote([a, b, c])`."""
         if self.kind == "single":
             return self.members[0]
         inner = ", ".join(self.members)
+        if self.recruitment is not None:
+            aggregator = self.recruitment.aggregator or "best"
+            # A tenant may be allowed some of the experts, and must not see the others' names.
+            digest = hashlib.blake2s(inner.encode(), digest_size=2).hexdigest()
+            return f"recruit({self.recruitment.k} of {len(self.members)}, {digest} → {aggregator})"
         sure = f" at {self.sure:g}" if self.sure else ""
         return f"{self.kind}([{inner}]{sure}{''.join(f' → {e}' for e in self.later)})"
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.broker.pool_state import Floats
+from service.broker.recipe_steps import TEMPLATE_TOKENS, StepFigures
 from service.broker.token_prices import Price
 
 _EWMA = 0.05
@@ -40,10 +41,15 @@ Places = slice | NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class ExpectedUsage:
-    """For each expert (experts,): tokens of one answer, and spending of one call."""
+    """For each expert (experts,): tokens of one answer, and spending of one call.
+
+    `steps` is what it writes and reads in the steps of deliberations and recruits; None where the
+    config has none.
+    """
 
     tokens: Floats
     cost: Floats
+    steps: StepFigures | None = None
 
 
 class Lengths:
@@ -151,6 +157,8 @@ class CostModel:
         prices: Price of every expert.
         lengths: Observed lengths; a new gateway has none.
         prior: What is known before any observation; None knows nothing.
+        reviews: Observed lengths of reviews; None where no recipe has steps.
+        most_review_tokens: The greatest bound of a review.
     """
 
     def __init__(
@@ -160,7 +168,14 @@ class CostModel:
         prices: Mapping[str, Price],
         lengths: Lengths | None = None,
         prior: PriorTokens | None = None,
+        reviews: Lengths | None = None,
+        most_review_tokens: float = np.inf,
     ) -> None:
+        self._reviews = reviews
+        self._most_review_tokens = most_review_tokens
+        if reviews is not None:
+            reviews.rows(categories)
+            self._review_columns = reviews.columns(experts)
         self._expert = {name: i for i, name in enumerate(experts)}
         self._lengths = Lengths() if lengths is None else lengths
         self._row = self._lengths.rows(categories)
@@ -226,7 +241,23 @@ class CostModel:
         np.minimum(tokens, self._most if most_tokens is None else most_tokens, out=tokens)
         cost = self._per_prompt * prompt_tokens + self._per_answer * (answers * tokens)
         cost += self._template_cost
-        return ExpectedUsage(tokens, cost)
+        steps = None
+        if self._reviews is not None:
+            steps = self._steps(self._reviews, category, prompt_tokens, tokens)
+        return ExpectedUsage(tokens, cost, steps)
+
+    def _steps(
+        self, known: Lengths, category: str, prompt_tokens: int | Floats, tokens: Floats
+    ) -> StepFigures:
+        columns = self._review_columns
+        usual = known.usual[columns]
+        row = known.rows((category,))[category] if category in self._row else 0
+        reviews = (known.sums[row, columns] + _SHRINK * usual) / (
+            known.weights[row, columns] + _SHRINK
+        )
+        reviews = np.minimum(reviews, self._most_review_tokens)
+        cost = self._per_prompt * (prompt_tokens + TEMPLATE_TOKENS) + self._per_answer * reviews
+        return StepFigures(tokens, reviews, cost + self._template_cost, self._per_prompt)
 
     def observe(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:
         """Learn from one answer.
@@ -238,3 +269,8 @@ class CostModel:
             cut: Whether the answer would have gone on: it reached its bound, or its client left.
         """
         self._lengths.observe(expert, category, tokens, cut=cut)
+
+    def observe_review(self, expert: str, category: str, tokens: int, *, cut: bool = False) -> None:
+        """Learn from the length of one review; the arguments are those of `observe`."""
+        if self._reviews is not None:
+            self._reviews.observe(expert, category, tokens, cut=cut)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from service.broker.answer_agreement import FinalAnswer, agreed, majority
+from service.broker.answer_agreement import FinalAnswer, agreed
 
 MAX_SCORE = 10.0
 """The greatest score that a reviewer may give; the least is 0."""
@@ -53,6 +53,7 @@ class StopReason(StrEnum):
     ROUNDS = "rounds"
     DEADLINE = "deadline"
     MAX_COST = "max_cost"
+    NO_REVIEWS = "no_reviews"
     NO_ANSWER = "no_answer"
 
 
@@ -126,16 +127,6 @@ def leader(
         return round(votes[at], 9), given.count(final) if final else 0, at == before, -at
 
     return max(finals, key=rank)
-
-
-def best_without_reviews(finals: Mapping[int, FinalAnswer | None]) -> int | None:
-    """The member whose answer is sent where nobody reviewed: the one that most members gave."""
-    order = sorted(finals)
-    at = majority([finals[i] for i in order])
-    if at is not None:
-        # Of those that gave the same answer, the first member.
-        return next(i for i in order if finals[i] == finals[order[at]])
-    return order[0] if order else None
 
 
 def leader_quality(reviews: Reviews, leader_at: int) -> float:

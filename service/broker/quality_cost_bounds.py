@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.recipe_steps import LEAST_RECRUITS, StepFigures, most_cost
 
 _DIGITS = 4
 
@@ -88,12 +89,23 @@ class RequestBounds:
         if self.min_quality > 0:
             found[quality < self.min_quality] = Exclusion.MIN_QUALITY
         if self.allowed is not None:
-            found[(catalog.uses[rows] & ~self.allowed).any(axis=1)] = Exclusion.NOT_ALLOWED
+            found[~self.allows(catalog, rows)] = Exclusion.NOT_ALLOWED
+        return found
+
+    def allows(self, catalog: RecipeCatalog, rows: Ints) -> NDArray[np.bool_]:
+        """(recipes,), whether the allowed experts suffice for each recipe."""
+        if self.allowed is None:
+            return np.ones(len(rows), dtype=bool)
+        enough = ~(catalog.uses[rows] & ~self.allowed).any(axis=1)
+        recruited = (catalog.among[rows] & self.allowed).sum(axis=1) >= LEAST_RECRUITS
+        found: NDArray[np.bool_] = enough & (recruited | ~catalog.recruits[rows])
         return found
 
     def least_cost(self, catalog: RecipeCatalog, rows: Ints, worst: Floats) -> Floats:
         """(recipes,), the least `max_cost` with which each recipe is possible."""
-        return worst if self.floor is None else np.maximum(worst, catalog.uses[rows] @ self.floor)
+        if self.floor is None:
+            return worst
+        return np.maximum(worst, catalog.most_calls[rows] @ self.floor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +126,15 @@ class NearestBounds:
     together: tuple[float, float, float] | None = None
 
 
-def worst_costs(catalog: RecipeCatalog, rows: Ints, cost: Floats) -> Floats:
-    """(recipes,), the cost if every expert of a recipe is called; `cost`: (experts,)."""
-    found: Floats = catalog.uses[rows] @ cost
-    return found
+def worst_costs(
+    catalog: RecipeCatalog,
+    rows: Ints,
+    cost: Floats,
+    steps: StepFigures | None = None,
+    recruitable: NDArray[np.bool_] | None = None,
+) -> Floats:
+    """(recipes,), the cost if every expert of a recipe is called; see `recipe_steps.most_cost`."""
+    return most_cost(catalog, rows, cost, steps, recruitable)
 
 
 def nearest_bounds(
@@ -133,9 +150,7 @@ def nearest_bounds(
     Values are rounded to four digits, to the side on which they are possible. The arguments are
     those of `RequestBounds.exclusions`.
     """
-    within = np.ones(len(rows), dtype=bool)
-    if bounds.allowed is not None:
-        within &= ~(catalog.uses[rows] & ~bounds.allowed).any(axis=1)
+    within = bounds.allows(catalog, rows)
     if not within.any():
         return NearestBounds()
     least = bounds.least_cost(catalog, rows, worst)

@@ -16,7 +16,8 @@ class RecipeCatalog:
     """The experts and recipes of one config, by index.
 
     With E experts and R recipes: `members` (R, M) and `later` (R, MAX_LATER) hold indices
-    of experts, `E` where there is none. The first E recipes are the experts themselves.
+    of experts, `E` where there is none. The first E recipes are the experts themselves. A
+    recipe that recruits has no members until they are chosen for a prompt.
     """
 
     def __init__(self, experts: Sequence[str], recipes: Iterable[Recipe] = ()) -> None:
@@ -33,14 +34,29 @@ class RecipeCatalog:
             unknown = [name for name in recipe.experts if name not in self.index]
             if unknown:
                 raise ValueError(f"{recipe.name}: no expert {unknown[0]!r}")
-        width = max(len(recipe.members) for recipe in self.recipes)
-        self.members = self._padded([recipe.members for recipe in self.recipes], width)
+        fixed = [() if recipe.recruitment else recipe.members for recipe in self.recipes]
+        places = [recipe.recruitment.k for recipe in self.recipes if recipe.recruitment]
+        width = max(*places, *map(len, fixed), 0)
+        self.members = self._padded(fixed, width)
         self.later = self._padded([recipe.later for recipe in self.recipes], MAX_LATER)
         self.single = np.array([recipe.kind == "single" for recipe in self.recipes])
-        # (R, E): whether the recipe may use the expert, for hard constraints.
+        # (R, E): whether the recipe needs the expert, for hard constraints.
         self.uses = np.zeros((len(self.recipes), len(self.experts)), dtype=bool)
+        # (R, E): whether the recipe may recruit the expert.
+        self.among = np.zeros_like(self.uses)
+        # (R, E): the most calls of the expert in one request.
+        self.most_calls = np.zeros(self.uses.shape)
         for i, recipe in enumerate(self.recipes):
-            self.uses[i, [self.index[name] for name in recipe.experts]] = True
+            self.uses[i, [self.index[name] for name in recipe.required]] = True
+            self.most_calls[i] = self.uses[i]
+            if recipe.recruitment is not None:
+                self.among[i, [self.index[name] for name in recipe.members]] = True
+            if recipe.deliberation is not None:
+                self.most_calls[i] *= 2 * recipe.deliberation.rounds
+        self.deliberates = np.array([r.deliberation is not None for r in self.recipes])
+        self.recruits = np.array([r.recruitment is not None for r in self.recipes])
+        # Whether any recipe makes more calls than one of each expert.
+        self.has_steps = bool(self.deliberates.any() or self.recruits.any())
         self.everything = np.arange(len(self.recipes))
         self.all_singles = self.everything[: len(self.experts)]
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.recipe_steps import further_steps
 from service.broker.token_prices import MICRO, micro
 
 # What the store counts for each baseline, all of it in whole numbers that only grow.
@@ -238,6 +239,8 @@ class SavingsModel:
             np.add.at(calls, catalog.members[at], 1.0)
             np.add.at(calls, catalog.later[at], estimates.escalation_prob[at])
             calls = calls[:-1]
+            if catalog.deliberates[at]:
+                calls *= further_steps(estimates.escalation_prob[at : at + 1])[0]
             price = _Price(
                 name,
                 float(estimates.quality[at]),

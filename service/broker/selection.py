@@ -27,13 +27,16 @@ option at the current prices.
 
 Unmet demand is the utility that the best recipe would have gained if every expert were resident and
 idle. It makes pools load cold experts for which no single request would wait.
+
+Deliberations and recruits make more calls than one of each expert: `service/broker/recipe_steps.py`
+has their part of c, W and T, and the choice of a recruit's experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +44,16 @@ from numpy.typing import NDArray
 from service.broker.pool_state import BootId, Floats, Place, PoolMatrix
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, RequestBounds
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.recipe_steps import (
+    Cast,
+    StepFigures,
+    StepTimes,
+    beyond_first_calls,
+    cast_of,
+    deliberations,
+    fixed_cast,
+    review_time,
+)
 from service.broker.session_terms import (
     SessionOutcome,
     SessionTerms,
@@ -95,6 +108,9 @@ class SelectionRequest:
         prefix_cache: The pool that has the beginning of the prompt in its prefix cache.
         excluded: Places, as (expert, pool's boot id), that must not be selected.
         session: The terms of the conversation's session, if it has one.
+        steps: What experts write and read in the steps of recipes, where the catalog has such.
+        skill: (experts,), expected quality of each expert alone, where recipes recruit.
+        recruitable: (experts,), the experts that a recipe may recruit; None for all.
     """
 
     rows: Ints
@@ -113,6 +129,9 @@ class SelectionRequest:
     prefix_cache: PrefixCacheHint | None = None
     excluded: Collection[Place] = field(default=())
     session: SessionTerms | None = None
+    steps: StepFigures | None = None
+    skill: Floats | None = None
+    recruitable: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +172,7 @@ class Selection:
         utility: (recipes,), utility; -inf for excluded recipes.
         exclusion: (recipes,), an `Exclusion` for each; 0 for possible recipes.
         ideal: (recipes,), utility if all experts were resident and idle.
+        cast: The experts of each recipe.
     """
 
     catalog: RecipeCatalog
@@ -168,6 +188,19 @@ class Selection:
     utility: Floats
     exclusion: NDArray[np.int8]
     ideal: Floats
+    cast: Cast
+
+    def members(self, position: int) -> tuple[str, ...]:
+        """The experts whose first answers the recipe at a position takes."""
+        return self._named(self.cast.members[position])
+
+    def later(self, position: int) -> tuple[str, ...]:
+        """The experts that it may call after them."""
+        return self._named(self.cast.later[position])
+
+    def _named(self, columns: Ints) -> tuple[str, ...]:
+        experts = self.catalog.experts
+        return tuple(experts[e] for e in columns.tolist() if e < len(experts))
 
     def best_position(self) -> int | None:
         """Position of the winner among `request.rows`; None if every recipe is excluded."""
@@ -229,7 +262,7 @@ class Selection:
         position = int(self.ideal.argmax())
         if position == chosen or not self.unmet_utility(chosen) > 0:
             return ()
-        return self.catalog.recipes[int(self.request.rows[position])].members
+        return self.members(position)
 
     def unmet_utility(self, chosen: int) -> float:
         """Utility that the recipe of `unmet_experts` would have gained over the `chosen` recipe."""
@@ -248,6 +281,7 @@ class _ExpertTimes:
         waiting: Time that counts as waiting, from `wait` and `answer`.
         displaced: Time that a swap costs other requests.
         idle: Waiting if the expert were resident and idle.
+        steps: What further calls take; None where no recipe makes them.
     """
 
     pool: Ints
@@ -257,6 +291,7 @@ class _ExpertTimes:
     waiting: Floats
     displaced: Floats
     idle: Floats
+    steps: StepTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +364,11 @@ def _select_among(
     times = _expert_times(catalog, pools, request, usable)
     rows = request.rows
     single = catalog.single[rows]
+    cast = _cast(catalog, request, times)
     if single.all():
         totals = _single_totals(catalog, request, times)
     else:
-        totals = _recipe_totals(catalog, request, times, single)
+        totals = _recipe_totals(catalog, request, times, single, cast)
     quality_less_cost = request.quality - request.cost_price * totals.cost
     utility = quality_less_cost - request.time_price * (totals.waiting + totals.displaced)
     exclusion = _exclusions(catalog, pools, request, totals, single)
@@ -358,6 +394,34 @@ def _select_among(
         utility=utility,
         exclusion=exclusion,
         ideal=ideal,
+        cast=cast,
+    )
+
+
+def _cast(catalog: RecipeCatalog, request: SelectionRequest, times: _ExpertTimes) -> Cast:
+    """The experts of each recipe, those that are recruited for this prompt included."""
+    rows = request.rows
+    if not catalog.recruits[rows].any():
+        return fixed_cast(catalog, rows, request.escalation_prob)
+    eligible = np.isfinite(times.wait)
+    for allowed in (request.recruitable, request.bounds.allowed):
+        if allowed is not None:
+            eligible &= allowed
+    price = request.cost_price * request.cost + request.time_price * np.where(
+        eligible, times.waiting + times.displaced, 0.0
+    )
+    skill = np.zeros(len(catalog.experts)) if request.skill is None else request.skill
+    return cast_of(
+        catalog,
+        rows,
+        request.escalation_prob,
+        eligible=eligible,
+        skill=skill,
+        price=price,
+        cost=request.cost
+        if request.bounds.floor is None
+        else np.maximum(request.cost, request.bounds.floor),
+        max_cost=request.bounds.max_cost,
     )
 
 
@@ -370,7 +434,8 @@ def _expert_times(
     """Choose the best pool for each expert: the pool of the least time, displacement included."""
     if not len(pools.boots):
         never = np.full(len(catalog.experts), _INFINITE)
-        return _ExpertTimes(_NO_POOLS, never, never, never, never, never, never)
+        nowhere = StepTimes(never, never, never, never) if catalog.has_steps else None
+        return _ExpertTimes(_NO_POOLS, never, never, never, never, never, never, nowhere)
     prefill = pools.first + pools.per_token * request.prompt_tokens
     hint = request.prefix_cache
     if hint is not None and hint.boot in pools.boots and hint.expert in catalog.index:
@@ -397,15 +462,20 @@ def _expert_times(
     # Subtract the part of the decode during which the client reads.
     decode -= np.minimum((1 - READ_ALONG) * decode, _READ_UNNOTICED_S * request.tokens)
     decode += prefill
-    best_wait = in_best_pool(wait)
+    best_wait, best_prefill = in_best_pool(wait), in_best_pool(prefill)
+    steps = None
+    if catalog.has_steps:
+        per_token, chunk = in_best_pool(pools.per_token), in_best_pool(pools.chunk)
+        steps = StepTimes(best_wait, best_prefill, per_token, chunk)
     return _ExpertTimes(
         pool=pool,
         wait=best_wait,
         answer=in_best_pool(answer),
-        prefill=in_best_pool(prefill),
+        prefill=best_prefill,
         waiting=best_wait + in_best_pool(decode),
         displaced=in_best_pool(pools.displaced),
         idle=np.where(usable, decode, _INFINITE).min(axis=0),
+        steps=steps,
     )
 
 
@@ -437,9 +507,9 @@ def _exclusions(
     if math.isfinite(request.deadline_s):
         late = (totals.deadline_time > request.deadline_s) & (exclusion == 0)
         if late.any():
-            # If all recipes are late, single experts may still try.
+            # If all recipes are late, single experts may still try, or else every recipe.
             if (late | (exclusion != 0)).all():
-                late &= ~single
+                late &= ~single & (late & single).any()
             exclusion[late] = Exclusion.DEADLINE
     return exclusion
 
@@ -456,14 +526,28 @@ def idle_times(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequ
     hint = request.prefix_cache
     cached = hint.tokens if hint is not None else 0
     prefill = pools.idle_first + pools.idle_per_token * max(0, request.prompt_tokens - cached)
-    experts = np.zeros((2, len(catalog.experts) + 1))
-    for i, time in enumerate((prefill, prefill + pools.idle_chunk * request.tokens)):
+    experts = np.zeros((4, len(catalog.experts) + 1))
+    figures = (
+        prefill,
+        prefill + pools.idle_chunk * request.tokens,
+        pools.idle_per_token,
+        pools.idle_chunk,
+    )
+    for i, time in enumerate(figures):
         least = np.where(pools.usable, time, _INFINITE).min(axis=0)
         # The last column stands for the absent members of short recipes.
         experts[i, :-1] = np.where(np.isfinite(least), least, 0.0)
-    first, end = experts
+    first, end, per_token, chunk = experts
     members, later = catalog.members[rows], catalog.later[rows]
     in_full: Floats = end[members].max(axis=1) + end[later].sum(axis=1)
+    if request.steps is not None:
+        none = np.zeros(len(catalog.experts))
+        idle = StepTimes(none, first[:-1], per_token[:-1], chunk[:-1])
+        for at, _, deliberating in deliberations(catalog, rows):
+            in_full[at] += review_time(request.steps, idle, deliberating)
+        for at in np.flatnonzero(catalog.recruits[rows]).tolist():
+            among = catalog.among[rows[at]]
+            in_full[at] = 2 * end[:-1][among].min()
     if not request.streams:
         return in_full
     return np.where(catalog.single[rows], first[members[:, 0]], in_full)
@@ -496,6 +580,7 @@ def _recipe_totals(
     request: SelectionRequest,
     times: _ExpertTimes,
     single: NDArray[np.bool_],
+    cast: Cast,
 ) -> _RecipeTotals:
     """Totals of any recipes.
 
@@ -507,8 +592,9 @@ def _recipe_totals(
         request: The request.
         times: The times of each expert.
         single: (recipes,), whether a recipe is a single expert.
+        cast: The experts of each recipe.
     """
-    members, later = catalog.members[request.rows], catalog.later[request.rows]
+    rows, members, later = request.rows, cast.members, cast.later
     # The last column holds zeros. It stands for the absent members of short recipes.
     table = np.zeros((6, len(catalog.experts) + 1))
     table[:, :-1] = (
@@ -527,16 +613,20 @@ def _recipe_totals(
     first = table[_FIRST] if request.streams else table[_TIME]
     in_full = slowest + of_later[_TIME].sum(axis=1)
     deadline_time = np.where(single, first[members[:, 0]], in_full)
+    recruits = catalog.recruits[rows]
+    if request.streams and recruits.any():
+        # A recruit streams its aggregator's answer.
+        deadline_time = np.where(recruits, slowest + first[later[:, 0]], deadline_time)
     # 0 · ∞ would be NaN, but an expert that is never called costs nothing.
     np.multiply(
         of_later[:_FIRST],
-        request.escalation_prob,
+        cast.later_prob,
         out=of_later[:_FIRST],
-        where=request.escalation_prob > 0,
+        where=cast.later_prob > 0,
     )
-    of_later[:_FIRST][:, request.escalation_prob <= 0] = 0.0
+    of_later[:_FIRST][:, cast.later_prob <= 0] = 0.0
     expected = of_later[:_FIRST].sum(axis=2)
-    return _RecipeTotals(
+    totals = _RecipeTotals(
         time=slowest + expected[_TIME],
         waiting=of_members[_WAITING].max(axis=1) + expected[_WAITING],
         displaced=of_members[_DISPLACED].sum(axis=1) + expected[_DISPLACED],
@@ -544,4 +634,45 @@ def _recipe_totals(
         ideal_waiting=of_members[_IDLE].max(axis=1) + expected[_IDLE],
         max_cost=max_cost,
         deadline_time=deadline_time,
+    )
+    stepping = recruits | catalog.deliberates[rows]
+    if stepping.any():
+        totals = _with_steps(catalog, request, times, totals, cast)
+    return totals
+
+
+def _with_steps(
+    catalog: RecipeCatalog,
+    request: SelectionRequest,
+    times: _ExpertTimes,
+    totals: _RecipeTotals,
+    cast: Cast,
+) -> _RecipeTotals:
+    """Add what deliberations and recruits cost and take beyond one call of each expert."""
+    if request.steps is None or times.steps is None:
+        raise ValueError("the catalog has recipes with steps, and the request lacks `steps`")
+    waits, none = times.steps, np.zeros(len(catalog.experts))
+    beyond, idle = (
+        beyond_first_calls(
+            catalog,
+            request.rows,
+            request.escalation_prob,
+            request.cost,
+            request.steps,
+            cast,
+            each,
+        )
+        for each in (waits, replace(waits, wait=none))
+    )
+    time = totals.time + beyond.time
+    time[cast.missing] = _INFINITE
+    # Nobody reads along while others review.
+    return _RecipeTotals(
+        time=time,
+        waiting=totals.waiting + beyond.time,
+        displaced=totals.displaced * (1.0 + beyond.displaced_calls),
+        cost=totals.cost + beyond.cost,
+        ideal_waiting=np.where(cast.missing, _INFINITE, totals.ideal_waiting + idle.time),
+        max_cost=np.where(cast.too_dear, _INFINITE, totals.max_cost + beyond.most_cost),
+        deadline_time=totals.deadline_time + beyond.most_time,
     )

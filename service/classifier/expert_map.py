@@ -21,7 +21,7 @@ The map is immutable. Online learning adds its corrections elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -276,14 +276,23 @@ class ExpertMap:
         harder = np.tensordot(slopes, factors, axes=(1, 0))
         return np.asarray(np.clip(self.score + harder, 0.0, 1.0))
 
-    def only(self, experts: Sequence[str]) -> ExpertMap:
+    def only(self, experts: Sequence[str], alone: Collection[str] = ()) -> ExpertMap:
         """Return the map of the recipes that use only these experts.
+
+        Args:
+            experts: The experts.
+            alone: More names, which count alone, and in no recipe of several experts.
 
         Raises:
             ValueError: There is no such recipe.
         """
         allowed = set(experts)
-        keep = [i for i, recipe in enumerate(self.recipes) if allowed.issuperset(recipe.experts)]
+        keep = [
+            i
+            for i, recipe in enumerate(self.recipes)
+            if allowed.issuperset(recipe.experts)
+            or (recipe.kind == "single" and recipe.members[0] in alone)
+        ]
         if not keep:
             raise ValueError("no recipe of the map uses only the experts named")
         cells = len(self.categories)

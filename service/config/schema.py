@@ -23,7 +23,7 @@ from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.prices import PricesConfig
-from service.config.recipes import RecipeConfig
+from service.config.recipes import DeliberationConfig, RecipeConfig, RecruitmentConfig
 from service.config.request_limits import RequestLimits
 from service.config.router import EncoderConfig, RouterConfig
 from service.config.router_presets import (
@@ -381,6 +381,11 @@ def _check_names(config: Config) -> None:
     for name in config.savings.against or ():
         if name not in names and name not in config.recipes:
             raise ValueError(f"savings.against: {_unknown(name, names | {*config.recipes})}")
+        if name in config.recipes and config.recipes[name].kind == "recruit":
+            raise ValueError(
+                f"savings.against: {name!r} recruits other experts for each prompt, so that it has "
+                "no cost of its own to compare with"
+            )
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
     for name, expert in config.experts.items():
@@ -523,11 +528,21 @@ def _check_recipes(config: Config, names: set[str]) -> None:
             raise ValueError(
                 f"recipes.{name}: the name is taken by an expert or uses the reserved prefix 'auto'"
             )
-        for expert in (*recipe.members, *recipe.later):
+        for expert in recipe.recipe().experts:
             if expert not in names:
                 raise ValueError(f"recipes.{name}: {_unknown(expert, names)}")
             if "chat" not in config.experts[expert].capabilities:
                 raise ValueError(f"recipes.{name}: {expert!r} lacks the capability chat")
+        same = [
+            other
+            for other, given in config.recipes.items()
+            if given.recipe().name == recipe.recipe().name and given.recipe() != recipe.recipe()
+        ]
+        if same:
+            raise ValueError(
+                f"recipes.{name}: has the experts of recipes.{same[0]} and other settings; only "
+                "one of them can be there, because replies name it by its experts"
+            )
         if (silent := silent_member(config, recipe.recipe())) is not None:
             raise ValueError(
                 f"recipes.{name}.sure: {silent!r} is remote and not known to return log "
@@ -602,6 +617,8 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("recipes", "*"): RecipeConfig,
     ("aliases", "*"): AliasConfig,
     ("aliases", "*", "rollback"): RollbackConfig,
+    ("recipes", "*", "deliberate"): DeliberationConfig,
+    ("recipes", "*", "recruit"): RecruitmentConfig,
     ("prices",): PricesConfig,
     ("feedback",): FeedbackConfig,
     ("savings",): SavingsConfig,

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from service.broker.limit_and_budget_ledger import Ledger, Reservation, UsageBound
+from service.broker.recipe_steps import StepBound
 from service.broker.savings import Saving
 from service.broker.token_prices import Price, cost, prices_of
 from service.config import Config
@@ -223,6 +224,7 @@ class Admission:
         request: InferenceRequest,
         expert_sets: Callable[[], Sequence[Sequence[str]]],
         likely_tokens: Callable[[], float],
+        most_shown: Callable[[], StepBound] = StepBound,
     ) -> InferenceRequest:
         """Reserve the most that a request may use.
 
@@ -231,6 +233,7 @@ class Admission:
             request: What it asks.
             expert_sets: Returns the experts that each candidate may call.
             likely_tokens: Returns the expected tokens of all calls of one candidate together.
+            most_shown: Returns what calls may have beyond the request's own prompt and answer.
 
         Returns:
             The request. Its answer may have a lower bound, and its body may be written anew,
@@ -246,7 +249,7 @@ class Admission:
             return request
         bound = UsageBound(0, places=request.sequences)
         if self.ledger.bounds(request.tenant):
-            bound = self._bound(request, expert_sets(), likely_tokens())
+            bound = self._bound(request, expert_sets(), likely_tokens(), most_shown())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
         entry.held.append(held)
         if held.max_tokens < bound.max_tokens or bound.needs_clip:
@@ -265,7 +268,11 @@ class Admission:
         await asyncio.gather(*self._settling, return_exceptions=True)
 
     def _bound(
-        self, request: InferenceRequest, expert_sets: Sequence[Sequence[str]], likely_tokens: float
+        self,
+        request: InferenceRequest,
+        expert_sets: Sequence[Sequence[str]],
+        likely_tokens: float,
+        beyond: StepBound,
     ) -> UsageBound:
         """The most that any candidate could use, with all its calls together."""
         if request.endpoint in UNCHARGED:
@@ -279,7 +286,7 @@ class Admission:
             learned = (self._templates.get(name, 0) for name in experts)
             frame = max(_TEMPLATE_TOKENS, *learned)
         added = max((self._defaults.system_bytes(request, name) for name in experts), default=0)
-        prompt = request.most_prompt_tokens + added + frame
+        prompt = request.most_prompt_tokens + added + frame + beyond.shown_bytes
         if all(known):
             prompt = min(prompt, request.prompts * context)
         calls = max(map(len, expert_sets), default=1)
@@ -302,6 +309,7 @@ class Admission:
             length = context if all(known) else max(context, _UNKNOWN_CONTEXT)
         elif all(known):
             length = min(length, context)
+        length = max(length, beyond.answer_tokens)
         return UsageBound(
             calls * prompt,
             length,

@@ -143,7 +143,9 @@ class ConfiguredGateway:
             state.retries,
             self._registry,
         )
-        routing = RoutingSetup(config, state.lengths, state.escalations, self._registry)
+        routing = RoutingSetup(
+            config, state.lengths, state.escalations, self._registry, state.review_lengths
+        )
         self._stages = routing.stages
         self.cost_model = routing.cost_model
         self.dispatcher = Dispatcher(

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from service.broker.model_aliases import AliasChoice
 from service.broker.pool_state import BootId, Place
@@ -28,6 +28,8 @@ access = logging.getLogger("coe.access")
 
 Headers = list[tuple[bytes, bytes]]
 
+CallRole = Literal["answer", "review", "aggregate"]
+
 
 @dataclass(slots=True)
 class ExpertCall:
@@ -44,6 +46,8 @@ class ExpertCall:
         thinking_budget: The bound of each answer's thinking, if there is one.
         reasoning_tokens: The completion tokens that are thinking; None where nobody counts them.
         ended: False where the call was stopped before its end.
+        role: What the call is for in a deliberation or a recruit; None elsewhere.
+        round: The round of a deliberation; None elsewhere.
     """
 
     expert: str
@@ -56,6 +60,8 @@ class ExpertCall:
     thinking_budget: int | None = None
     reasoning_tokens: int | None = None
     ended: bool = True
+    role: CallRole | None = None
+    round: int | None = None
 
     @property
     def length(self) -> int:
@@ -85,6 +91,10 @@ class ExpertCall:
             call["reasoning_tokens"] = self.reasoning_tokens
         if self.thinking_budget is not None:
             call["thinking_budget"] = self.thinking_budget
+        if self.role is not None:
+            call["role"] = self.role
+        if self.round is not None:
+            call["round"] = self.round
         return {**call, "estimated": True} if self.estimated else call
 
 
@@ -155,6 +165,8 @@ class RequestRecord:
         unfinished: Calls that were given up because the client left or its deadline passed.
         tried: How often each place, as (expert, pool), was tried.
         session: How the conversation's session took part in the choice; None without one.
+        rounds: How many rounds of a deliberation were held; None for other recipes.
+        stopped: Why a deliberation ended; None for other recipes.
         losses: Boot ids of pools that died, or whose engine did, while they had the request.
             All calls of one request share the list.
     """
@@ -200,6 +212,8 @@ class RequestRecord:
     tried: Counter[Place] = field(default_factory=Counter)
     session: SessionOutcome | None = None
     losses: list[BootId] = field(default_factory=list)
+    rounds: int | None = None
+    stopped: str | None = None
 
     def finish(self) -> None:
         """Note the end, and the outcome of a reply that was an error."""
@@ -254,9 +268,13 @@ class RequestRecord:
 
     def to_json(self, decode_ms: float) -> dict[str, Any]:
         """`usage.coe` of the reply."""
+        held: dict[str, Any] = {}
+        if self.rounds is not None:
+            held = {"rounds": self.rounds, "stopped": self.stopped}
         return {
             "expert": self.expert,
             "recipe": self.recipe,
+            **held,
             "cost": round(self.cost, 9),
             "route_ms": round(self.route_ms, 2),
             "queue_ms": round(self.queue_ms, 1),

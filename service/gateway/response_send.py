@@ -14,7 +14,7 @@ import orjson
 
 from service.engine.engine_interface import Message, Send
 from service.errors import CoeError, UpstreamError
-from service.gateway.request_record import ExpertCall, RequestRecord
+from service.gateway.request_record import CallRole, ExpertCall, RequestRecord
 from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import STREAM_HEADERS, LineBuffer, body_message
 from service.http.error_formats import (
@@ -50,6 +50,8 @@ class ResponseSend:
         events: Events of the stream so far.
         answers_only: Whether an error reply is raised as NoAnswerError instead of sent.
         stream_error: The error that the expert's stream ended with; None without one.
+        role: What the calls of this reply are for; None where the recipe has no roles.
+        round: The round of a deliberation that they belong to; None elsewhere.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class ResponseSend:
         self._counted = meter.wrap(self._out) if meter is not None else self._out
         self.started = False
         self.answers_only = False
+        self.role: CallRole | None = None
+        self.round: int | None = None
         self.expert_call: ExpertCall | None = None
         self.first_byte_limit: asyncio.Timeout | None = None
         self.began_s = time.monotonic()

@@ -52,7 +52,8 @@ class GatewayState:
         sessions: The conversations of each tenant, with the experts that answered them.
         lengths: Learned lengths of answers.
         thinking: Learned lengths of thinking.
-        escalations: Learned frequency of calls of cascades' later experts.
+        review_lengths: Learned lengths of reviews.
+        escalations: Learned frequency of the later steps of recipes.
         savings: What requests saved since the gateway's start, by baseline, of all tenants.
         created_s: When the gateway was started, in seconds since 1970.
     """
@@ -66,6 +67,7 @@ class GatewayState:
     sessions: SessionMemory = field(default_factory=SessionMemory)
     lengths: Lengths = field(default_factory=Lengths)
     thinking: ThinkingLengths = field(default_factory=ThinkingLengths)
+    review_lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
     savings: dict[str, SavingsTotal] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -87,6 +89,7 @@ class GatewayState:
         self.prefix_affinity.forget(experts)
         self.lengths.forget(experts)
         self.thinking.forget(experts)
+        self.review_lengths.forget(experts)
         self.escalations.forget(experts)
 
 

@@ -308,7 +308,9 @@ class Dispatcher:
         """
         if len(selection.exclusion) and (selection.exclusion >= FIRST_BROKEN_BOUND).all():
             request = selection.request
-            worst = worst_costs(self.catalog, request.rows, request.cost)
+            worst = worst_costs(
+                self.catalog, request.rows, request.cost, request.steps, request.recruitable
+            )
             raise infeasible_error(
                 self.catalog,
                 request.bounds,
@@ -422,6 +424,8 @@ class Dispatcher:
         there = {name for view in views for name in view.snapshot.experts}
         best: tuple[float, str] | None = None
         for quality, row in zip(plan.quality.tolist(), plan.rows.tolist(), strict=True):
+            if self.catalog.recruits[row]:
+                continue  # It takes those that are there.
             absent = [name for name in self.catalog.recipes[row].members if name not in there]
             if absent and (best is None or quality > best[0]):
                 best = quality, absent[0]
@@ -462,6 +466,8 @@ class Dispatcher:
             answers=request.answers,
             most_tokens=request.most_tokens,
             thinking_budget=request.thinking_budget,
+            role=reply.role,
+            round=reply.round,
         )
         reply.expert_call = expert_call
         try:

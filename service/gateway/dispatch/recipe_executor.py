@@ -1,8 +1,9 @@
-"""Chooses the recipe of a request, and runs it: one expert, a cascade or a vote.
+"""Chooses the recipe of a request, and runs it: one expert, or several.
 
 The first choice is made here, among all candidates, by `Dispatcher.select_first`. One expert goes
 to `Dispatcher.dispatch` with it (`first_selection`). After a fault the dispatcher chooses again,
-among single experts only. Several experts go to `EnsembleExecutor`.
+among single experts only. Cascades and votes go to `EnsembleExecutor`, deliberations to
+`DeliberationExecutor`, and recruits to `RecruitExecutor`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Any
 import numpy as np
 
 from service.broker.cost_model import CostModel
+from service.broker.quality_cost_bounds import worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.recipe_steps import StepBound
 from service.broker.savings import Comparison, SavingsModel
+from service.broker.selection import Selection
 from service.errors import (
     CoeError,
     EngineDiedTwiceError,
@@ -24,9 +28,13 @@ from service.errors import (
     PromptTooLongError,
 )
 from service.gateway.budget_prices import BudgetPrices
+from service.gateway.dispatch.deliberation import DeliberationExecutor
 from service.gateway.dispatch.dispatcher import Dispatcher
 from service.gateway.dispatch.ensemble import EnsembleExecutor
+from service.gateway.dispatch.member_calls import MemberCalls
 from service.gateway.dispatch.pool_errors import deadline_error
+from service.gateway.dispatch.recruitment import RecruitExecutor
+from service.gateway.dispatch.step_requests import shown_bytes_of
 from service.gateway.request.learned_budgets import LearnedBudgets
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.token_limits import within_cost
@@ -38,7 +46,14 @@ from service.gateway.routing.prefix_affinity import PrefixAffinity
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.request_bounds import within_bounds
 from service.gateway.routing.route_plan import LeftOut, RoutePlan
-from service.types import Recipe
+from service.types import Kind, Recipe
+
+_EXECUTORS: dict[Kind, type[MemberCalls]] = {
+    "cascade": EnsembleExecutor,
+    "vote": EnsembleExecutor,
+    "deliberate": DeliberationExecutor,
+    "recruit": RecruitExecutor,
+}
 
 
 class RecipeExecutor:
@@ -112,9 +127,10 @@ class RecipeExecutor:
             recipe = catalog.recipes[int(plan.rows[position])]
             dispatcher.note_session(selection, position, record)
             record.predicted_cost = float(selection.cost[position])
-            contexts = [dispatcher.context(name) for name in recipe.experts]
-            added = [dispatcher.defaults.system_bytes(request, name) for name in recipe.experts]
-            request = within_cost(request, recipe.experts, self._cost_model, contexts, added)
+            called = self._most_calls(selection, position)
+            contexts = [dispatcher.context(name) for name in called]
+            added = [dispatcher.defaults.system_bytes(request, name) for name in called]
+            request = within_cost(request, called, self._cost_model, contexts, added)
         record.clipped = request.clipped
         answered_row = -1
         complete = False
@@ -125,7 +141,11 @@ class RecipeExecutor:
                 answered_row = catalog.index[record.expert]
                 complete = record.outcome == "ok"
                 return
-            ensemble = EnsembleExecutor(
+            assert position is not None
+            if reply.meter is not None:
+                # Later calls show answers beyond the prompt, which are no chat template.
+                reply.meter.most_prompt_tokens += shown_bytes_of(recipe, request.most_tokens)
+            calls = _EXECUTORS[recipe.kind](
                 dispatcher,
                 catalog,
                 self._cost_model,
@@ -133,11 +153,12 @@ class RecipeExecutor:
                 request,
                 plan,
                 selection,
+                position,
                 reply,
                 deadline_s,
             )
             try:
-                await ensemble.run()
+                await calls.run()
             except (InvalidRequestError, PromptTooLongError, EngineDiedTwiceError):
                 raise
             except CoeError:
@@ -151,11 +172,9 @@ class RecipeExecutor:
                 return
             complete = record.outcome == "ok"
             answered_row = catalog.recipe_index[recipe]
-            if recipe.later:
+            if recipe.steps and (taken := calls.escalations) is not None:
                 expected = plan.escalation_prob[position]
-                self._quality_model.observe_escalations(
-                    answered_row, expected, ensemble.escalations
-                )
+                self._quality_model.observe_escalations(answered_row, expected, taken)
         finally:
             if complete and answered_row >= 0 and record.status == 200:
                 record.comparison = self._compare(unclipped, plan, answered_row, record.expert)
@@ -202,7 +221,7 @@ class RecipeExecutor:
         idle_s = None
         if math.isfinite(wanted.bounds.deadline_s):
             idle_s = self._dispatcher.idle_times(wanted)
-        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost, idle_s)
+        return within_bounds(self._catalog, wanted.bounds, plan, wanted.cost, idle_s, wanted.steps)
 
     def affordable(self, request: InferenceRequest, plan: RoutePlan) -> RoutePlan:
         """Drop the recipes that cost more than the tenant's budgets have left.
@@ -213,10 +232,12 @@ class RecipeExecutor:
         if math.isinf(left) or len(plan.rows) < 2:
             return plan
         added = self._dispatcher.defaults.added(request, self._catalog.experts).tokens
-        costs = self._cost_model.expect(
+        expected = self._cost_model.expect(
             plan.category, request.prompt_tokens + added, request.most_tokens, request.answers
-        ).cost
-        worst = self._catalog.uses[plan.rows] @ costs
+        )
+        worst = worst_costs(
+            self._catalog, plan.rows, expected.cost, expected.steps, plan.recruitable
+        )
         keep = worst <= left
         if not keep.any():
             keep[int(worst.argmin())] = True
@@ -224,7 +245,9 @@ class RecipeExecutor:
 
     def cheapest(self, plan: RoutePlan) -> RoutePlan:
         """Keep only the recipe that costs least if all its experts are called."""
-        worst = self._catalog.uses[plan.rows] @ self._cost_model.per_token
+        worst = worst_costs(
+            self._catalog, plan.rows, self._cost_model.per_token, recruitable=plan.recruitable
+        )
         keep = np.zeros(len(plan.rows), dtype=bool)
         keep[int(worst.argmin())] = True
         return plan.only(keep, "budget")
@@ -234,11 +257,39 @@ class RecipeExecutor:
         tokens = self._cost_model.expect(
             plan.category, request.prompt_tokens, request.most_tokens
         ).tokens
-        return float((self._catalog.uses[plan.rows] @ tokens).max())
+        worst = worst_costs(self._catalog, plan.rows, tokens, recruitable=plan.recruitable)
+        return float(worst.max())
 
     def expert_sets(self, plan: RoutePlan) -> list[tuple[str, ...]]:
-        """Return the experts that each recipe of a plan may call."""
-        return [self._catalog.recipes[row].experts for row in plan.rows.tolist()]
+        """Return the experts that each recipe of a plan may call, once for each call."""
+        return [self._dearest_calls(plan, row) for row in plan.rows.tolist()]
+
+    def _dearest_calls(self, plan: RoutePlan, row: int) -> tuple[str, ...]:
+        catalog, recipe = self._catalog, self._catalog.recipes[row]
+        if recipe.recruitment is None:
+            return recipe.experts * max(1, int(catalog.most_calls[row].max()))
+        able = catalog.among[row]
+        if plan.recruitable is not None:
+            able = able & plan.recruitable
+        price = self._cost_model.per_token
+        names = [catalog.experts[e] for e in np.argsort(-price) if able[e]]
+        return (*names[: recipe.recruitment.k], *(recipe.required or names[:1]))
+
+    def most_shown(self, request: InferenceRequest, plan: RoutePlan) -> StepBound:
+        """What calls of a plan's recipes may have beyond the request's own prompt and answer."""
+        recipes = [self._catalog.recipes[row] for row in plan.rows.tolist()]
+        return StepBound(
+            max((shown_bytes_of(recipe, request.most_tokens) for recipe in recipes), default=0),
+            max((r.deliberation.review_tokens for r in recipes if r.deliberation), default=0),
+        )
+
+    def _most_calls(self, selection: Selection, position: int) -> tuple[str, ...]:
+        """The experts of all calls that a chosen recipe may make, once for each call."""
+        row = int(selection.request.rows[position])
+        recipe = self._catalog.recipes[row]
+        if recipe.recruitment is not None:
+            return (*selection.members(position), *selection.later(position))
+        return recipe.experts * max(1, int(self._catalog.most_calls[row].max()))
 
     def explain(
         self, request: InferenceRequest, plan: RoutePlan, left_out: Sequence[LeftOut] = ()
@@ -270,7 +321,14 @@ class RecipeExecutor:
         if last_call is not None and not complete:
             last_call.ended = False
         for call in record.calls:
-            if call.length:
+            if not call.length:
+                continue
+            if call.role == "review":
+                self._cost_model.observe_review(
+                    call.expert, plan.category, call.length, cut=call.cut
+                )
+            elif call.round in (None, 1):
+                # Later answers have read the best one, and are another kind of text.
                 self._cost_model.observe(call.expert, plan.category, call.length, cut=call.cut)
                 if request.thinking.enabled is not False:
                     self._learned_budgets.observe(call, plan.category)

@@ -136,6 +136,7 @@ class InferenceHandler:
             request,
             partial(self._executor.expert_sets, plan),
             partial(self._executor.likely_tokens, request, plan),
+            partial(self._executor.most_shown, request, plan),
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from service.broker.pool_state import PoolView
+from service.broker.recipe_steps import LEAST_RECRUITS
 from service.broker.token_prices import prices_of
 from service.config import Config
 from service.config.aliases import ResolvedAlias
@@ -164,8 +165,9 @@ def _auto(config: Config, name: str, created_s: int, tenant: Tenant) -> dict[str
     }
 
 
-def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
+def _recipe(config: Config, name: str, created_s: int, tenant: Tenant) -> dict[str, Any]:
     recipe = config.recipes[name]
+    experts = [expert for expert in recipe.recipe().experts if tenant.may_ask(expert)]
     return {
         "id": name,
         "object": "model",
@@ -173,9 +175,9 @@ def _recipe(config: Config, name: str, created_s: int) -> dict[str, Any]:
         "owned_by": "coe",
         "coe": {
             "kind": recipe.kind,
-            "members": list(recipe.members),
+            "members": [name for name in recipe.recipe().members if tenant.may_ask(name)],
             "later": list(recipe.later),
-            "capabilities": _common(config, (*recipe.members, *recipe.later)),
+            "capabilities": _common(config, experts),
         },
     }
 
@@ -222,8 +224,13 @@ def categories(config: Config, tenant: Tenant) -> list[str]:
 def may_ask(config: Config, name: str, tenant: Tenant) -> bool:
     """Whether a tenant may use an expert, or every expert of a recipe."""
     recipe = config.recipes.get(name)
-    experts = (name,) if recipe is None else (*recipe.members, *recipe.later)
-    return all(map(tenant.may_ask, experts))
+    if recipe is None:
+        return tenant.may_ask(name)
+    found = recipe.recipe()
+    enough = found.recruitment is None or (
+        sum(map(tenant.may_ask, found.members)) >= LEAST_RECRUITS
+    )
+    return enough and all(map(tenant.may_ask, found.required))
 
 
 def _common(config: Config, experts: Iterable[str]) -> list[str]:
@@ -280,7 +287,7 @@ def entry(
         if not may_ask(config, name, tenant):
             return None
         if name in config.recipes:
-            return _recipe(config, name, created_s)
+            return _recipe(config, name, created_s, tenant)
         return _expert(config, name, states[name], created_s, tenant)
     if aliases is not None and (resolved := aliases.find(name, tenant)) is not None:
         return _alias(config, states, created_s, name, tenant, resolved)

@@ -15,6 +15,7 @@ from service.batches.batch_types import BatchLine, LineChoice
 from service.broker.batch_knapsack import BatchOptions
 from service.broker.cost_model import LONG_TOKENS
 from service.broker.pool_state import Floats, PoolStateTable, PoolView
+from service.broker.recipe_steps import expected_calls
 from service.config import Config
 from service.errors import CoeError
 from service.gateway.request.expert_defaults import RequestDefaults
@@ -139,20 +140,18 @@ class BatchEstimator:
             bounds = replace(
                 bounds_of(request, plan, self._cost_model, added.most_tokens), deadline_s=_NEVER
             )
-            plan = within_bounds(catalog, bounds, plan, expected.cost)
+            plan = within_bounds(catalog, bounds, plan, expected.cost, steps=expected.steps)
         quality = plan.quality
         if plan.reason == "named":
             quality = self._quality_of_named(request, plan)
         generates = TABLE[request.endpoint].generates
         answer = request.answers * expected.tokens if generates else np.zeros(experts)
-        each = np.append(prompt + answer, 0.0)
-        cost = np.append(expected.cost, 0.0)
-        later = catalog.later[plan.rows]
         place = {row: i for i, row in enumerate(plan.rows.tolist())}
         at = np.array([place.get(row, -1) for row in self._rows.tolist()], dtype=np.intp)
-        members, reach = catalog.members[plan.rows], plan.escalation_prob
-        costs = cost[members].sum(axis=1) + (reach * cost[later]).sum(axis=1)
-        tokens = each[members].sum(axis=1) + (reach * each[later]).sum(axis=1)
+        calls = expected_calls(
+            catalog, plan.rows, plan.escalation_prob, plan.skill, plan.recruitable
+        )
+        costs, tokens = calls @ expected.cost, calls @ (prompt + answer)
         needed = request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS)
         contexts = np.array([self._context(name) for name in catalog.experts])
         too_long = (contexts > 0) & (contexts < needed)

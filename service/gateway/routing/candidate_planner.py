@@ -14,6 +14,7 @@ from service.broker.cost_model import LONG_TOKENS, CostModel
 from service.broker.information_value import value_of_category
 from service.broker.pool_state import Floats, Place
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.recipe_steps import LEAST_RECRUITS
 from service.broker.reference_cost import best_shares
 from service.broker.savings import RecipeEstimates
 from service.broker.selection import PrefixCacheHint, SelectionRequest
@@ -101,7 +102,7 @@ class CandidatePlanner:
             if "*" not in name
         }
         kinds = sorted({c for expert in config.experts.values() for c in expert.capabilities})
-        self._able = {
+        self._able: dict[str, NDArray[np.bool_]] = {
             kind: np.array([kind in config.experts[name].capabilities for name in catalog.experts])
             for kind in kinds
         }
@@ -167,7 +168,11 @@ class CandidatePlanner:
     def _prompt_decides(self, model: str) -> bool:
         """Whether the prompt decides: the client names neither an expert nor a category."""
         head = model.partition(":")[0]
-        return head == AUTO and "/" not in model and model not in self._named
+        named = self._named.get(model)
+        if named is not None:
+            # The prompt decides who is recruited.
+            return named.recruitment is not None
+        return head == AUTO and "/" not in model
 
     def plan(
         self,
@@ -190,7 +195,7 @@ class CandidatePlanner:
         if model in self._experts:
             return self._by_name(request, Recipe("single", (model,)), f"expert {model!r}")
         if model in self._named:
-            return self._by_name(request, self._named[model], f"recipe {model!r}")
+            return self._by_name(request, self._named[model], f"recipe {model!r}", assessment)
         preset, category = self._auto(model, request.tenant)
         if "embeddings" in request.needs:
             self._one_space(request.tenant)
@@ -268,11 +273,19 @@ class CandidatePlanner:
                 param="model",
             )
 
-    def _by_name(self, request: InferenceRequest, recipe: Recipe, what: str) -> RoutePlan:
-        if not all(map(request.tenant.may_ask, recipe.experts)):
+    def _by_name(
+        self,
+        request: InferenceRequest,
+        recipe: Recipe,
+        what: str,
+        assessment: Assessment | None = None,
+    ) -> RoutePlan:
+        may = all(map(request.tenant.may_ask, recipe.required))
+        allowed = sum(map(request.tenant.may_ask, recipe.members))
+        if not may or (recipe.recruitment is not None and allowed < LEAST_RECRUITS):
             # The error must not reveal the recipe's other experts or their abilities.
             raise ForbiddenError(f"this key may not use {what}", param="model")
-        for name in recipe.experts:
+        for name in recipe.required:
             able = frozenset(self._experts[name].capabilities)
             lacking = request.needs - able
             if lacking:
@@ -293,24 +306,40 @@ class CandidatePlanner:
         row = self._catalog.recipe_index[recipe]
         rows = self._catalog.everything[row : row + 1]
         escalation_prob = (
-            self._quality_model.escalation_prob(row)[None] if recipe.later else _NO_LATER
+            self._quality_model.escalation_prob(row)[None] if recipe.steps else _NO_LATER
         )
-        quality = _CERTAIN
-        if request.min_quality > 0:
-            assessment, posterior = self._classify(request)
+        quality, skill, recruitable, category = _CERTAIN, None, None, ""
+        if recipe.recruitment is not None:
+            recruitable = self._recruitable(request, named=True)
+            if (recruitable & self._catalog.among[row]).sum() < LEAST_RECRUITS:
+                raise InvalidRequestError(
+                    f"{what} has fewer than {LEAST_RECRUITS} experts that this key may use and "
+                    f"that can do {', '.join(sorted(request.needs))}"
+                    f"{_held_by_request(request.needs)}",
+                    param="model",
+                )
+        if request.min_quality > 0 or recruitable is not None:
+            assessment, posterior = self._classify(request, assessment)
             by_category = self._quality_model.posterior(posterior)
             tenant = request.tenant.name
-            quality = self._quality_model.quality(by_category, assessment, tenant)[0][rows]
+            expected = self._quality_model.quality(by_category, assessment, tenant)[0]
+            if request.min_quality > 0:
+                quality = expected[rows]
+            if recruitable is not None:
+                skill = expected[: len(self._catalog.experts)]
+                category = GENERAL if assessment is None else assessment.scores.category
         return RoutePlan(
             rows=rows,
             quality=quality,
             escalation_prob=escalation_prob,
-            first=recipe.experts[0],
-            category="",
+            first=recipe.experts[0] if recruitable is None else self._first(recruitable, row),
+            category=category,
             confidence=1.0,
             reason="named",
             allowed=allowed_experts(request, self._catalog.experts),
             time_price=self._presets.auto.time_price,
+            skill=skill,
+            recruitable=recruitable,
         )
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
@@ -356,6 +385,10 @@ class CandidatePlanner:
             by_category, assessment, request.tenant.name
         )
         able = self._possible(request)
+        skill, recruitable = None, None
+        if catalog.recruits.any():
+            skill, recruitable = quality[: len(catalog.experts)], self._recruitable(request)
+            able &= self._recruits(recruitable)
         keep = able & (quality >= _MIN_QUALITY)
         allowed = allowed_experts(request, catalog.experts)
         possible = able if allowed is None else able & ~(catalog.uses & ~allowed).any(axis=1)
@@ -395,7 +428,39 @@ class CandidatePlanner:
             estimates=RecipeEstimates(
                 quality, escalation_prob, possible & (quality >= request.min_quality)
             ),
+            skill=skill,
+            recruitable=recruitable,
         )
+
+    def _recruitable(self, request: InferenceRequest, *, named: bool = False) -> NDArray[np.bool_]:
+        """The experts that a recipe may recruit for a request, (experts,).
+
+        Args:
+            request: The request.
+            named: Whether the client named the recipe. Then it may recruit experts that `auto`
+                must not choose.
+        """
+        singles = slice(0, len(self._catalog.experts))
+        able = np.ones(len(self._catalog.experts), dtype=bool)
+        if not named:
+            able &= self._chosen_by_auto[singles]
+        for need in request.needs:
+            able &= self._able.get(need, np.zeros(1, dtype=bool))
+        if request.tenant.experts is not None:
+            able &= self._allowed(request.tenant.experts)[singles]
+        barred = self._ways.refusals(request.endpoint, request.thinking)
+        able[[self._catalog.index[name] for name in barred]] = False
+        return able
+
+    def _first(self, recruitable: NDArray[np.bool_], row: int) -> str:
+        """The first expert that a recipe may recruit."""
+        return self._catalog.experts[int((recruitable & self._catalog.among[row]).argmax())]
+
+    def _recruits(self, recruitable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whether each recipe finds enough experts, (recipes,); others need none."""
+        catalog = self._catalog
+        enough = (catalog.among & recruitable).sum(axis=1) >= LEAST_RECRUITS
+        return np.asarray(enough | ~catalog.recruits)
 
     def _session_terms(
         self,
@@ -522,7 +587,7 @@ class CandidatePlanner:
     def _unknown_model_error(self, model: str, tenant: Tenant) -> UnknownModelError:
         # No name is longer, and matching megabytes would take seconds.
         named: dict[str, tuple[str, ...]] = {name: (name,) for name in self._experts}
-        named |= {name: recipe.experts for name, recipe in self._named.items()}
+        named |= {name: recipe.required for name, recipe in self._named.items()}
         names = [name for name, experts in named.items() if all(map(tenant.may_ask, experts))]
         names += [
             alias
@@ -603,6 +668,9 @@ def selection_request(
         prefix_cache=prefix_cache or plan.prefix_cache,
         excluded=excluded,
         session=plan.session,
+        steps=expected.steps,
+        skill=plan.skill,
+        recruitable=plan.recruitable,
     )
 
 

@@ -85,7 +85,8 @@ def _session(selection: Selection, best: int | None) -> dict[str, Any] | None:
 
 def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any]:
     recipe = selection.catalog.recipes[int(selection.request.rows[at])]
-    options = [selection.expert_in_pool(name) for name in recipe.members]
+    members, later = selection.members(at), selection.later(at)
+    options = [selection.expert_in_pool(name) for name in members]
     available = [option for option in options if option is not None]
     barred = Exclusion(int(selection.exclusion[at]))
     behind = None if best is None else float(selection.utility[best] - selection.utility[at])
@@ -98,9 +99,9 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
     return {
         "recipe": recipe.name,
         "kind": recipe.kind,
-        "expert": recipe.members[0],
-        "members": list(recipe.members),
-        "later": list(recipe.later),
+        "expert": (members or recipe.members)[0],
+        "members": list(members),
+        "later": list(later),
         "pool": available[0].boot if available else None,
         "pools": {option.expert: option.boot for option in available},
         "quality": round(float(selection.request.quality[at]), 4),

@@ -14,6 +14,7 @@ import numpy as np
 from service.broker.cost_model import Places
 from service.broker.pool_state import Floats
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.recipe_steps import further_steps
 from service.classifier.classifier import GENERAL, Assessment
 from service.classifier.expert_map import Estimate, ExpertMap
 from service.config import Config
@@ -38,10 +39,10 @@ def named_categories(config: Config) -> dict[str, str]:
 
 
 class Escalations:
-    """How much more often than expected cascades escalate. It outlives a config.
+    """How much more often than expected cascades and deliberations go on. It outlives a config.
 
     Attributes:
-        excess: Observed minus expected probability of each later expert, (recipes, MAX_LATER).
+        excess: Observed minus expected probability of each later step, (recipes, MAX_LATER).
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class Escalations:
     def observe(self, recipe: Recipe, expected: Floats, escalations: int) -> None:
         """Learn from one run of a cascade, see `QualityModel.observe_escalations`."""
         row = self._rows[recipe]
-        for i in range(len(recipe.later)):
+        for i in range(recipe.steps):
             observed = 1.0 if i < escalations else 0.0
             self.excess[row, i] += 0.05 * (observed - expected[i])
 
@@ -105,9 +106,28 @@ class QualityModel:
             at = catalog.recipe_index[recipe.recipe()]
             for row, label in enumerate(counted):
                 self._table[row, at] = recipe.quality.get(label, 0.0)
-            self._reach[at, : len(recipe.later)] = recipe.escalates
+            if recipe.kind == "deliberate":
+                # The first reviews are usual, and each further round follows the one before.
+                self._reach[at, : recipe.recipe().steps] = recipe.escalates ** np.arange(
+                    recipe.recipe().steps
+                )
+            elif recipe.kind == "recruit":
+                self._reach[at, 0] = 1.0
+            else:
+                self._reach[at, : len(recipe.later)] = recipe.escalates
+        # (recipes,): whether a recruit has no figures, so that its best expert's count for it.
+        self._by_rule = catalog.recruits.copy()
+        for recipe in config.recipes.values():
+            if recipe.quality:
+                self._by_rule[catalog.recipe_index[recipe.recipe()]] = False
+        self._among = catalog.among
+        self._named = {
+            name: catalog.recipe_index[recipe.recipe()] for name, recipe in config.recipes.items()
+        }
+        self._fill_by_rule(self._table)
         self._map: ExpertMap | None = None
         self._map_columns = np.zeros(0, dtype=np.intp)
+        self._map_reach = np.zeros(0, dtype=bool)
 
     @property
     def _escalation_bias(self) -> Floats:
@@ -118,7 +138,30 @@ class QualityModel:
     def use_map(self, found: ExpertMap, catalog: RecipeCatalog) -> None:
         """Use an artifact's map for the recipes that it has, and the config for the rest."""
         self._map = found
-        self._map_columns = np.array([catalog.recipe_index[recipe] for recipe in found.recipes])
+        named = [self._named_column(recipe) for recipe in found.recipes]
+        self._map_columns = np.array(
+            [
+                catalog.recipe_index[recipe] if at is None else at
+                for recipe, at in zip(found.recipes, named, strict=True)
+            ]
+        )
+        self._by_rule[self._map_columns] = False
+        # How often a recipe goes on that was recorded by its name was not recorded.
+        self._map_reach = np.array([at is None for at in named])
+
+    def _named_column(self, recipe: Recipe) -> int | None:
+        """The column of a recipe of the config that was recorded by its name, like an expert."""
+        return self._named.get(recipe.members[0]) if recipe.kind == "single" else None
+
+    def _fill_by_rule(self, quality: Floats) -> None:
+        """Give recruits without figures the quality of the best expert that they may recruit.
+
+        Args:
+            quality: (…, recipes), changed in place.
+        """
+        singles = quality[..., : self._among.shape[1]]
+        for at in np.flatnonzero(self._by_rule).tolist():
+            quality[..., at] = singles[..., self._among[at]].max(axis=-1)
 
     def by_category(self) -> Floats:
         """The quality of every recipe without feedback, (categories, recipes).
@@ -130,6 +173,7 @@ class QualityModel:
         known = [row for row, label in enumerate(self._map.categories) if label in self.index]
         table = self._table[[self.index[self._map.categories[row]] for row in known]]
         table[:, self._map_columns] = self._map.score[known]
+        self._fill_by_rule(table)
         return table
 
     def expected_calls(self, catalog: RecipeCatalog) -> Floats:
@@ -140,13 +184,23 @@ class QualityModel:
         """
         reach = self._reach.copy()
         if self._map is not None:
-            reach[self._map_columns] = self._map.reach.mean(axis=0)
+            own = self._map_reach
+            reach[self._map_columns[own]] = self._map.reach.mean(axis=0)[own]
         # The last column stands for absent members.
         calls = np.zeros((len(catalog.recipes), len(catalog.experts) + 1))
         rows = catalog.everything[:, None]
         calls[rows, catalog.members] = 1.0
         calls[rows, catalog.later] = reach
-        return calls[:, :-1]
+        calls[catalog.deliberates] *= further_steps(reach)[catalog.deliberates, None]
+        found = calls[:, :-1]
+        for at in np.flatnonzero(catalog.recruits).tolist():
+            recruitment = catalog.recipes[at].recruitment
+            assert recruitment is not None
+            # Which ones are recruited depends on the prompt; `best` is one of them.
+            among = catalog.among[at]
+            more = recruitment.k + (recruitment.aggregator is None)
+            found[at] = catalog.uses[at] + among * (more / among.sum())
+        return found
 
     def posterior(self, given: Mapping[str, float]) -> Floats:
         """A distribution over categories as an array over `labels`."""
@@ -180,9 +234,11 @@ class QualityModel:
                 own[: len(self._map.categories)] = 0.0
                 quality[self._map_columns] += own @ self._table[:, self._map_columns]
             reach = reach.copy()
-            reach[self._map_columns] = found.reach
+            reach[self._map_columns[self._map_reach]] = found.reach[self._map_reach]
+            self._fill_by_rule(quality)
         if (shift := self.shifts.get(tenant)) is not None:
             quality += posterior @ shift
+            self._fill_by_rule(quality)
         return np.clip(quality, 0.0, 1.0), np.clip(reach + self._escalation_bias, 0.0, 1.0)
 
     def quality_by_category(self, assessment: Assessment, tenant: str = "") -> Floats | None:
@@ -206,6 +262,7 @@ class QualityModel:
             table[known[:, None], self._map_columns] = self._map.quality_by_category(
                 assessment.factors
             )
+            self._fill_by_rule(table)
         if (shift := self.shifts.get(tenant)) is not None:
             table = np.clip(table + shift, 0.0, 1.0)
         return table
@@ -239,12 +296,11 @@ class QualityModel:
         return float(self._table[self.index[label], recipe]) if label in self.index else 0.0
 
     def observe_escalations(self, recipe: int, expected: Floats, escalations: int) -> None:
-        """Learn from one run of a cascade how likely its later experts are used.
+        """Learn from one run of a recipe how likely its later steps are taken.
 
         Args:
             recipe: The recipe's index.
-            expected: The probability that each later expert was expected to be used,
-                (MAX_LATER,).
-            escalations: How many of them were used.
+            expected: The probability with which each later step was expected, (MAX_LATER,).
+            escalations: How many of them were taken.
         """
         self._escalations.observe(self._recipes[recipe], expected, escalations)

@@ -15,6 +15,7 @@ from service.broker.cost_model import CostModel
 from service.broker.pool_state import Floats
 from service.broker.quality_cost_bounds import Exclusion, RequestBounds, nearest_bounds, worst_costs
 from service.broker.recipe_catalog import Ints, RecipeCatalog
+from service.broker.recipe_steps import StepFigures
 from service.errors import InfeasibleBoundsError, InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.routing.route_plan import RoutePlan
@@ -73,6 +74,7 @@ def within_bounds(
     plan: RoutePlan,
     cost: Floats,
     idle_s: Floats | None = None,
+    steps: StepFigures | None = None,
 ) -> RoutePlan:
     """Keep the candidates that keep a request's bounds.
 
@@ -82,11 +84,12 @@ def within_bounds(
         plan: The candidates.
         cost: (experts,), expected cost of one call.
         idle_s: (rows,), the candidates' `idle_times`; None where the client set no deadline.
+        steps: What experts write and read in the steps of recipes.
 
     Raises:
         InfeasibleBoundsError: No candidate keeps them.
     """
-    worst = worst_costs(catalog, plan.rows, cost)
+    worst = worst_costs(catalog, plan.rows, cost, steps, plan.recruitable)
     broken = bounds.exclusions(catalog, plan.rows, plan.quality, worst, idle_s)
     keeps = broken == 0
     if not keeps.any():

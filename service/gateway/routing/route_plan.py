@@ -55,6 +55,8 @@ class RoutePlan:
             names another category or an expert.
         prefix_cache: The pool that has the conversation in its prefix cache, by its session.
         estimates: What is expected of every recipe, where the client left the choice to the router.
+        skill: (experts,), expected quality of each expert alone; None where no recipe recruits.
+        recruitable: (experts,), the experts that a recipe may recruit; None where none does.
     """
 
     rows: Ints
@@ -74,6 +76,8 @@ class RoutePlan:
     session: SessionTerms | None = None
     prefix_cache: PrefixCacheHint | None = None
     estimates: RecipeEstimates | None = None
+    skill: Floats | None = None
+    recruitable: NDArray[np.bool_] | None = None
 
     @property
     def topics(self) -> Topics:

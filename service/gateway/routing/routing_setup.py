@@ -26,6 +26,7 @@ from service.gateway.routing.classifier_stages import PromptStages
 from service.gateway.routing.quality_model import Escalations, QualityModel, named_categories
 from service.http.token_usage import estimate_tokens
 from service.telemetry.metrics_registry import MetricsRegistry
+from service.types import Recipe
 
 log = logging.getLogger("coe.routing")
 
@@ -37,6 +38,7 @@ class RoutingSetup:
         config: The config.
         lengths: What is known of the lengths of answers; None of a new gateway.
         escalations: What is known of the escalations of cascades; None of a new gateway.
+        review_lengths: What is known of the lengths of reviews; None of a new gateway.
         metrics: Counts what each stage of the classifier decided.
 
     Attributes:
@@ -58,6 +60,7 @@ class RoutingSetup:
         lengths: Lengths | None = None,
         escalations: Escalations | None = None,
         metrics: MetricsRegistry | None = None,
+        review_lengths: Lengths | None = None,
     ) -> None:
         found: ExpertMap | None = None
         artifact = artifact_of(config)
@@ -81,7 +84,9 @@ class RoutingSetup:
                 )
         recipes = [recipe.recipe() for recipe in config.recipes.values()]
         self.catalog = RecipeCatalog(
-            tuple(config.experts), [*recipes, *(found.recipes if found else ())]
+            tuple(config.experts),
+            # Recipes that were recorded by their names stand in the map like experts.
+            [*recipes, *(r for r in (found.recipes if found else ()) if not _named(config, r))],
         )
         self.quality_model = QualityModel(config, self.catalog, self.stages.labels, escalations)
         if found is not None:
@@ -92,6 +97,8 @@ class RoutingSetup:
             prices_of(config),
             lengths,
             prior_tokens(config, self.catalog, self.quality_model.labels, found),
+            (review_lengths or Lengths()) if self.catalog.has_steps else None,
+            max((r.deliberation.review_tokens for r in recipes if r.deliberation), default=np.inf),
         )
         self.savings = self._savings_model(config)
         assess = self.stages.assess if self.stages.classifies else None
@@ -117,6 +124,8 @@ class RoutingSetup:
                 ["chat" not in config.experts[name].capabilities for name in catalog.experts]
             )
             able = ~(catalog.uses & silent).any(axis=1) & chosen_by_auto(config, catalog)
+            # A recruit has no cost of its own to compare with.
+            able &= ~catalog.recruits
             best = best_baseline(self.quality_model.by_category(), able)
             names = {row: name for name, row in reversed(named.items())}
             if best is not None and best not in names:
@@ -209,16 +218,21 @@ def artifact_of(config: Config) -> Artifact | None:
     return built_in_artifact() if path is None else load_artifact(Path(path))
 
 
+def _named(config: Config, recipe: Recipe) -> bool:
+    """Whether a recipe of a map is one of the config's, recorded by its name."""
+    return recipe.kind == "single" and recipe.members[0] in config.recipes
+
+
 def _known_part(found: ExpertMap, config: Config) -> ExpertMap | None:
-    """The artifact's map over the experts of this config; None where it knows none of them."""
+    """The artifact's map over the experts and recipes of this config; None where it knows none."""
     known = [name for name in found.experts if name in config.experts]
-    strangers = sorted(set(found.experts) - set(known))
+    strangers = sorted(set(found.experts) - set(known) - set(config.recipes))
     unknown = [name for name, expert in config.experts.items() if expert.auto and name not in known]
     # A map may know more experts than a config has. With one that it lacks, a name may be wrong.
     if strangers and unknown and len(config.experts) > 1:
         names = ", ".join(strangers)
         log.warning("the router's map knows experts that are not in the config: %s", names)
     try:
-        return found.only(known)
+        return found.only(known, alone=config.recipes)
     except ValueError:
         return None

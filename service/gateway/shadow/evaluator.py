@@ -29,6 +29,7 @@ from service.config import Config, ShadowConfig
 from service.engine.engine_interface import Send
 from service.errors import CoeError
 from service.gateway.dispatch.internal_expert_calls import SideAnswer
+from service.gateway.request.conversation_text import conversation_text
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import NOTHING
 from service.gateway.request.parsing import InferenceRequest
@@ -422,22 +423,6 @@ class ShadowEvaluator:
             row["prompt"] = prompt
         added = self._folder.add(tenant, row, sample.answered_s)
         return ShadowResult.RECORDED if added else ShadowResult.FORGOTTEN
-
-
-def conversation_text(data: Mapping[str, Any]) -> str:
-    """The text of a chat request: its one message, or all of them with their roles."""
-    messages = [m for m in data.get("messages") or () if isinstance(m, dict)]
-    texts = [(str(m.get("role", "")), _content(m.get("content"))) for m in messages]
-    if len(texts) == 1:
-        return texts[0][1]
-    return "\n\n".join(f"{role}: {text}" for role, text in texts)
-
-
-def _content(content: object) -> str:
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "\n".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
 
 
 def _beside(request: InferenceRequest, max_tokens: int) -> InferenceRequest:

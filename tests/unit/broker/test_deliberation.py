@@ -16,7 +16,6 @@ from service.broker.deliberation import (
     RoundPrice,
     StopReason,
     all_agree,
-    best_without_reviews,
     leader,
     leader_quality,
     round_gain,
@@ -123,21 +122,6 @@ def test_leader_without_votes_is_the_answer_that_most_gave(
 ) -> None:
     given_finals = {at: said(text) for at, text in finals.items()}
     assert leader({}, given_finals, 16.0, before) == expected
-
-
-@pytest.mark.parametrize(
-    ("finals", "expected"),
-    [
-        ({0: "x", 1: "y", 2: "y"}, 1),
-        ({0: None, 1: "y", 2: None}, 1),
-        ({1: None, 2: None}, 1),
-        ({}, None),
-    ],
-)
-def test_best_without_reviews_takes_the_most_frequent_answer(
-    finals: dict[int, str | None], expected: int | None
-) -> None:
-    assert best_without_reviews({at: said(text) for at, text in finals.items()}) == expected
 
 
 @given(st.lists(scores, max_size=7), scores)
