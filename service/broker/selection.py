@@ -50,9 +50,7 @@ from service.broker.recipe_steps import (
     StepTimes,
     beyond_first_calls,
     cast_of,
-    deliberations,
     fixed_cast,
-    review_time,
 )
 from service.broker.session_terms import (
     SessionOutcome,
@@ -519,6 +517,7 @@ def idle_times(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequ
 
     It ends where the deadline counts, as `_RecipeTotals.deadline_time` does. It is a lower bound:
     an expert that no pool has, or that some pool has never run alone, counts as taking no time.
+    Deliberations and recruits count their first answers, because a deadline leaves the best so far.
     """
     rows = request.rows
     if not len(pools.boots):
@@ -526,28 +525,16 @@ def idle_times(catalog: RecipeCatalog, pools: PoolMatrix, request: SelectionRequ
     hint = request.prefix_cache
     cached = hint.tokens if hint is not None else 0
     prefill = pools.idle_first + pools.idle_per_token * max(0, request.prompt_tokens - cached)
-    experts = np.zeros((4, len(catalog.experts) + 1))
-    figures = (
-        prefill,
-        prefill + pools.idle_chunk * request.tokens,
-        pools.idle_per_token,
-        pools.idle_chunk,
-    )
-    for i, time in enumerate(figures):
+    experts = np.zeros((2, len(catalog.experts) + 1))
+    for i, time in enumerate((prefill, prefill + pools.idle_chunk * request.tokens)):
         least = np.where(pools.usable, time, _INFINITE).min(axis=0)
         # The last column stands for the absent members of short recipes.
         experts[i, :-1] = np.where(np.isfinite(least), least, 0.0)
-    first, end, per_token, chunk = experts
+    first, end = experts
     members, later = catalog.members[rows], catalog.later[rows]
     in_full: Floats = end[members].max(axis=1) + end[later].sum(axis=1)
-    if request.steps is not None:
-        none = np.zeros(len(catalog.experts))
-        idle = StepTimes(none, first[:-1], per_token[:-1], chunk[:-1])
-        for at, _, deliberating in deliberations(catalog, rows):
-            in_full[at] += review_time(request.steps, idle, deliberating)
-        for at in np.flatnonzero(catalog.recruits[rows]).tolist():
-            among = catalog.among[rows[at]]
-            in_full[at] = 2 * end[:-1][among].min()
+    for at in np.flatnonzero(catalog.recruits[rows]).tolist():
+        in_full[at] = end[:-1][catalog.among[rows[at]]].min()
     if not request.streams:
         return in_full
     return np.where(catalog.single[rows], first[members[:, 0]], in_full)

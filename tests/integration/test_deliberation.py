@@ -240,7 +240,8 @@ async def test_deliberation_deadline_in_the_first_round_gives_what_there_is() ->
         cast.takes_s = {("a", "answer"): 30.0, ("c", "answer"): 30.0}
         _, headers, reply = await s.ask(chat(model="council", coe={"deadline_ms": 1500}))
         assert (content(reply), headers["x-coe-expert"]) == (RIGHT, "b")
-        cast.takes_s[("b", "answer")] = 30.0
+    async with council(THREE, HONEST) as (s, cast):
+        cast.takes_s = {(name, "answer"): 30.0 for name in "abc"}
         async with asyncio.timeout(8):
             status, _, reply = await s.ask(chat(model="council", coe={"deadline_ms": 1500}))
         assert status == 504

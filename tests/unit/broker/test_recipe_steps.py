@@ -112,11 +112,11 @@ def test_select_deliberation_beyond_max_cost_or_deadline_is_excluded() -> None:
     assert chosen([ONE], [1.0, 0, 0], deadline_s=0.01).exclusion.tolist() == [0]
 
 
-def test_idle_times_of_a_deliberation_count_its_reviews() -> None:
+def test_idle_times_of_recipes_with_steps_count_the_first_answers() -> None:
     table = PoolStateTable(BOOK.index)
-    request = chosen([0, ONE]).request
+    request = chosen([0, ONE, TWO_OF]).request
     idle = idle_times(BOOK, table.to_matrix([pool()]), request)
-    assert idle[1] > idle[0] > 0
+    assert idle[0] == idle[1] == idle[2] > 0
 
 
 def test_select_recruit_takes_the_experts_of_greatest_utility() -> None:
