@@ -114,8 +114,9 @@ class CandidatePlanner:
         }
         self._allowances: dict[frozenset[str], NDArray[np.bool_]] = {}
         self._chosen_by_auto = chosen_by_auto(config, catalog)
-        self._lacking = {
-            kind: (catalog.uses & ~able).any(axis=1) for kind, able in self._able.items()
+        self._lacking: dict[str, NDArray[np.bool_]] = {
+            kind: np.asarray((catalog.uses & ~able).any(axis=1))
+            for kind, able in self._able.items()
         }
 
     async def plan_by_all_stages(
@@ -568,8 +569,10 @@ class CandidatePlanner:
             return f"it can't do {', '.join(lacking)}"
         if not request.combinable and not self._catalog.single[row]:
             return "it asks several experts: only chat with n = 1, without tools and logprobs"
+        if not self._recruits(self._recruitable(request))[row]:
+            return f"fewer than {LEAST_RECRUITS} of its experts can be recruited for this request"
         refusals = self._ways.refusals(request.endpoint, request.thinking)
-        for name in self._catalog.recipes[row].experts:
+        for name in self._catalog.recipes[row].required:
             if name in refusals:
                 return refusals[name]
         return f"its expected quality is less than {_MIN_QUALITY:g}, too little for a candidate"
