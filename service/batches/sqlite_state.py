@@ -77,11 +77,7 @@ class SqliteState:
         self._connection: sqlite3.Connection | None = None
 
     async def start(self) -> None:
-        def begin() -> None:
-            if self._path.exists():
-                self._open()
-
-        await self._run(begin)
+        await self._run(self._existing)
 
     async def stop(self) -> None:
         def end() -> None:
@@ -222,7 +218,7 @@ class SqliteState:
                 "DELETE FROM batches WHERE NOT open AND created_s < ?", (before_s,)
             ).rowcount
 
-        return await self._write(remove) if self._connection is not None else 0
+        return await self._write(remove) if await self._run(self._existing) else 0
 
     async def statistics(self) -> BatchStatistics:
         rows = await self._read(
@@ -255,7 +251,7 @@ class SqliteState:
             )
             return _batch(row[1:])
 
-        return await self._write(take) if self._connection is not None else None
+        return await self._write(take) if await self._run(self._existing) else None
 
     async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:
         until_s = self._clock() + lease_s
@@ -370,9 +366,8 @@ class SqliteState:
 
     async def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         def read() -> list[tuple[Any, ...]]:
-            if self._connection is None:
-                return []
-            return self._connection.execute(query, values).fetchall()
+            db = self._existing()
+            return [] if db is None else db.execute(query, values).fetchall()
 
         return await self._run(read)
 
@@ -393,6 +388,12 @@ class SqliteState:
             # The thread was shut down.
             raise StoreUnavailableError("the state of batches is closed") from error
 
+    def _existing(self) -> sqlite3.Connection | None:
+        """The connection; None where nothing was written yet, by this process or another one."""
+        if self._connection is None and self._path.exists():
+            self._open()
+        return self._connection
+
     def _open(self) -> sqlite3.Connection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -405,19 +406,35 @@ class SqliteState:
             self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
         try:
-            db.execute("PRAGMA journal_mode=WAL")
+            _use_log(db)
             db.execute("PRAGMA synchronous=FULL")
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version > _VERSION:
                 raise StoreUnavailableError(
                     "the state of batches is from a newer version of this service"
                 )
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
+            if version < _VERSION:
+                db.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;"
+                )
         except BaseException:
             db.close()
             raise
         self._connection = db
         return db
+
+
+def _use_log(db: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. SQLite does not wait here while another process does so."""
+    end_s = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > end_s:
+                raise
+        time.sleep(0.01)
 
 
 @contextmanager

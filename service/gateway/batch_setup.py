@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from service.batches.sqlite_state import SqliteState
 from service.config import Config
 from service.errors import CoeError
 from service.gateway.configured_gateway import ConfiguredGateway
+from service.gateway.store_setup import store_url
 from service.http.asgi_helpers import Receive, Send
 from service.rpc.local_paths import admin_key_path
 from service.store.store_interface import Store
@@ -24,10 +26,27 @@ from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
 
+log = logging.getLogger("coe.batches")
+
 
 def default_folder() -> Path:
     """The folder of files where the config names none: beside the admin key."""
     return admin_key_path().with_name("batches")
+
+
+def _open_state(config: Config, path: Path) -> BatchState:
+    """Open the state of batches: in Redis where the store is there, else beside the files.
+
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+    """
+    given = config.store
+    if given.kind == "memory":
+        return SqliteState(path / "state.sqlite3")
+    # This import is local, because it is slow, and only a service with Redis needs the client.
+    from service.batches.redis_state import RedisState
+
+    return RedisState(store_url(given), prefix=given.prefix, timeout_s=given.timeout_ms / 1000)
 
 
 class CurrentGateway:
@@ -81,7 +100,7 @@ class GatewayBatches:
         given = config.batches
         path = default_folder() if given.folder is None else Path(given.folder)
         folder = FileFolder(path / "files")
-        self._state: BatchState = SqliteState(path / "state.sqlite3")
+        self._state = _open_state(config, path)
         gateway = CurrentGateway(current)
         self._runner = BatchRunner(
             gateway_id,
@@ -104,7 +123,11 @@ class GatewayBatches:
 
     async def start(self) -> None:
         """Go on with the batches that are there, and take new ones."""
-        await self._state.start()
+        try:
+            await self._state.start()
+        except CoeError as error:
+            # Other requests are answered meanwhile, and each call tries again.
+            log.error("batches can't be run yet: %s", error.message)
         self._runner.start()
         self.service.start()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.config import Config
+from service.config import Config, StoreConfig
 from service.errors import ConfigError
 from service.gateway.auth import any_key
 from service.rpc.local_paths import admin_key_path, keys_path
@@ -39,16 +39,25 @@ def open_store(config: Config, owner: str) -> Store:
     from service.store.redis_commands import RedisClient
     from service.store.redis_store import RedisStore
 
-    url = _url(given.url, given.url_env, "url_env")
-    assert url is not None
     client = RedisClient(
-        url,
+        store_url(given),
         owner,
         prefix=given.prefix,
         timeout_s=given.timeout_ms / 1000,
         lease_s=given.lease_s,
     )
     return RedisStore(client, share=given.slice, lease_s=given.lease_s)
+
+
+def store_url(given: StoreConfig) -> str:
+    """The URL of a store in Redis.
+
+    Raises:
+        ConfigError: The environment variable of the store's URL is not set.
+    """
+    url = _url(given.url, given.url_env, "url_env")
+    assert url is not None
+    return url
 
 
 def open_volatile(config: Config) -> VolatileStore:

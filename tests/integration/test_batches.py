@@ -11,9 +11,12 @@ from typing import Any
 import openai
 import pytest
 
+from service.pool.pool import Pool
+from service.rpc.call_headers import Call
 from service.store.api_keys import digest_of
 from tests.support.in_process_service import RunningGateway, run_gateway, simulated
 from tests.support.polling import until
+from tests.support.redis_server import redis_server
 
 KEY, OTHER = "a-key-of-the-tests-a", "a-key-of-the-tests-b"
 CHAT = "/v1/chat/completions"
@@ -336,3 +339,54 @@ async def test_batch_at_rest_costs_no_files(tmp_path: Path) -> None:
     async with run_gateway(config(tmp_path)):
         await asyncio.sleep(0)
     assert not (tmp_path / "batches").exists()
+
+
+async def test_batch_with_redis_is_charged_once_and_runs_in_the_lowest_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priorities: set[str] = set()
+    run = Pool.run
+
+    async def noted(pool: Pool, call: Call, *rest: Any) -> None:
+        priorities.add(call.tenant.priority)
+        await run(pool, call, *rest)
+
+    monkeypatch.setattr(Pool, "run", noted)
+    with redis_server(tmp_path) as server:
+        given = with_keys(
+            tmp_path,
+            store={"kind": "redis", "url": server.url},
+            budgets={"all": {"amount": 1000, "period": "month"}},
+            experts={"general": {"model": "m", "price": {"prompt": 100, "completion": 200}}},
+            pool={"tokens": 5, "decode_ms": 5},
+            batches={"max_in_flight": 3},
+        )
+        async with run_gateway(given) as s, client(s) as api:
+            file = await upload(api, *(line(i) for i in range(30)))
+            made = await create(api, file.id)
+
+            async def some() -> bool:
+                return await completed(api, made.id) >= 3
+
+            await until(some, "three lines are answered")
+        async with run_gateway(given) as s, client(s) as api:
+            batch = await ended(api, made.id)
+            assert batch.status == "completed"
+            lines = await read(api, batch.output_file_id)
+            assert [each["custom_id"] for each in lines] == [f"c{i}" for i in range(30)]
+            headers = {"authorization": f"Bearer {KEY}"}
+            async with s.get("/v1/usage", headers=headers) as reply:
+                used = await reply.json()
+            (day,) = used["days"].values()
+            assert day["requests"] == 30
+            tokens = sum(each["response"]["body"]["usage"]["total_tokens"] for each in lines)
+            assert day["prompt_tokens"] + day["completion_tokens"] == tokens
+            cost = sum(each["response"]["body"]["usage"]["coe"]["cost"] for each in lines)
+            (budget,) = [each for each in used["limits"] if each["name"] == "budget/all"]
+            assert cost > 0
+            assert not budget.get("used_up")
+            spent = (await s.gateway.ledger.state())["all"]
+            # Each line's cost is rounded up to a millionth.
+            assert cost <= spent.spent <= cost + 30e-6
+            assert spent.reserved == 0
+    assert priorities == {"low"}

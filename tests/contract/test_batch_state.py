@@ -1,0 +1,271 @@
+"""The contract of the state of batches, tested with SQLite and Redis."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from service.batches.batch_records import (
+    BatchCounts,
+    BatchRecord,
+    FileRecord,
+    InputError,
+    LineResult,
+    Status,
+)
+from service.batches.batch_state import BatchState, Page
+from service.batches.batch_types import BatchTerms
+from service.batches.redis_state import RedisState
+from service.batches.sqlite_state import SqliteState
+from service.errors import StoreUnavailableError
+from tests.support.redis_server import RedisServer, redis_server
+
+_ids = count()
+
+
+@dataclass
+class Clock:
+    """Seconds since 1970, moved by hand."""
+
+    now_s: float = 1_700_000_000.5
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class Tried:
+    """A state, with its clock."""
+
+    state: BatchState
+    clock: Clock
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(params=["sqlite", "redis"])
+async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tried]:
+    clock = Clock()
+    state: BatchState
+    if request.param == "sqlite":
+        state = SqliteState(tmp_path / "state.sqlite3", clock)
+    else:
+        server: RedisServer = request.getfixturevalue("server")
+        # Nothing of one test is seen by the next.
+        state = RedisState(server.url, prefix=f"t{next(_ids)}", timeout_s=5, clock=clock)
+    await state.start()
+    yield Tried(state, clock)
+    await state.stop()
+
+
+def file(number: int, tenant: str = "acme", **more: object) -> FileRecord:
+    made = FileRecord(
+        f"file-{number:024x}", tenant, "batch", "in.jsonl", 100, 1_700_000_000, 1_700_001_000
+    )
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def batch(number: int, tenant: str = "acme", created_s: int = 1_700_000_000) -> BatchRecord:
+    return BatchRecord(
+        f"batch_{number}",
+        tenant,
+        "key",
+        "/v1/embeddings",
+        f"file-{number:024x}",
+        {"a": "b"},
+        BatchTerms(5.0, 60.0, 0.9),
+        created_s,
+        created_s + 60,
+    )
+
+
+def running(made: BatchRecord, now_s: float = 1_700_000_001) -> BatchRecord:
+    return made.enter(Status.IN_PROGRESS, now_s, total=3, planned=(0.5, 1.0, 2.0))
+
+
+async def test_state_before_the_first_write_is_empty(tried: Tried) -> None:
+    state = tried.state
+    assert await state.file("file-1") is None
+    assert await state.files("acme", None, Page(10)) == []
+    assert await state.file_bytes("acme") == 0
+    assert await state.batch("batch_1") is None
+    assert await state.batches("acme", Page(10)) == []
+    assert await state.lease("me", 10) is None
+    assert (await state.statistics()).by_status == {}
+    assert (await state.statistics()).oldest_s is None
+    assert await state.remove_batches(2e9) == 0
+    assert await state.expired_files(2e9) == []
+
+
+async def test_files_are_kept_listed_and_removed(tried: Tried) -> None:
+    state = tried.state
+    files = [file(i, created_s=1_700_000_000 + i // 2) for i in range(5)]
+    for each in files:
+        assert await state.add_file(each, 500)
+    assert await state.add_file(file(9, "other"), 100)
+    assert await state.file(files[2].id) == files[2]
+    newest = [*reversed(files)]
+    assert await state.files("acme", None, Page(10)) == newest
+    assert await state.files("acme", None, Page(2)) == newest[:2]
+    assert await state.files("acme", None, Page(2, newest[1].id)) == newest[2:4]
+    assert await state.files("acme", None, Page(9, files[1].id, ascending=True)) == files[2:]
+    assert await state.files("acme", "batch_output", Page(10)) == []
+    assert await state.files("acme", "batch", Page(1, newest[3].id)) == newest[4:]
+    assert await state.file_bytes("acme") == 500
+    # The same file again takes no further room; a larger one does.
+    assert await state.add_file(files[0], 500)
+    assert not await state.add_file(replace(files[0], size=101), 500)
+    assert not await state.add_file(file(10, size=1), 500)
+    assert await state.add_file(file(10, size=1), None)
+    assert await state.remove_file(files[0].id)
+    assert not await state.remove_file(files[0].id)
+    assert await state.file(files[0].id) is None
+    assert await state.file_bytes("acme") == 401
+
+
+async def test_expired_files_leave_out_those_that_a_batch_reads(tried: Tried) -> None:
+    state = tried.state
+    for number in (1, 2, 3):
+        await state.add_file(file(number, expires_s=1_700_000_000 + number), None)
+    await state.add_batch(batch(1), 10)
+    assert await state.uses(file(1).id) == "batch_1"
+    assert await state.uses(file(2).id) is None
+    found = await state.expired_files(1_700_000_002)
+    assert [each.id for each in found] == [file(2).id]
+
+
+async def test_batch_is_stored_as_it_is(tried: Tried) -> None:
+    state, made = tried.state, batch(1)
+    assert await state.add_batch(made, 2)
+    assert await state.add_batch(batch(2), 2)
+    assert not await state.add_batch(batch(3), 2)
+    assert await state.add_batch(batch(4, "other"), 2)
+    assert await state.batch("batch_1") == made
+    assert await state.batches("acme", Page(5)) == [batch(2), made]
+    assert await state.batches("acme", Page(5, "batch_2")) == [made]
+    statistics = await state.statistics()
+    assert dict(statistics.by_status) == {"validating": 3}
+    assert statistics.oldest_s == 1_700_000_000
+    failed = made.enter(Status.FAILED, 1.0, errors=(InputError("empty_file", "no lines", 1),))
+    assert await state.replace(failed)
+    assert await state.batch("batch_1") == failed
+    assert await state.add_batch(batch(3), 2)
+    assert await state.remove_batches(1_700_000_000) == 0
+    assert await state.remove_batches(1_700_000_001) == 1
+    assert await state.batch("batch_1") is None
+    assert [each.id for each in await state.batches("acme", Page(5))] == ["batch_3", "batch_2"]
+
+
+async def test_replace_of_a_changed_batch_writes_nothing(tried: Tried) -> None:
+    state, made = tried.state, batch(1)
+    await state.add_batch(made, 2)
+    mine, theirs = running(made), made.enter(Status.CANCELLING, 5.0)
+    assert await state.replace(mine, b"a plan")
+    assert not await state.replace(theirs, b"another")
+    assert not await state.replace(mine)
+    assert not await state.replace(replace(batch(7), version=1))
+    assert await state.batch("batch_1") == mine
+    assert await state.plan("batch_1") == b"a plan"
+    # A change without a plan keeps it.
+    assert await state.replace(mine.enter(Status.CANCELLING, 6.0))
+    assert await state.plan("batch_1") == b"a plan"
+
+
+async def test_first_result_of_a_line_counts_until_the_batch_is_sealed(tried: Tried) -> None:
+    state, made = tried.state, running(batch(1))
+    await state.add_batch(batch(1), 2)
+    await state.replace(made, b"p")
+    first = LineResult(2, False, b'{"a":1}', b"[1]", 3, 4, 0.25)
+    assert await state.put_results("batch_1", [first, LineResult(0, True, b"{}")]) == {0, 2}
+    assert await state.put_results("batch_1", [replace(first, body=b"x")]) == set()
+    more = [replace(first, line=1, settlements=None), first]
+    assert await state.put_results("batch_1", more) == {1}
+    assert await state.put_results("batch_9", [first]) == set()
+    assert await state.done("batch_1") == {0, 1, 2}
+    found = await state.batch("batch_1")
+    assert found is not None
+    assert found.counts == BatchCounts(2, 1, 6, 8, 0.5)
+    assert await state.unsettled("batch_1") == [(2, b"[1]")]
+    await state.mark_settled("batch_1", 2)
+    await state.mark_settled("batch_1", 2)
+    assert await state.unsettled("batch_1") == []
+    all_good = [(1, b'{"a":1}'), (2, b'{"a":1}')]
+    assert [*await state.results("batch_1", failed=False, after=-1, limit=9)] == all_good
+    assert [*await state.results("batch_1", failed=False, after=1, limit=9)] == all_good[1:]
+    assert [*await state.results("batch_1", failed=False, after=-1, limit=1)] == all_good[:1]
+    assert [*await state.results("batch_1", failed=True, after=-1, limit=9)] == [(0, b"{}")]
+    sealed = found.enter(Status.FINALIZING, 7.0, sealed=True)
+    assert await state.replace(sealed)
+    assert await state.put_results("batch_1", [replace(first, line=3)]) == set()
+    assert await state.replace(sealed.enter(Status.COMPLETED, 8.0, output_file_id="file-1"))
+    assert await state.done("batch_1") == set()
+    assert await state.plan("batch_1") is None
+    ended = await state.batch("batch_1")
+    assert ended is not None
+    assert ended.counts == found.counts
+
+
+async def test_lease_is_one_owner_s_until_it_ends(tried: Tried) -> None:
+    state = tried.state
+    await state.add_batch(batch(1), 9)
+    await state.add_batch(batch(2, created_s=1_700_000_005), 9)
+    await state.add_batch(batch(3, "other", created_s=1_700_000_009), 9)
+
+    async def lease(owner: str) -> str | None:
+        found = await state.lease(owner, 10)
+        return None if found is None else found.id
+
+    assert await lease("a") == "batch_1"
+    # The other tenant comes before the second batch of the first one.
+    assert await lease("b") == "batch_3"
+    assert await lease("b") == "batch_2"
+    assert await lease("c") is None
+    assert await state.renew("c", "batch_1", 10) is None
+    tried.clock.now_s += 6
+    assert await state.renew("a", "batch_1", 10) == batch(1)
+    tried.clock.now_s += 6
+    # The leases of b have ended.
+    assert await lease("c") == "batch_3"
+    await state.release("b", "batch_3")
+    assert await state.renew("b", "batch_3", 10) is None
+    await state.release("c", "batch_3")
+    assert await lease("d") == "batch_3"
+    assert await state.replace(batch(1).enter(Status.FAILED, 1.0))
+    assert await state.renew("a", "batch_1", 10) is None
+
+
+async def test_sqlite_state_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    state = SqliteState(path)
+    await state.add_file(file(1), None)
+    await state.stop()
+    import sqlite3
+
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version=99")
+    db.close()
+    newer = SqliteState(path)
+    with pytest.raises(StoreUnavailableError, match="newer version"):
+        await newer.start()
+    await newer.stop()
+
+
+async def test_redis_state_warns_where_redis_may_lose_results(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for fsync, warned in (("everysec", True), ("always", False)):
+        caplog.clear()
+        state = RedisState(server.url, prefix=f"t{next(_ids)}", timeout_s=5)
+        await state._redis.config_set("appendfsync", fsync)
+        await state.add_batch(batch(1), 1)
+        await state.stop()
+        assert ("appendfsync always" in caplog.text) == warned
