@@ -58,6 +58,45 @@ def _add_operation(operation: str, text: str) -> None:
 
 _add_operation("load", "Load an expert's weights into host memory when there is room.")
 _add_operation("evict", "Drop an expert's weights from memory.")
+
+
+@experts.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Unload every expert that nobody asks for now.")
+@click.option(
+    "--keep",
+    type=click.Choice(["host", "disk"]),
+    help="With --all: where weights stay. Default: as the config says.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def unload(url: str, name: str | None, every: bool, keep: str | None, as_json: bool) -> None:
+    """Give an expert's memory back, until its next request.
+
+    Where it runs, its engine ends or sleeps. Experts with running or waiting requests stay.
+    """
+    from urllib.parse import quote
+
+    if every == (name is not None):
+        raise click.UsageError("give the name of an expert, or --all")
+    if keep is not None and not every:
+        raise click.UsageError("--keep goes with --all")
+    if name is not None:
+        result = admin(url, "POST", f"/admin/experts/{quote(name)}/unload")
+        click.echo(
+            json.dumps(result) if as_json else f"unload: {name} in {result['pools']} pool(s)"
+        )
+        return
+    result = admin(url, "POST", "/admin/release", {"keep": keep} if keep else None)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for pool, told in result["pools"].items():
+        click.echo(f"{pool}: unloaded {', '.join(told['released']) or 'nothing'}")
+        for busy, why in told["busy"].items():
+            click.echo(f"{pool}: {busy} stays: {why}")
+
+
 _add_operation("pin", "Keep an expert's weights in host memory.")
 _add_operation("unpin", "Let an expert's weights be evicted again.")
 
@@ -73,7 +112,7 @@ def _experts_table(payload: Any) -> Any:
             table.add_row(
                 pool,
                 name + (" (pinned)" if state.get("pinned") else ""),
-                state["state"] + (f": {state['reason']}" if state["reason"] else ""),
+                _state(state),
                 _bytes(state),
                 str(state["waiting"]),
                 str(state["running"]),
@@ -81,6 +120,12 @@ def _experts_table(payload: Any) -> Any:
                 f"{last['method']}, {last['reason']}, {last['ago_s']:.0f} s ago" if last else "",
             )
     return table
+
+
+def _state(state: Any) -> str:
+    if state["reason"]:
+        return f"{state['state']}: {state['reason']}"
+    return f"{state['state']} (unloaded)" if state.get("released") else str(state["state"])
 
 
 def _bytes(state: Any) -> str:

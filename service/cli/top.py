@@ -44,6 +44,8 @@ def rows_of(hello: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, ...
         tier = best["state"]
         if tier == "loading" and best.get("eta_s", 0) >= 1:
             tier = f"in {best['eta_s']:.0f} s"
+        if best.get("released"):
+            tier += " (unloaded)"
         held_bytes = best.get("host_bytes") or best.get("weight_bytes") or 0
         swap = best.get("last_swap")
         rate = sum(entry.get("tokens_per_s", 0.0) for entry in entries)

@@ -141,6 +141,14 @@ class ExpertConfig(Section):
         "alone it is a variant, too. Default: as each request says, and else as the model does.",
     )
     pinned: bool = Field(False, description="Never evict its weights from host memory.")
+    idle_unload_s: float | None = Field(
+        None,
+        ge=0,
+        le=31_536_000,
+        description="Seconds without a request after which it gives its memory back, until the "
+        "next request; 0: never. Default: `swap.idle_unload_s` of its pool. An engine ends, or "
+        "sleeps, once this holds for all experts in it.",
+    )
     categories: tuple[str, ...] = Field(
         (), description="Categories that `auto` sends to this expert."
     )
@@ -207,6 +215,8 @@ class ExpertConfig(Section):
             raise ValueError("strength needs form merged")
         if self.space is not None and "embeddings" not in self.capabilities:
             raise ValueError("space is for experts with the capability embeddings")
+        if self.remote is not None and self.idle_unload_s is not None:
+            raise ValueError("idle_unload_s is for experts in pools; a remote one holds no memory")
         if self.model is None and self.vllm != ExpertKernels():
             raise ValueError("vllm is for experts with full weights of their own (model)")
         self._check_thinking()

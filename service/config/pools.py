@@ -131,6 +131,19 @@ class SwapOptions(Section):
         1,
         description="sleep: 1 keeps a sleeping engine's weights in host memory, 2 reloads them.",
     )
+    idle_unload_s: float = Field(
+        0.0,
+        ge=0,
+        le=31_536_000,
+        description="Seconds without a request after which an expert gives its memory back, until "
+        "the next request; pinned experts stay. 0: never.",
+    )
+    idle_keep: Literal["host", "disk"] | None = Field(
+        None,
+        description="Where the weights of such experts stay. host: the engine sleeps (with swap "
+        "method sleep), and its weights stay in host memory where sleep_level is 1. disk: the "
+        "engine's process ends. Default: host if the method is sleep, else disk.",
+    )
     prefetch: bool = Field(
         True, description="Load the experts most in demand into host memory ahead of requests."
     )
@@ -236,6 +249,12 @@ class PoolConfig(Section):
     def _check_sleep(self) -> PoolConfig:
         if self.swap.method == "sleep" and self.gpus == 0:
             raise ValueError("swap.method sleep needs a GPU; on CPU use inplace")
+        asleep = self.engine == "simulated" or (self.gpus > 0 and self.swap.method == "sleep")
+        if self.swap.idle_keep == "host" and not asleep:
+            raise ValueError(
+                "swap.idle_keep host needs swap.method sleep, because the memory of other engines "
+                "ends with their process; use disk"
+            )
         return self
 
     @model_validator(mode="after")

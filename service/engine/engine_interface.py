@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -241,4 +241,29 @@ class SwappingEngine(Engine, Protocol):
         Args:
             expert: The name of the expert.
             for_next: Whether a load follows at once. It can then reuse the memory.
+        """
+
+
+@runtime_checkable
+class RestingEngine(Protocol):
+    """An engine that can give the accelerator back and keep weights in host memory."""
+
+    @property
+    def can_rest(self) -> bool:
+        """Whether it can, as it was made."""
+
+    async def rest(self) -> None:
+        """Free the accelerator's memory. No request may be running.
+
+        Raises:
+            EngineDeadError: The engine failed.
+        """
+
+    async def resume(self) -> None:
+        """Take the accelerator again, with the expert that ran last.
+
+        `SwappingEngine.swap_in` does the same for another expert.
+
+        Raises:
+            EngineDeadError: The engine failed.
         """

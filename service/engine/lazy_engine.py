@@ -9,6 +9,7 @@ from service.engine.engine_interface import (
     EngineReport,
     EngineRequest,
     LoadResult,
+    RestingEngine,
     Send,
     SwappingEngine,
     SwapResult,
@@ -65,3 +66,18 @@ class LazyEngine:
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         await self._engine().evict(expert, for_next=for_next)
+
+    @property
+    def can_rest(self) -> bool:
+        """Whether the engine that was made can rest."""
+        return isinstance(self._made, RestingEngine) and self._made.can_rest
+
+    async def rest(self) -> None:
+        engine = self._engine()
+        assert isinstance(engine, RestingEngine)
+        await engine.rest()
+
+    async def resume(self) -> None:
+        engine = self._engine()
+        assert isinstance(engine, RestingEngine)
+        await engine.resume()

@@ -97,6 +97,7 @@ class SimulatedEngine:
         self._loaded: set[str] = set()
         self._dead: str | None = None
         self._running = 0
+        self._rests = False
         self.swaps = 0
 
     async def start(self) -> EngineReport:
@@ -139,6 +140,7 @@ class SimulatedEngine:
             raise ExpertFailedError(f"the weights of {expert!r} are not held")
         await asyncio.sleep(self._options.swap_s)
         self.swaps += 1
+        self._rests = False
         before, self._runs = self._runs, expert
         same = self._bases.get(before, before) == self._bases.get(expert, expert)
         return SwapResult(self._options.swap_s, ok=True, method="steer" if same else "inplace")
@@ -146,6 +148,22 @@ class SimulatedEngine:
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
         """Forget an expert."""
         self._loaded.discard(expert)
+
+    @property
+    def can_rest(self) -> bool:
+        """Always: there are no weights."""
+        return True
+
+    async def rest(self) -> None:
+        """Refuse requests until `resume` or `swap_in`."""
+        if self._running:
+            raise EngineDeadError(f"put to sleep with {self._running} running requests")
+        self._rests = True
+
+    async def resume(self) -> None:
+        """Wait for `swap_s` seconds."""
+        await asyncio.sleep(self._options.swap_s)
+        self._rests = False
 
     def failure(self) -> str | None:
         """Return why the engine is dead, or None."""
@@ -168,6 +186,8 @@ class SimulatedEngine:
         try:
             if self._dead is not None:
                 raise EngineRestartingError(f"the engine of expert {request.expert!r} is dead")
+            if self._rests:
+                raise ExpertFailedError(f"{request.expert!r} sleeps", retry_after_s=1)
             if self._options.poison and self._options.poison.encode() in request.body:
                 # A fault in native code runs no handler and sends no error.
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -84,6 +84,36 @@ class SleepingEngines:
         self._awake = first
         self._engines: dict[str, Sleeper] = {}
         self._broken: str | None = None
+        self._rests = False
+
+    @property
+    def can_rest(self) -> bool:
+        """Always: its engines were started with vLLM's sleep mode."""
+        return True
+
+    async def rest(self) -> None:
+        """Put the awake engine to sleep as well.
+
+        Raises:
+            EngineDeadError: It can't sleep.
+        """
+        async with self._turn:
+            if not self._rests:
+                engine = self._engines[self._awake]
+                await self._must_succeed(engine.sleep(), "it could not be put to sleep")
+                self._rests = True
+
+    async def resume(self) -> None:
+        """Wake the engine that was awake last.
+
+        Raises:
+            EngineDeadError: It can't be woken.
+        """
+        async with self._turn:
+            if self._rests:
+                engine = self._engines[self._awake]
+                await self._must_succeed(engine.wake(), "it could not be woken")
+                self._rests = False
 
     @property
     def swappable_experts(self) -> frozenset[str]:
@@ -107,7 +137,7 @@ class SleepingEngines:
         await self._engines[self._awake].unload(expert)
 
     async def run(self, request: EngineRequest, send: Send) -> None:
-        if request.expert not in self._units[self._awake]:
+        if self._rests or request.expert not in self._units[self._awake]:
             raise ExpertFailedError(f"{request.expert!r} sleeps", retry_after_s=1)
         await self._engines[self._awake].run(request, send)
 
@@ -128,7 +158,8 @@ class SleepingEngines:
     async def _exchange(self, expert: str) -> SwapResult:
         began_s = time.monotonic()
         before = self._engines[self._awake]
-        await self._must_succeed(before.sleep(), "it could not be put to sleep")
+        if not self._rests:
+            await self._must_succeed(before.sleep(), "it could not be put to sleep")
         engine = self._engines.get(expert)
         woken = engine is not None and engine.failure() is None
         if engine is not None and woken:
@@ -148,9 +179,10 @@ class SleepingEngines:
                 if engine is not None:
                     await engine.stop()
                 await self._must_succeed(before.wake(), "it could not be woken again")
+                self._rests = False
                 raise
             self._engines[expert] = engine
-        self._awake = expert
+        self._awake, self._rests = expert, False
         swap_s = time.monotonic() - began_s
         return SwapResult(swap_s, ok=True, method="sleep", started=not woken)
 

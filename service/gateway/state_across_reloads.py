@@ -28,7 +28,15 @@ from service.gateway.routing.quality_model import Escalations
 from service.gateway.routing.session_memory import SessionMemory
 
 # Keys of an expert's config that do not influence its answers.
-_NOT_WEIGHTS = {"pinned", "categories", "quality", "price", "description", "capabilities"}
+_NOT_WEIGHTS = {
+    "pinned",
+    "idle_unload_s",
+    "categories",
+    "quality",
+    "price",
+    "description",
+    "capabilities",
+}
 # Keys of the section of a remote expert that do not influence its answers.
 _NOT_WEIGHTS_REMOTE = {
     "max_in_flight",

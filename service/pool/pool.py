@@ -37,6 +37,7 @@ from service.pool.requested_name_send import RenamedSend
 from service.pool.slot_units import Unit
 from service.pool.slots.base_slot import BaseSlot, LeaseRevokedError
 from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.idle_unload import RELEASE, IdlePolicy, Keep
 from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_planner import SwapPolicy
 from service.pool.timed_send import TimedSend
@@ -52,7 +53,7 @@ log = logging.getLogger("coe.pool")
 _PLACE_S, _SOON_S = 0.25, 0.05
 # Larger bodies are read in a thread.
 _LARGE_BYTES = 128 * 1024
-OPERATIONS = ("load", "evict", "pin", "unpin")
+OPERATIONS = ("load", "evict", "unload", "pin", "unpin")
 
 
 class PoolObserver(Protocol):
@@ -83,6 +84,7 @@ class Pool:
         self._host_bytes: dict[SharedSlot, int] = {}
         # Removed slots whose engines have not ended yet.
         self._ending: set[SharedSlot] = set()
+        self._idle_policy = IdlePolicy()
         # Removed experts whose successors of the same name have not been added yet, with the
         # reasons that clients get.
         self._returning: dict[str, str] = {}
@@ -112,6 +114,7 @@ class Pool:
     def add(self, slot: BaseSlot[Any]) -> None:
         """Add a slot to a pool that has not been started."""
         self.slots.append(slot)
+        slot.idle_policy = self._idle_policy
         self._assign(slot.experts, slot)
         if isinstance(slot, SharedSlot):
             self._policy = self._policy or slot.policy
@@ -338,6 +341,46 @@ class Pool:
         """Set the policy of the shared slots."""
         self._policy = policy
         self._divide_host_memory()
+
+    def set_idle_policy(self, policy: IdlePolicy) -> None:
+        """Set when experts are unloaded."""
+        self._idle_policy = policy
+        for slot in self.slots:
+            slot.idle_policy = policy
+
+    async def release(self, keep: Keep | None = None) -> dict[str, Any]:
+        """Give the accelerator back, as far as no request runs or waits.
+
+        Args:
+            keep: Where weights stay; None: as the config says.
+
+        Returns:
+            As JSON: the experts whose memory was given back, and why others keep theirs.
+        """
+        released: list[str] = []
+        busy: dict[str, str] = {}
+
+        async def give_back(slot: BaseSlot[Any]) -> None:
+            names = [name for name in slot.experts if name in self._slot_of]
+            try:
+                await slot.release(keep, RELEASE)
+                released.extend(names)
+            except ConflictError as error:
+                busy.update(dict.fromkeys(names, error.message))
+
+        await asyncio.gather(*(give_back(slot) for slot in self.slots))
+        served = self._present_names(self._slot_of)
+        return {
+            "released": sorted(name for name, held in served.items() if held in released),
+            "busy": {name: busy[held] for name, held in served.items() if held in busy},
+        }
+
+    def unload_counts(self) -> dict[tuple[str, str], int]:
+        """Unloads since the start, by expert and reason."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for slot in self.slots:
+            counts.update(slot.unloads)
+        return dict(counts)
 
     def set_pinned(self, expert: str, pinned: bool) -> None:
         """Pin or unpin an expert's unit in host memory."""
@@ -651,7 +694,7 @@ class Pool:
         return found
 
     async def operate(self, operation: str, expert: str) -> None:
-        """Load, evict, pin or unpin an expert.
+        """Load, evict, unload, pin or unpin an expert.
 
         Raises:
             UnknownModelError: The pool has no such expert.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from service.pool.same_weight_experts import share_weights
 from service.pool.slot_units import UnitState
 from service.pool.slots.base_slot import BaseSlot
 from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.idle_unload import IdlePolicy, longest_limit
 from service.pool.slots.shared_slot import SharedSlot
 from service.pool.swap_method import resolve_swap_method, with_swap_method
 from service.pool.swap_planner import SwapPolicy
@@ -81,6 +82,7 @@ class PoolBuilder:
         self._turn = asyncio.Lock()
         self.pool = pool
         pool.serve(self._held, _elsewhere(given, kind))
+        pool.set_idle_policy(_idle_policy(given, kind, self._held))
         groups = config.groups(kind)
         self.engines.name_experts(self._present_experts())
         slots = self._settings.slots
@@ -121,6 +123,7 @@ class PoolBuilder:
             versions = await asyncio.to_thread(file_versions, config, names)
             self._wanted = units_of(config, self._kind, profiles, versions)
             self.pool.set_policy(_policy(self._settings))
+            self.pool.set_idle_policy(_idle_policy(given, self._kind, self._held))
             diff = PoolDiff.between(
                 self._present,
                 self._wanted,
@@ -399,6 +402,24 @@ def _policy(settings: PoolConfig) -> SwapPolicy:
         prefetch=swap.prefetch,
         preempt=swap.running == "preempt",
     )
+
+
+def _idle_policy(config: Config, kind: str, held: Mapping[str, str]) -> IdlePolicy:
+    """Return when the pool's weights are unloaded, by held name.
+
+    Args:
+        config: The config, with every served expert.
+        kind: The pool's name in the config.
+        held: The held name of each served expert.
+    """
+    swap = config.pools[kind].swap
+    limits: dict[str, list[float]] = {}
+    for name, own in held.items():
+        given = config.experts[name].idle_unload_s
+        limit_s = swap.idle_unload_s if given is None else given
+        limits.setdefault(own, []).append(0.0 if config.experts[name].pinned else limit_s)
+    found = {own: longest_limit(given) for own, given in limits.items()}
+    return IdlePolicy(found if any(found.values()) else {}, swap.idle_keep)
 
 
 def _elsewhere(config: Config, kind: str) -> set[str]:

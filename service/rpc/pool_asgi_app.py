@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 
@@ -51,15 +51,18 @@ class PoolCalls(Protocol):
         """Record a gateway's unmet demand, by expert."""
 
     async def operate(self, operation: str, expert: str) -> None:
-        """Load, evict, pin or unpin an expert.
+        """Load, evict, unload, pin or unpin an expert.
 
         Args:
-            operation: `load`, `evict`, `pin` or `unpin`.
+            operation: `load`, `evict`, `unload`, `pin` or `unpin`.
             expert: The expert.
 
         Raises:
             CoeError: The operation is not possible.
         """
+
+    async def release(self, keep: Literal["host", "disk"] | None) -> dict[str, Any]:
+        """Give the accelerator back, as far as no request needs it, and return who did, as JSON."""
 
 
 class PoolReports(Protocol):
@@ -119,6 +122,7 @@ class PoolApp:
             ("GET", "server-log"): self._send_server_log,
             ("POST", "demand"): self._record_demand,
             ("POST", "operate"): self._operate,
+            ("POST", "release"): self._release,
         }
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -193,6 +197,16 @@ class PoolApp:
         operation, _, expert = argument.partition("/")
         await self._pool.operate(operation, expert)
         await reply.json({})
+
+    async def _release(self, keep: str, _receive: Receive, reply: _Reply) -> None:
+        if keep not in ("", "host", "disk"):
+            raise InvalidRequestError(
+                f"`keep` must be host or disk, not {keep[:32]!r}", param="keep"
+            )
+        place: Literal["host", "disk"] | None = (
+            None if not keep else "host" if keep == "host" else "disk"
+        )
+        await reply.json(await self._pool.release(place))
 
 
 class _Reply:

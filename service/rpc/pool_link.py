@@ -193,7 +193,7 @@ class PoolLink:
         return found
 
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
-        """Load, evict, pin or unpin an expert.
+        """Load, evict, unload, pin or unpin an expert.
 
         Returns:
             The pool's status and body.
@@ -204,6 +204,20 @@ class PoolLink:
         return await self._request(
             "POST", f"/operate/{quote(act, safe='')}/{quote(expert, safe='')}", timeout_s=120
         )
+
+    async def release(self, keep: str) -> tuple[int, bytes]:
+        """Let the pool give its accelerator back, as far as no request needs it.
+
+        Args:
+            keep: Where weights stay: `host`, `disk`, or empty for the config's.
+
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        return await self._request("POST", f"/release/{quote(keep, safe='')}", timeout_s=120)
 
     async def moe_statistics(self, expert: str) -> tuple[int, bytes]:
         """Fetch the statistics of the gates of a mixture of experts.

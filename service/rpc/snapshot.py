@@ -32,6 +32,7 @@ class ExpertState:
         swap_s: Seconds that a swap to it takes; 0 if it has its own slot.
         slot: Number of its slot in the pool.
         reason: Why it failed; empty if it did not.
+        released: Whether its memory was given back until somebody asks for it.
         max_model_len: Context in tokens; 0 if it is unknown.
         engine: Properties of its engine, for display.
     """
@@ -41,6 +42,7 @@ class ExpertState:
     swap_s: float = 0.0
     slot: int = 0
     reason: str = ""
+    released: bool = False
     max_model_len: int = 0
     engine: dict[str, str] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ LABELS = {
     "outcome": "ok, client_gone, client_error, server_error, or an error's code",
     "pool": "kind and boot id of the pool process, on each of its samples",
     "reason": "an error's code, why the planner swapped, or why a target was rolled back (errors "
-    "or refusals)",
+    "or refusals), or why an expert was unloaded (idle, unload, release, died)",
     "recipe": "name of a recipe in the artifact, or single",
     "result": "of a cache lookup: hit or miss; of a retry: made or refused; "
     "of a shadow evaluation: recorded, queue_full, reply_unusable, no_expert, over_budget, "

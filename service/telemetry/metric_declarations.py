@@ -264,6 +264,12 @@ SWAPS = counter(
     ("expert", "method", "reason"),
     "Swaps, by the expert that was swapped in.",
 )
+UNLOADS = counter(
+    "coe_unloads_total",
+    Side.POOL,
+    ("expert", "reason"),
+    "Times that experts gave their memory back until the next request, by an expert of the engine.",
+)
 SWAP_METHOD = gauge(
     "coe_swap_method_info",
     Side.POOL,
@@ -529,6 +535,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         EXPERT_STATE,
         EXPERT_WEIGHT_BYTES,
         SWAPS,
+        UNLOADS,
         GPU_MEMORY,
         SWAP_METHOD,
         CANARY_FAILURES,

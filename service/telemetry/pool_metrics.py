@@ -44,6 +44,9 @@ class PoolStats(Protocol):
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         """Return the number of swaps by unit, method and reason."""
 
+    def unload_counts(self) -> dict[tuple[str, str], int]:
+        """Return the number of unloads by expert and reason."""
+
     def canary_failures(self) -> int:
         """Return the number of swaps whose weights failed verification."""
 
@@ -112,6 +115,8 @@ class PoolMetrics:
             put(metric_declarations.BACKLOG, load.backlog_s.get(expert, 0.0), expert)
         for key, count in pool.swap_counts().items():
             self.registry.total(metric_declarations.SWAPS, count, *key)
+        for (expert, reason), count in pool.unload_counts().items():
+            self.registry.total(metric_declarations.UNLOADS, count, expert, reason)
         self.registry.total(metric_declarations.CANARY_FAILURES, pool.canary_failures())
         for expert, details in pool.details().items():
             held = details.get("held_as", expert)

@@ -126,6 +126,7 @@ class FaultyEngine(SimulatedEngine):
         if fault in ("die", "fail"):
             await self._break(fault, SWAP_S / 2)
         self.runs = expert
+        self._rests = False
         self.spoiled = fault == "spoil"
         await asyncio.sleep(SWAP_S)
         if self._running:

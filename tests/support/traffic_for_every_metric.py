@@ -116,6 +116,13 @@ def swap_method_is_told(s: RunningGateway) -> None:
     registry.put(metric_declarations.SWAP_METHOD, 1, "sleep", "proof")
 
 
+def experts_were_idle(s: RunningGateway) -> None:
+    """As where nobody had asked for them for a while."""
+    slot = s.pools["cpu"].process.pool.slots[0]
+    for expert in ("general", "math"):
+        slot.unloads[expert, "idle"] += 1
+
+
 def alias_is_rolled_back(s: RunningGateway) -> None:
     """As by many failures of a target."""
     registry = s.gateway.state.metrics.registry
@@ -127,6 +134,7 @@ async def round_of_traffic(s: RunningGateway) -> None:
     routers_choose(s)
     swap_method_is_told(s)
     alias_is_rolled_back(s)
+    experts_were_idle(s)
     for model in ("general", "math", "auto", "auto/math"):
         for stream in (True, False):
             async with s.post(chat(model=model, stream=stream, max_tokens=6)) as reply:

@@ -99,6 +99,18 @@ RESIDENCY = Board(
                     "stacked",
                 ),
                 Chart(
+                    "Unloads by reason",
+                    (
+                        Query(
+                            rate("coe_unloads_total", "expert, reason", EXPERT),
+                            "{{expert}} {{reason}}",
+                        ),
+                    ),
+                    "ops",
+                    "stacked",
+                    "Experts that gave their memory back until the next request.",
+                ),
+                Chart(
                     "Time requests waited for swaps",
                     quantiles("coe_swap_wait_seconds", EXPERT),
                     "s",

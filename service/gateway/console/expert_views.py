@@ -72,6 +72,7 @@ def _pool(
         entry: dict[str, Any] = {
             "state": state.state.value,
             "reason": state.reason,
+            "released": state.released,
             "eta_s": round(state.eta_s, 1),
             "swap_s": state.swap_s,
             "slot": state.slot,

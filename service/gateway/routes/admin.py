@@ -7,19 +7,23 @@ from functools import reduce
 from operator import add
 
 import orjson
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from service.errors import (
     ArtifactError,
     ConfigError,
     ConflictError,
+    InvalidRequestError,
     ModelStoreError,
     PoolUnavailableError,
 )
-from service.gateway.dependencies import AdminRoute, Services, json_response
+from service.gateway.dependencies import AdminRoute, Services, headers_of, json_response
+from service.http.asgi_helpers import read_body
 from service.moe.routing_counts import RoutingCounts
 
 router = APIRouter(route_class=AdminRoute)
+
+_MAX_BODY_BYTES = 10_000
 
 
 @router.get("/admin/experts")
@@ -56,6 +60,48 @@ async def reload_config(services: Services) -> Response:
         return json_response(await services.reload())
     except (ConfigError, ArtifactError, ModelStoreError) as error:
         raise ConflictError(error.message) from None
+
+
+@router.post("/admin/release")
+async def release(request: Request, services: Services) -> Response:
+    """Let every pool give its accelerator back, until the next request.
+
+    A body may say where weights stay: `{"keep": "host"}` or `{"keep": "disk"}`.
+    """
+    raw = await read_body(
+        request.receive,
+        _MAX_BODY_BYTES,
+        declared=headers_of(request).get(b"content-length", b""),
+        timeout_s=services.config.server.limits.body_timeout_s,
+    )
+    keep = _keep(raw)
+    links = services.directory.links()
+    replies = await asyncio.gather(*(link.release(keep) for link in links), return_exceptions=True)
+    pools = {}
+    for link, reply in zip(links, replies, strict=True):
+        if isinstance(reply, BaseException):
+            if not isinstance(reply, PoolUnavailableError):
+                raise reply
+            continue
+        status, body = reply
+        if status >= 400:
+            return Response(body, status_code=status, media_type="application/json")
+        pools[link.address.name] = orjson.loads(body)
+    return json_response({"pools": pools})
+
+
+def _keep(raw: bytes) -> str:
+    """The field `keep` of a body; empty without one."""
+    try:
+        data = orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError:
+        data = None
+    if not isinstance(data, dict) or data.keys() - {"keep"}:
+        raise InvalidRequestError("the body must be a JSON object with `keep`, or empty")
+    keep = data.get("keep")
+    if keep not in (None, "host", "disk"):
+        raise InvalidRequestError("`keep` must be host or disk", param="keep")
+    return keep or ""
 
 
 @router.post("/admin/experts/{name:path}/{act}")

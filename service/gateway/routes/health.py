@@ -23,7 +23,10 @@ async def ready(request: Request, services: Services) -> Response:
     """Tell whether any expert answers, with 200 or 503."""
     pools = services.config.pools
     experts = expert_states(services.config, services.views(), services.remote_failures())
-    answering = any(state["state"] == "device" for state in experts.values())
+    # An expert that gave its memory back answers the next request.
+    answering = any(
+        state["state"] == "device" or state.get("released", False) for state in experts.values()
+    )
     # Where every pool is scaled to zero, the first request starts one.
     scaled_to_zero = bool(pools) and all(pool.min_replicas == 0 for pool in pools.values())
     is_ready = answering or scaled_to_zero

@@ -91,7 +91,9 @@ def expert_states(
         state: dict[str, Any] = {"state": best.state.value}
         if best.reason:
             state["reason"] = best.reason
-        if best.state is Residency.LOADING:
+        if best.released:
+            state["released"] = True
+        if best.state is Residency.LOADING or best.released:
             state["eta_s"] = best.eta_s
         if best.max_model_len:
             state["max_model_len"] = best.max_model_len

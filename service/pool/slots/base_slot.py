@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from service.engine.engine_interface import Engine, EngineReport
 from service.errors import (
     CoeError,
+    ConflictError,
     EngineRestartingError,
     ExpertFailedError,
     PoolDrainingError,
@@ -26,6 +28,7 @@ from service.errors import (
 )
 from service.pool.request_queue import Backlog, Ticket, TicketQueue
 from service.pool.slot_units import Unit
+from service.pool.slots.idle_unload import UNLOAD, IdlePolicy, Keep
 from service.rpc.expert_latency import EngineOccupancy
 from service.rpc.snapshot import ExpertState, Queue
 from service.types import NOBODY, Residency, Tenant
@@ -144,6 +147,16 @@ class BaseSlot(ABC, Generic[E]):
         self._request_ended = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        # The settings by which experts are unloaded, set by the pool, and when each was used last.
+        self.idle_policy = IdlePolicy()
+        self._used_s: dict[str, float] = {}
+        self.unloads: Counter[tuple[str, str]] = Counter()
+        # Whether the slot has no engine until somebody wants one, and the expert that is wanted.
+        self._resting = False
+        self._wanted = asyncio.Event()
+        self._wanted_expert: str | None = None
+        # It is set once the slot has given the accelerator back.
+        self._at_rest = asyncio.Event()
 
     # --- requests
 
@@ -195,6 +208,8 @@ class BaseSlot(ABC, Generic[E]):
             ticket, ready=expert in self._ready_experts(), keeps_place=again is not None
         )
         self._idle.clear()
+        self._used_s[expert] = time.monotonic()
+        self.want(expert)
         if again is None:
             self._on_arrival(ticket)
         self._changed()
@@ -217,6 +232,7 @@ class BaseSlot(ABC, Generic[E]):
                 )
         finally:
             self._queue.leave(ticket, time.monotonic())
+            self._used_s[expert] = time.monotonic()
             self._grant()
             if self._queue.total == 0:
                 self._idle.set()
@@ -291,6 +307,7 @@ class BaseSlot(ABC, Generic[E]):
         while True:
             engine: E | None = None
             try:
+                await self._rest_until_wanted()
                 engine = self._build_engine()
                 await self._prepare_start()
                 self._has_turn = False
@@ -314,6 +331,86 @@ class BaseSlot(ABC, Generic[E]):
                 self._engine = None
                 self._turn_asked_s = None
                 await self._stop_engine(engine)
+                if self._resting:
+                    self._at_rest.set()
+
+    # --- rest
+
+    @property
+    def resting(self) -> bool:
+        """Whether the slot has given the accelerator back until somebody wants an expert."""
+        return self._resting
+
+    def want(self, expert: str) -> None:
+        """Let a slot that rests start its engine again."""
+        if self._resting and not self._wanted.is_set():
+            self._wanted_expert = expert
+            self._wanted.set()
+
+    async def _rest_until_wanted(self) -> None:
+        if not self._resting:
+            return
+        await self._wanted.wait()
+        self._wanted.clear()
+        wanted, self._wanted_expert = self._wanted_expert, None
+        self._resting = False
+        self._start_began_s = time.monotonic()
+        self._on_wanted(wanted)
+
+    def _on_wanted(self, expert: str | None) -> None:
+        """React to the end of a rest, before the next engine is built."""
+
+    def _begin_rest(self, reason: str) -> None:
+        """Give the engine up until somebody wants one. No request may run or wait.
+
+        There is no await in it, so that a request either prevents the rest or ends it.
+        """
+        assert self._queue.total == 0
+        self._resting = True
+        self._wanted.clear()
+        self._at_rest.clear()
+        self._engine = None
+        self._count_unload(reason)
+        self._show_rest()
+        log.info("%s: the engine is given up (%s)", "/".join(self.experts), reason)
+
+    def _count_unload(self, reason: str, expert: str | None = None) -> None:
+        self.unloads[expert or self.experts[0], reason] += 1
+
+    @abstractmethod
+    def _show_rest(self) -> None:
+        """Show every expert as it is without an engine."""
+
+    @abstractmethod
+    def why_busy(self) -> str | None:
+        """Return why the slot can't give the accelerator back now, or None."""
+
+    async def release(self, keep: Keep | None = None, reason: str = UNLOAD) -> bool:
+        """Give the accelerator back, and return once its memory is free.
+
+        Args:
+            keep: Where weights stay; None: as the slot's policy says.
+            reason: The reason, for metrics.
+
+        Returns:
+            False where the slot had given it back already.
+
+        Raises:
+            ConflictError: Requests run or wait, or weights are being moved.
+        """
+        if self._resting:
+            await self._at_rest.wait()
+            return False
+        if (why := self.why_busy()) is not None:
+            raise ConflictError(f"{'/'.join(self.experts)[:200]}: {why}")
+        await self._release(keep, reason)
+        return True
+
+    async def _release(self, keep: Keep | None, reason: str) -> None:
+        """Give the accelerator back of a slot that is not busy."""
+        self._begin_rest(reason)
+        self.report_engine_death()  # wakes the supervisor
+        await self._at_rest.wait()
 
     @abstractmethod
     def _build_engine(self) -> E:
@@ -343,6 +440,8 @@ class BaseSlot(ABC, Generic[E]):
         self._start_s = start_s
         self._failed_starts = 0
         self._has_worked = True
+        now_s = time.monotonic()
+        self._used_s |= dict.fromkeys(self.experts, now_s)
 
     async def _stop_engine(self, engine: E | None) -> None:
         """Stop an engine, so that its memory is free. A second call does nothing."""
@@ -412,7 +511,7 @@ class BaseSlot(ABC, Generic[E]):
 
     def start_left_s(self) -> float:
         """The seconds left of the engine's start, without the starts before it."""
-        if self._turn_asked_s is not None and not self._has_turn:
+        if self._resting or (self._turn_asked_s is not None and not self._has_turn):
             return self._full_start_s()
         return max(0.5, self._full_start_s() - (time.monotonic() - self._start_began_s))
 
@@ -457,6 +556,7 @@ class BaseSlot(ABC, Generic[E]):
                 "waiting": waiting,
                 "running": running,
                 "failed_starts": self._failed_starts,
+                "released": state.released,
             }
         return details
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from service.engine.engine_interface import Engine
 from service.errors import CoeError, ConflictError, UnknownModelError
-from service.pool.slot_units import Unit
+from service.pool.slot_units import Unit, UnitState
 from service.pool.slots.base_slot import BaseSlot, E
+from service.pool.slots.idle_unload import IDLE, UNLOAD, WAKING_DEMAND
 from service.rpc.snapshot import ExpertState
 from service.types import Residency
 
@@ -56,6 +57,10 @@ class DedicatedSlot(BaseSlot[E]):
         # The folders of adapters that were added after the engine was built.
         self._adapters: dict[str, str] = {}
         self._engine_died = asyncio.Event()
+        # What requests would have given that went elsewhere while the slot rested.
+        self._unmet = UnitState()
+        # Loads of experts into the engine that are under way.
+        self._loads = 0
 
     # --- the engine's life
 
@@ -78,6 +83,7 @@ class DedicatedSlot(BaseSlot[E]):
 
         The state of an adapter that was removed meanwhile does not change.
         """
+        self._loads += 1
         try:
             if (adapter := self._adapters.get(name)) is not None:
                 await engine.load(name, adapter)
@@ -94,11 +100,16 @@ class DedicatedSlot(BaseSlot[E]):
                 return
             self._states[name] = self._serving_state()
             self._grant()
+        finally:
+            self._loads -= 1
         self._changed()
 
     async def _watch(self, engine: E) -> None:
         retry_at_s = time.monotonic() + _RELOAD_S
-        while (reason := engine.failure()) is None:
+        while not self._resting and (reason := engine.failure()) is None:
+            if self.why_busy() is None and self._is_idle():
+                self._begin_rest(IDLE)
+                return
             if time.monotonic() >= retry_at_s:
                 await self._retry_failed_experts(engine)
                 retry_at_s = time.monotonic() + _RELOAD_S
@@ -107,6 +118,8 @@ class DedicatedSlot(BaseSlot[E]):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WATCH_S):
                     await self._engine_died.wait()
+        if self._resting:
+            return
         self._engine = None
         self._start_began_s = time.monotonic()
         self._set_all(Residency.LOADING)
@@ -123,10 +136,38 @@ class DedicatedSlot(BaseSlot[E]):
     def report_engine_death(self) -> None:
         self._engine_died.set()
 
-    def _set_all(self, state: Residency, reason: str = "") -> None:
+    def _set_all(self, state: Residency, reason: str = "", *, released: bool = False) -> None:
         for name in self.experts:
-            self._states[name] = replace(self._states[name], state=state, reason=reason, eta_s=0.0)
+            self._states[name] = replace(
+                self._states[name], state=state, reason=reason, eta_s=0.0, released=released
+            )
         self._changed()
+
+    # --- rest
+
+    def _is_idle(self) -> bool:
+        return self.idle_policy.is_due(self.experts, self._used_s, time.monotonic())
+
+    def why_busy(self) -> str | None:
+        if self._queue.total:
+            return "requests run or wait"
+        if self._engine is None or self._loads:
+            return "weights are being loaded"
+        return None
+
+    def _show_rest(self) -> None:
+        self._unmet = UnitState()
+        self._set_all(Residency.DISK, released=True)
+
+    def _on_wanted(self, expert: str | None) -> None:
+        self._set_all(Residency.LOADING)
+
+    def record_demand(self, expert: str, amount: float, now_s: float) -> None:
+        """Record unmet demand, which ends a rest when it is enough."""
+        if self._resting:
+            self._unmet.record_demand(amount, now_s)
+            if self._unmet.decayed_demand(now_s) >= WAKING_DEMAND:
+                self.want(expert)
 
     # --- additions and removals of adapters
 
@@ -134,7 +175,8 @@ class DedicatedSlot(BaseSlot[E]):
         """Load another adapter into the running engine."""
         self.experts = (*self.experts, expert)
         self._adapters[expert] = folder
-        self._states[expert] = ExpertState(Residency.LOADING)
+        state = Residency.DISK if self._resting else Residency.LOADING
+        self._states[expert] = ExpertState(state, released=self._resting)
         self._queue.add_expert(expert)
         self._changed()
         # An engine that is starting loads this adapter with the others.
@@ -176,13 +218,19 @@ class DedicatedSlot(BaseSlot[E]):
         return {
             # The time is rounded. Otherwise a countdown would change every snapshot.
             name: replace(state, eta_s=float(round(left_s)))
-            if state.state is Residency.LOADING
+            if state.state is Residency.LOADING or state.released
             else state
             for name, state in self._states.items()
         }
 
     async def operate(self, operation: str, expert: str) -> None:
         state = self._states[expert]
+        if operation == "load" and self._resting:
+            self.want(expert)
+            return
+        if operation == UNLOAD:
+            await self.release()
+            return
         if operation == "load" and state.state is Residency.FAILED:
             raise ConflictError(
                 f"expert {expert!r} could not be loaded and is tried again every "

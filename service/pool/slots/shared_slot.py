@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from service.engine.engine_interface import SwappingEngine
+from service.engine.engine_interface import RestingEngine, SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, UnknownModelError
 from service.pool.request_queue import Ticket
 from service.pool.slot_units import Swap, Unit, UnitState
 from service.pool.slots.base_slot import BaseSlot, LeaseRevokedError
 from service.pool.slots.host_weights import TICK_S, HostWeights
+from service.pool.slots.idle_unload import IDLE, UNLOAD, WAKING_DEMAND, Keep
 from service.pool.swap_planner import (
     LATE,
     CloseGate,
@@ -43,6 +44,8 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _SWAPS_KEPT = 64
+# Seconds between two looks at an engine that sleeps.
+_ASLEEP_TICK_S = 1.0
 _UNVERIFIED = "the weights failed verification after a swap"
 _EWMA = 0.3  # the weight of the newest measurement in the average duration of a drain
 
@@ -54,6 +57,7 @@ class SlotState(StrEnum):
     SERVING: The running unit's requests run.
     CLOSING: The gate is closed and running requests end, so that another unit can be swapped in.
     SWAPPING: Another unit is being swapped in, in this engine or in the next.
+    ASLEEP: The engine has given the accelerator back, and holds weights in host memory.
     STOPPING: The engine died or is being replaced, and will be stopped.
     FAILED: The engine could not be started.
     """
@@ -62,6 +66,7 @@ class SlotState(StrEnum):
     SERVING = "serving"
     CLOSING = "closing"
     SWAPPING = "swapping"
+    ASLEEP = "asleep"
     STOPPING = "stopping"
     FAILED = "failed"
 
@@ -184,7 +189,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         """Add a unit. `state` has the measurements of another slot."""
         self._weights.add(unit, state)
         for name in unit.experts:
-            self._states[name] = ExpertState(Residency.DISK)
+            self._states[name] = ExpertState(Residency.DISK, released=self._resting)
             self._queue.add_expert(name)
         self._list_experts()
 
@@ -235,6 +240,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             kind: The class of the error that these clients get.
         """
         self._refuse_unit(unit, lambda _: kind(reason))
+        if self._resting and unit == self._weights.owner_of(self.running_unit):
+            others = [u for u in self.active_units if u.name != unit and u.needs != unit]
+            if others:
+                self._weights.running_unit = self._weights.owner_of(others[0].name)
         if self._engine is None and unit != self.running_unit:
             self._release_unit(unit)
             return
@@ -303,7 +312,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def record_demand(self, expert: str, amount: float, now_s: float) -> None:
         """Record demand for an expert: its requests, and requests that gateways sent elsewhere."""
-        self._weights.state(self.unit_of(expert).name).record_demand(amount, now_s)
+        state = self._weights.state(self.unit_of(expert).name)
+        state.record_demand(amount, now_s)
+        if state.decayed_demand(now_s) >= WAKING_DEMAND:
+            self.want(expert)
         self._wake.set()
 
     def _refuse_unit(self, unit: str, error: Callable[[Ticket], Exception]) -> None:
@@ -399,17 +411,25 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         try:
             while engine.failure() is None and self._state is not SlotState.STOPPING:
                 self._wake.clear()
-                if not await self._take_step(engine):
+                if self._resting or not await self._take_step(engine):
                     break
+                asleep = self._state is SlotState.ASLEEP
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_S):
+                    async with asyncio.timeout(_ASLEEP_TICK_S if asleep else TICK_S):
                         await self._wake.wait()
         finally:
+            slept = self._state is SlotState.ASLEEP
             self._enter(SlotState.STOPPING)
             self._weights.freeze()
             await self._weights.cancel_transfer()
         if (reason := engine.failure()) is not None:
             log.error("engine of %s died (%s); starting another", self.running_unit, reason)
+        if self._resting:
+            return
+        if slept and not self._queue.total:
+            # Nobody has asked for another one.
+            self._begin_rest("died")
+            return
         self._engine = None
         self._reset_residency()
 
@@ -455,6 +475,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             False where the next unit needs another engine.
         """
         now_s = time.monotonic()
+        if self._state is SlotState.ASLEEP:
+            if self._queue.total or self._retired or self._wanted.is_set():
+                return await self._resume(engine)
+            return True
         slot = self._slot_view(now_s)
         views = bounded(slot, self._unit_views(now_s, engine.swappable_experts), self.policy)
         if self._retired:
@@ -489,7 +513,189 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             loaded = next_fetch(slot, views, self.policy)
             evicted = units_to_evict(slot, views, self.policy, loaded)
             self._weights.begin_transfer(engine, loaded, evicted)
+        if self.idle_policy.limits_s and self._weights.is_idle:
+            return await self._unload_idle(engine, now_s)
         return True
+
+    # --- idle experts
+
+    def why_busy(self) -> str | None:
+        if self._queue.total:
+            return "requests run or wait"
+        weights = self._weights
+        settled = self._state in (SlotState.SERVING, SlotState.ASLEEP)
+        if self._engine is None or not settled or not weights.is_idle or self._retired:
+            return "weights are being moved"
+        return None
+
+    def _keeps_host(self, keep: Keep | None) -> bool:
+        """Return whether the engine sleeps, with weights in host memory, instead of ending."""
+        engine, wanted = self._engine, keep or self.idle_policy.keep or "host"
+        return wanted == "host" and isinstance(engine, RestingEngine) and engine.can_rest
+
+    def _is_due(self, unit: Unit, now_s: float) -> bool:
+        # Adapters come and go with their base's weights, and so do units that run on them.
+        names = [*unit.experts]
+        for other in self._weights.dependents_of(unit.name):
+            names += self._weights.unit(other).experts
+        return self.idle_policy.is_due(names, self._used_s, now_s)
+
+    async def _unload_idle(self, engine: SwappingEngine, now_s: float) -> bool:
+        """Unload what nobody has asked for as long as it may stay.
+
+        Returns:
+            False where the engine has to end, or died.
+        """
+        weights = self._weights
+        if self.why_busy() is not None:
+            return True
+        running = weights.unit(weights.owner_of(self.running_unit))
+        if self._keeps_host(None):
+            if self._is_due(running, now_s):
+                return await self._sleep(engine, IDLE)
+            return True
+        held = [unit for unit, state in weights if state.tier is not Residency.DISK]
+        owners = [unit for unit in held if not unit.needs]
+        due = [unit for unit in owners if self._is_due(unit, now_s)]
+        is_pinned = any(weights.state(unit.name).pinned for unit in held)
+        if not is_pinned and len(due) == len(owners):
+            self._begin_rest(IDLE)
+            return False
+        for unit in due:
+            stays = unit.name == running.name or weights.state(unit.name).pinned
+            if stays or weights.find_user(unit.name) is not None:
+                continue
+            if self.why_busy() is not None:
+                return True
+            self._count_unload(IDLE, unit.name)
+            await self._forget(engine, unit.name)
+        return True
+
+    async def _forget(self, engine: SwappingEngine, unit: str) -> None:
+        """Evict a unit for which there shall be no prefetch."""
+        state = self._weights.state(unit)
+        state.wanted = False
+        state.demand = 0.0
+        await self._weights.evict(engine, unit)
+
+    async def _sleep(self, engine: SwappingEngine, reason: str) -> bool:
+        """Put the engine to sleep. No request may run or wait.
+
+        Returns:
+            False where the engine died of it.
+        """
+        assert isinstance(engine, RestingEngine)
+        self._enter(SlotState.ASLEEP)
+        self._wanted.clear()
+        unit = self.running_unit
+        self._weights.state(unit).tier = Residency.HOST
+        for _, state in self._weights:
+            state.demand = 0.0
+        for name in self._weights.unit(unit).experts:
+            self._states[name] = replace(
+                self._states[name], state=Residency.HOST, eta_s=0.0, released=True
+            )
+        self._changed()
+        self._count_unload(reason)
+        try:
+            await engine.rest()
+        except CoeError as error:
+            log.error("engine of %s could not be put to sleep: %s", unit, error.message)
+            self._weights.freeze()
+            return False
+        finally:
+            self._at_rest.set()
+        log.info("%s: the engine sleeps (%s)", unit, reason)
+        return True
+
+    async def _resume(self, engine: SwappingEngine) -> bool:
+        """Wake a sleeping engine, for the unit whose request has waited longest.
+
+        Returns:
+            False where the engine died of it.
+        """
+        assert isinstance(engine, RestingEngine)
+        self._wanted.clear()
+        before, unit = self.running_unit, self._longest_waiting() or self.running_unit
+        if unit != before and self._weights.state(unit).tier is Residency.HOST:
+            self._enter(SlotState.SWAPPING)
+            awake = await self._swap(engine, unit, IDLE)
+            # A swap that failed has woken the unit from before.
+            if awake and self.running_unit == before:
+                self._run_unit(before)
+            return awake
+        began_s = time.monotonic()
+        try:
+            await engine.resume()
+        except CoeError as error:
+            self._weights.record_engine_death(before, error)
+            return False
+        swap_s = time.monotonic() - began_s
+        self._record_swap(Swap(before, "sleep", IDLE, began_s, swap_s))
+        self._run_unit(before)
+        return True
+
+    def _longest_waiting(self) -> str | None:
+        """Return the unit whose request has waited longest; None where none waits."""
+        oldest = [
+            (ticket.arrived_s, unit.name)
+            for unit in self.active_units
+            for name in unit.experts
+            for ticket in self._queue.waiting_for(name)
+        ]
+        return min(oldest)[1] if oldest else None
+
+    def want(self, expert: str) -> None:
+        if self._state is SlotState.ASLEEP:
+            self._wanted.set()
+            self._wake.set()
+        super().want(expert)
+
+    def _begin_rest(self, reason: str) -> None:
+        # The bytes count until the engine's process has ended.
+        self._weights.freeze()
+        super()._begin_rest(reason)
+
+    def _show_rest(self) -> None:
+        now_s = time.monotonic()
+        for unit, state in self._weights:
+            state.tier = Residency.DISK
+            state.demand = 0.0
+            state.wanted = False
+            if state.failed_until > now_s:
+                continue
+            for name in unit.experts:
+                self._states[name] = replace(
+                    self._states[name], state=Residency.DISK, reason="", eta_s=0.0, released=True
+                )
+        self._changed()
+
+    def _on_wanted(self, expert: str | None) -> None:
+        unit = self._longest_waiting()
+        if unit is None and expert is not None and expert in self._states:
+            unit = self.unit_of(expert).name
+        unit = unit or self.running_unit
+        if unit in self._retired or unit not in self._weights:
+            unit = self.running_unit
+        self._respawn = _Respawn(unit, IDLE, time.monotonic())
+        self._start_next_for(unit)
+
+    async def _release(self, keep: Keep | None, reason: str) -> None:
+        if self._state is SlotState.ASLEEP and self._keeps_host(keep):
+            return
+        if not self._keeps_host(keep):
+            held = [state for _, state in self._weights if state.tier is not Residency.DISK]
+            if any(state.pinned for state in held):
+                raise ConflictError(
+                    f"{self.running_unit}: pinned weights would leave host memory with the engine; "
+                    "unpin them first"
+                )
+            await super()._release(keep, reason)
+            return
+        assert self._engine is not None
+        self._at_rest.clear()
+        if not await self._sleep(self._engine, reason):
+            self.on_engine_death()
 
     def _has_fresh_waiter(self, unit: str) -> bool:
         """Return whether a request that was never put back waits for a unit.
@@ -575,8 +781,9 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def _show(self, unit: str, residency: Residency, reason: str = "") -> None:
         for name in self._weights.unit(unit).experts:
-            state = self._states[name]
-            self._states[name] = replace(state, state=residency, reason=reason, eta_s=0.0)
+            self._states[name] = replace(
+                self._states[name], state=residency, reason=reason, eta_s=0.0, released=False
+            )
         self._changed()
 
     def on_residency(self, unit: str, residency: Residency, reason: str = "") -> None:
@@ -609,7 +816,13 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         if operation in ("pin", "unpin"):
             state.pinned = operation == "pin"
         elif operation == "load":
-            state.wanted = self._has_to_load(unit)
+            if self._resting or self._state is SlotState.ASLEEP:
+                state.wanted = unit != self.running_unit
+                self.want(expert)
+            else:
+                state.wanted = self._has_to_load(unit)
+        elif operation == UNLOAD:
+            await self._unload(unit)
         else:
             self._weights.check_evictable(expert)
             engine = self._engine
@@ -617,10 +830,28 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 raise ConflictError("the slot's engine is starting; nothing is held")
             if (user := self._weights.find_user(unit)) is not None:
                 raise ConflictError(f"expert {user!r} runs on it or is pinned: it can't be evicted")
-            state.wanted = False
-            state.demand = 0.0
-            await self._weights.evict(engine, unit)
+            await self._forget(engine, unit)
         self._wake.set()
+
+    async def _unload(self, unit: str) -> None:
+        """Unload one unit: with its engine where it is the one that runs.
+
+        Raises:
+            ConflictError: Requests run or wait, or weights are being moved.
+        """
+        weights = self._weights
+        owner = weights.owner_of(unit)
+        if self._resting or weights.state(owner).tier is Residency.DISK:
+            return
+        if self._state is SlotState.ASLEEP or owner == weights.owner_of(self.running_unit):
+            await self.release()
+            return
+        waits = any(map(self._waiting_in, (owner, *weights.dependents_of(owner))))
+        if waits or not weights.is_idle or self._engine is None:
+            raise ConflictError(f"expert {unit!r} has waiting requests, or weights are being moved")
+        weights.check_evictable(weights.unit(owner).experts[0])
+        self._count_unload(UNLOAD, owner)
+        await self._forget(self._engine, owner)
 
     def _has_to_load(self, unit: str) -> bool:
         """Return whether a unit that an operator wants in host memory has to be loaded.
@@ -694,7 +925,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def _full_start_s(self) -> float:
         # The time counts from the moment when the earlier engine began to stop.
-        waits = self._turn_asked_s is not None and not self._has_turn
+        waits = self._resting or (self._turn_asked_s is not None and not self._has_turn)
         unit = self.running_unit
         return self._start_time_s(unit) if waits else self._respawn_time_s(unit)
 
@@ -764,7 +995,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             name = unit.name
             there_s, back_s = self._round_trip_s(name, able)
             fetch_s = self._weights.fetch_time_s(name) if name in able else 0.0
-            if self._engine is None:
+            if self._resting:
+                # The next engine starts with the unit that is asked for first.
+                eta_s = float(round(self.ahead_s + self._start_time_s(name)))
+            elif self._engine is None:
                 # The time is rounded. Otherwise a countdown would change every snapshot.
                 after_s = 0.0 if name == self.running_unit else fetch_s + there_s
                 eta_s = float(round(start_left_s + after_s))
@@ -792,11 +1026,12 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         engine = self._engine
         able = engine.swappable_experts if engine is not None else frozenset()
         is_settled = self._weights.loading_unit is None and not self._retired
+        # A slot that rests takes in any unit, at the cost of an engine's start.
         return Place(
             self._slot_view(now_s),
             self._unit_views(now_s, able),
             frozenset(pool_units) & able,
-            settled=engine is not None and is_settled,
+            settled=(engine is not None or self._resting) and is_settled,
         )
 
     def _waiting_in(self, unit: str) -> int:

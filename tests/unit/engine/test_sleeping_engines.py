@@ -196,3 +196,51 @@ def test_exact_pinned_blocks_are_a_setting_that_the_installed_torch_has() -> Non
     header = Path(torch.__file__).parent / "include" / "c10" / "core" / "AllocatorConfig.h"
     setting = exact_pinned_blocks({})[1].partition(":")[0]
     assert setting.removesuffix("_mb") in header.read_text()
+
+
+async def test_sleep_mode_rests_until_the_same_or_another_engine_is_wanted() -> None:
+    stage = Stage()
+    engines = stage.engines
+    await engines.start()
+    assert engines.can_rest
+    for _ in range(2):  # the second finds nothing to do
+        await engines.rest()
+    with pytest.raises(ExpertFailedError, match="sleeps"):
+        await stage.ask("a")
+    for _ in range(2):
+        await engines.resume()
+    assert b"a:" in await stage.ask("a")
+    # Another unit comes without the first one being woken in between.
+    await engines.rest()
+    assert (await engines.swap_in("b")).ok
+    assert b"b:" in await stage.ask("b")
+    assert stage.log == [
+        *("start a", "sleep a", "wake a", "sleep a", "start b"),
+    ]
+
+
+async def test_sleep_mode_engine_that_can_not_start_after_a_rest_leaves_the_other_awake() -> None:
+    stage = Stage("start c")
+    await stage.engines.start()
+    await stage.engines.rest()
+    with pytest.raises(ExpertFailedError):
+        await stage.engines.swap_in("c")
+    assert stage.log == ["start a", "sleep a", "start c", "stop c", "wake a"]
+    assert b"a:" in await stage.ask("a")
+
+
+async def test_sleep_mode_failure_at_a_rest_fails_the_whole_engine() -> None:
+    stage = Stage("sleep a")
+    await stage.engines.start()
+    with pytest.raises(EngineDeadError):
+        await stage.engines.rest()
+    assert stage.engines.failure() is not None
+
+
+async def test_sleep_mode_failure_after_a_rest_fails_the_whole_engine() -> None:
+    stage = Stage("wake a")
+    await stage.engines.start()
+    await stage.engines.rest()
+    with pytest.raises(EngineDeadError):
+        await stage.engines.resume()
+    assert stage.engines.failure() is not None

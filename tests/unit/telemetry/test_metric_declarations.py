@@ -184,6 +184,9 @@ class FakePool:
     def swap_counts(self) -> dict[tuple[str, str, str], int]:
         return {("a", "inplace", "queue"): 3}
 
+    def unload_counts(self) -> dict[tuple[str, str], int]:
+        return {("a", "idle"): 2}
+
     def canary_failures(self) -> int:
         return 1
 
@@ -205,6 +208,7 @@ async def test_pool_metrics_report_queues_residency_and_requests() -> None:
     assert got["coe_requests_waiting", (a, p)] == 2
     assert got["coe_requests_running", (a, p)] == 1
     assert got["coe_swaps_total", (a, ("method", "inplace"), p, ("reason", "queue"))] == 3
+    assert got["coe_unloads_total", (a, p, ("reason", "idle"))] == 2
     assert got["coe_canary_failures_total", (p,)] == 1
     assert got["coe_expert_weight_bytes", (a, p, ("tier", "device"))] == 7
     assert got["coe_expert_weight_bytes", (a, p, ("tier", "host"))] == 0

@@ -31,7 +31,7 @@ function draw() {
   drawSavings(state.savings);
   const rates = Object.fromEntries(all.map((one) => [one.name, one.tokensPerS]));
   addSample(state.at_s, rates);
-  const ready = all.filter((one) => one.state === "device" || one.state === "host").length;
+  const ready = all.filter((one) => one.state === "device" || one.state === "host" || one.released).length;
   if (ready !== wasReady) { wasReady = ready; explain(); }
   const loading = all.filter((one) => one.state === "loading");
   const eta = Math.max(0, ...loading.map((one) => one.etaS));

@@ -15,7 +15,7 @@ export function gather(experts, state) {
       || { state: "disk", reason: "no pool that holds it runs yet" };
     const sum = (name) => held.reduce((total, one) => total + (one[name] || 0), 0);
     return {
-      ...expert, state: best.state, reason: best.reason, etaS: best.eta_s || 0, pools: held.length,
+      ...expert, state: best.state, reason: best.reason, released: Boolean(best.released), etaS: best.eta_s || 0, pools: held.length,
       waiting: sum("waiting"), running: sum("running"), tokensPerS: sum("tokens_per_s"),
       bytes: best.host_bytes || best.weight_bytes || 0, swapS: best.swap_s || 0, chunkS: best.chunk_s || 0,
       pinned: held.some((one) => one.pinned), lastSwap: best.last_swap,
@@ -66,7 +66,7 @@ function row(one) {
   if (one.pinned) facts.push(el("span", {}, el("b", {}, "pinned")));
   if (one.pools > 1 && one.kind !== "remote") facts.push(el("span", {}, `${one.pools} pools`));
   if (one.reason) facts.push(el("span", {}, one.reason));
-  const says = one.state === "loading" && one.etaS >= 1 ? `in ${Math.ceil(one.etaS)} s` : SAYS[one.state];
+  const says = one.state === "loading" && one.etaS >= 1 ? `in ${Math.ceil(one.etaS)} s` : one.released ? "unloaded, comes when asked" : SAYS[one.state];
   return el("li", { class: "expert", dataset: { name: one.name, state: one.state } },
     el("div", { class: "name", title: one.description }, swatch(one.name), el("span", {}, one.name), el("span", { class: "kind" }, kind)),
     el("div", { class: "tier", dataset: { state: one.state }, title: "disk, host memory, device" }, el("i"), el("i"), el("i"), el("span", {}, says)),

@@ -8,8 +8,9 @@ import pytest
 
 from service.config import SimulatedOptions
 from service.engine.simulated_engine import SimulatedEngine
-from service.errors import ExpertFailedError, PoolDrainingError
+from service.errors import ConflictError, ExpertFailedError, PoolDrainingError
 from service.pool.slots.dedicated_slot import DedicatedSlot
+from service.pool.slots.idle_unload import IdlePolicy
 from service.types import Residency
 
 
@@ -114,4 +115,77 @@ async def test_lease_of_an_expert_that_fails_to_load_raises_its_reason() -> None
     with pytest.raises(ExpertFailedError, match="its rank is odd"):
         await asyncio.wait_for(waiting, 5)
     assert stage.slot.states()["base"].state is Residency.DEVICE
+    await stage.close()
+
+
+async def rest(stage: Stage) -> None:
+    await stage.until("base", Residency.DEVICE)
+    stage.engines[-1].go_on.set()
+    await stage.until("tuned", Residency.DEVICE)
+    assert await asyncio.wait_for(stage.slot.release(), 5)
+
+
+async def test_release_ends_the_engine_until_somebody_asks() -> None:
+    stage = Stage()
+    await rest(stage)
+    assert stage.slot.resting
+    assert stage.engines[0].failure() is not None
+    for state in stage.slot.states().values():
+        assert (state.state, state.released) == (Residency.DISK, True)
+        assert state.max_model_len  # what it can do is known
+    assert not await stage.slot.release()  # there is nothing to give back
+    async with asyncio.timeout(5), stage.slot.lease("base") as lease:
+        assert lease.engine is stage.engines[1]
+        with pytest.raises(ConflictError, match="requests run or wait"):
+            await stage.slot.release()
+    assert stage.slot.unloads == {("base", "unload"): 1}
+    await stage.close()
+
+
+async def test_release_while_adapters_load_is_refused() -> None:
+    stage = Stage()
+    await stage.until("base", Residency.DEVICE)
+    with pytest.raises(ConflictError, match="weights are being loaded"):
+        await stage.slot.release()
+    await stage.close()
+
+
+async def test_slot_at_rest_takes_in_adapters_and_loads_them_with_the_next_engine() -> None:
+    stage = Stage()
+    await rest(stage)
+    await stage.slot.add_adapter("more", "folder")
+    await stage.slot.remove_adapter("tuned", "gone")
+    assert stage.slot.states()["more"].released
+    assert stage.slot.resting
+    async with asyncio.timeout(5), stage.slot.lease("more"):
+        assert stage.slot.states()["more"].state is Residency.DEVICE
+    await stage.close()
+
+
+async def test_unmet_demand_ends_a_rest_and_so_does_a_load() -> None:
+    stage = Stage()
+    await rest(stage)
+    stage.slot.record_demand("base", 0.6, asyncio.get_running_loop().time())
+    assert stage.slot.resting
+    stage.slot.record_demand("base", 0.6, asyncio.get_running_loop().time())
+    await stage.until("base", Residency.DEVICE)
+    await rest(stage)
+    await stage.slot.operate("load", "tuned")
+    await stage.until("base", Residency.DEVICE)
+    await stage.close()
+
+
+async def test_idle_slot_rests_by_itself_and_not_while_requests_run() -> None:
+    stage = Stage()
+    await stage.until("base", Residency.DEVICE)
+    stage.engines[0].go_on.set()
+    await stage.until("tuned", Residency.DEVICE)
+    async with stage.slot.lease("tuned"):
+        # Idle since long ago, by the limits, but for this request.
+        stage.slot.idle_policy = IdlePolicy({"base": 1e-9, "tuned": 1e-9})
+        stage.slot.report_engine_death()  # wakes the supervisor
+        await asyncio.sleep(0.3)
+        assert not stage.slot.resting
+    await stage.until("base", Residency.DISK)
+    assert stage.slot.unloads == {("base", "idle"): 1}
     await stage.close()
