@@ -10,6 +10,9 @@ from typing import Any, Literal, cast
 
 Kind = Literal["single", "cascade", "vote", "deliberate", "recruit"]
 
+BATCH = "batch"
+"""The priority of a batch's lines, below all that people can have."""
+
 MAX_LATER = 3
 """Most experts that a cascade may ask one after another."""
 MAX_ROUNDS = MAX_LATER
@@ -85,7 +88,7 @@ class Tenant:
         name: Name of the tenant.
         key: Public id of the key; empty where no key is needed.
         experts: Experts that it may use; None: all.
-        priority: `high`, `normal` or `low`, in the pools' queues.
+        priority: `high`, `normal` or `low`, in the pools' queues; `batch` for lines of batches.
         weight: Its share in the pools' queues.
         limits: The key's own limits.
         cache_salt: Separates its prompts from others' in an engine's prefix cache; empty where the

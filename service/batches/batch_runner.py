@@ -424,11 +424,13 @@ class BatchRunner:
             await places.acquire()
             await self._parts.pace.turn(choice.model)
             if failures:
+                self._parts.pace.ended(choice.model)
                 break
 
-            def ended(task: asyncio.Task[None]) -> None:
+            def ended(task: asyncio.Task[None], model: str = choice.model) -> None:
                 job.calls.discard(task)
                 places.release()
+                self._parts.pace.ended(model)
                 if not task.cancelled() and (error := task.exception()) is not None:
                     failures.append(error)
 

@@ -121,11 +121,21 @@ class PacesBatches(Protocol):
             model: The expert or recipe that the line is sent to.
         """
 
+    def ended(self, model: str) -> None:
+        """Free the place of a line that had its turn, once it has ended.
+
+        Args:
+            model: The expert or recipe that the line was sent to.
+        """
+
 
 class NoPace:
     """Lets each line start at once; the runner bounds how many run."""
 
     async def turn(self, model: str) -> None:
+        pass
+
+    def ended(self, model: str) -> None:
         pass
 
 

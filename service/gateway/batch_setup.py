@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from service.rpc.local_paths import admin_key_path
 from service.store.store_interface import Store
 from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
-from service.types import Tenant
+from service.types import BATCH, Tenant
 
 log = logging.getLogger("coe.batches")
 
@@ -61,7 +62,8 @@ class CurrentGateway:
 
     def identify(self, tenant: str, key: str) -> Tenant:
         """Return the tenant of a batch. Raises CoeError."""
-        return self._current().authenticator.on_behalf(tenant, key)
+        found = self._current().authenticator.on_behalf(tenant, key)
+        return replace(found, priority=BATCH)
 
     async def plan(
         self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
@@ -72,6 +74,10 @@ class CurrentGateway:
     async def turn(self, model: str) -> None:
         """Wait until a line for a model may start."""
         await self._current().batch_pace.turn(model)
+
+    def ended(self, model: str) -> None:
+        """Free the place of a line that has ended."""
+        self._current().batch_pace.ended(model)
 
 
 class GatewayBatches:

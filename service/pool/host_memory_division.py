@@ -77,10 +77,10 @@ def claims(bound: int, places: Sequence[Place], policy: SwapPolicy) -> list[Host
     return [HostMemoryClaim(*pair) for pair in zip(taking.needs, most, strict=True)]
 
 
-def _waiting_order(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
+def _waiting_order(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, bool, float, str]:
     """The sort key of waiting units: late units by age, then held units, then by urgency."""
-    not_late, order, name = turn(unit, policy)
-    return (not_late, not_late and unit.tier is Residency.DISK, order, name)
+    patient, not_late, order, name = turn(unit, policy)
+    return (patient, not_late, not_late and unit.tier is Residency.DISK, order, name)
 
 
 def least(places: Sequence[Place], pinned: str = "") -> int:

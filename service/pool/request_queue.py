@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from service.errors import OverCapacityError
 from service.pool.tenant_fairness import CLASSES, Fairness
 from service.rpc.snapshot import Queue
-from service.types import NOBODY, Tenant
+from service.types import BATCH, NOBODY, Tenant
 
 PROMPT_TOKENS = 2048
 """Prompt tokens that wait as one request."""
@@ -61,6 +61,11 @@ class Ticket:
     def load(self) -> int:
         """The number of ordinary requests that this ticket counts as while it waits."""
         return max(self.places, -(-self.tokens // PROMPT_TOKENS))
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether it is a line of a batch."""
+        return self.tenant.priority == BATCH
 
     @property
     def turn(self) -> tuple[int, str]:
@@ -309,7 +314,14 @@ class FairQueue:
             len(running),
             sum(ticket.places for ticket in (*waiting, *running)),
             sum(ticket.tokens for ticket in waiting),
+            sum(ticket.of_batch for ticket in waiting),
+            sum(ticket.of_batch for ticket in running),
         )
+
+    def batch_counts(self, expert: str) -> tuple[int, int]:
+        """The numbers of waiting and of running lines of batches for one expert."""
+        waiting, running = self._waiting_by[expert], self._running_by[expert]
+        return sum(t.of_batch for t in waiting), sum(t.of_batch for t in running)
 
     @property
     def total(self) -> int:
@@ -434,6 +446,10 @@ class TicketQueue:
         """The numbers of waiting and of running tickets of one expert."""
         return self._queue.counts(expert)
 
+    def batch_counts(self, expert: str) -> tuple[int, int]:
+        """The numbers of waiting and of running lines of batches for one expert."""
+        return self._queue.batch_counts(expert)
+
     def backlog(self, expert: str) -> Backlog:
         """Return what runs and waits for one expert, for autoscaling."""
         queue = self._queue
@@ -455,7 +471,12 @@ class TicketQueue:
         queue = self._queue
         if name is not None:
             return queue.queue_of(expert, name)
-        return Queue(*queue.counts(expert), queue.places(expert), queue.waiting_tokens(expert))
+        return Queue(
+            *queue.counts(expert),
+            queue.places(expert),
+            queue.waiting_tokens(expert),
+            *queue.batch_counts(expert),
+        )
 
 
 def _by_age(tickets: Iterable[Ticket]) -> dict[Ticket, None]:

@@ -3,10 +3,14 @@
 A slot serves the running unit's whole queue in one batch. It swaps when another unit has more work
 than the running unit has left. It swaps sooner when a request would otherwise wait longer than the
 bound. A unit is an expert with weights and its adapters.
+
+Lines of batches count only where nobody else wants the slot. They cause no swap while people ask
+for the running unit, and they do not keep the slot from a unit that people wait for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -63,6 +67,7 @@ class UnitView:
         needs: The unit whose weights this unit shares, or None. The two are loaded and evicted
             together.
         start_s: Seconds to replace the present engine by another engine that runs the unit.
+        batch_waiting: The number of lines of batches among the waiting requests.
     """
 
     name: str
@@ -79,6 +84,12 @@ class UnitView:
     wanted: bool = False
     needs: str | None = None
     start_s: float = 0.0
+    batch_waiting: int = 0
+
+    @property
+    def patient(self) -> bool:
+        """Whether only lines of batches wait for the unit."""
+        return self.waiting == self.batch_waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,9 @@ class SlotView:
         waiting: The number of its waiting requests.
         drain_s: Seconds that running requests need to end.
         closing: Whether the gate is closed, so that another unit can be swapped in.
+        batch_running: The number of lines of batches among the running requests.
+        batch_waiting: The number of lines of batches among the waiting requests.
+        people_ago_s: Seconds since the last other request for the running unit.
     """
 
     running_unit: str
@@ -100,6 +114,9 @@ class SlotView:
     waiting: int
     drain_s: float
     closing: bool = False
+    batch_running: int = 0
+    batch_waiting: int = 0
+    people_ago_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,24 +194,45 @@ def next_step(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> 
         and u.name != slot.running_unit
         and (u.tier is Residency.HOST or not u.swappable)
     ]
+    able = _for_people(slot, able, policy)
     if not able:
         return Stay()
+    if not able[0].patient:
+        # Lines of batches give way: only what people have in the slot counts.
+        waiting = slot.waiting - slot.batch_waiting
+        working = slot.running - slot.batch_running
+    else:
+        waiting, working = slot.waiting, slot.running
     eldest = max(able, key=lambda u: (u.oldest_s, u.name))
     urgent = max(able, key=lambda u: (urgency(u, policy), u.name))
-    if _late(slot, able, policy):
+    if not eldest.patient and _late(slot, able, policy):
         chosen, reason = eldest, LATE
     elif slot.closing:
         chosen, reason = urgent, "queue served"
-    elif slot.waiting or slot.running > urgent.waiting * policy.crowding:
+    elif waiting or working > urgent.waiting * policy.crowding:
         return Stay()
     else:
         chosen, reason = urgent, "queue served"
-    busy = (slot.waiting or slot.running) and not slot.closing
+    busy = (waiting or working) and not slot.closing
     # An expensive swap has to pay off, so a new engine is kept for a while.
     if busy and slot.stayed_s < max(policy.min_stay_s, chosen.swap_s):
         return Stay()
     step = CloseGate if slot.running else SwapIn
     return step(chosen.name, reason)
+
+
+def _for_people(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> list[UnitView]:
+    """Return the units that may get the slot: those that people wait for, where there are any.
+
+    A unit for batches waits until people have not asked for the running unit for as long as two
+    swaps take. A swap that they would have to wait for is then no dearer than the pause was.
+    """
+    asked = [u for u in able if not u.patient]
+    if asked:
+        return asked
+    if slot.waiting > slot.batch_waiting or slot.running > slot.batch_running:
+        return []
+    return [u for u in able if slot.people_ago_s >= max(policy.min_stay_s, 2 * u.swap_s)]
 
 
 def _late(slot: SlotView, able: Sequence[UnitView], policy: SwapPolicy) -> bool:
@@ -239,10 +277,18 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
     return chosen.needs if absent_too else chosen.name
 
 
-def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, float, str]:
-    """Return the sort key of units with waiting requests: late units by age, then by urgency."""
+def turn(unit: UnitView, policy: SwapPolicy) -> tuple[bool, bool, float, str]:
+    """Return the sort key of units with waiting requests: late units by age, then by urgency.
+
+    Units for batches alone come last.
+    """
     late = unit.oldest_s + unit.swap_s >= policy.max_wait_s / 2
-    return (not late, -(unit.oldest_s if late else urgency(unit, policy)), unit.name)
+    return (
+        unit.waiting > 0 and unit.patient,
+        not late,
+        -(unit.oldest_s if late else urgency(unit, policy)),
+        unit.name,
+    )
 
 
 def units_to_keep(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> frozenset[str]:

@@ -4,16 +4,17 @@ Each tenant has a virtual token counter (Sheng et al., "Fairness in Serving Larg
 Models", OSDI 2024). The waiting tenant that got the fewest tokens per weight is next. A tenant
 collects no credit while it is away: it starts again at the counter of the least served tenant
 present. Priority classes come before these counters, and the highest class is first. A class that
-was passed over `STARVE` times is next in any case, so that no class waits for ever.
+was passed over `STARVE` times is next in any case, so that nobody waits for ever. The lines of
+batches take only turns that nobody else wants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from service.types import Tenant
+from service.types import BATCH, Tenant
 
-CLASSES = {"high": 0, "normal": 1, "low": 2}
+CLASSES = {"high": 0, "normal": 1, "low": 2, BATCH: 3}
 STARVE = 8
 _MOST_KNOWN = 4096
 
@@ -43,7 +44,8 @@ class Fairness:
         """Choose the next (class, tenant) to be served. `waiting` must not be empty."""
         classes = {priority for priority, _ in waiting}
         chosen = min(classes)
-        overdue = max(classes, key=lambda priority: self._passed.get(priority, 0))
+        people = classes - {CLASSES[BATCH]} or classes
+        overdue = max(people, key=lambda priority: self._passed.get(priority, 0))
         if self._passed.get(overdue, 0) >= STARVE:
             chosen = overdue
         self._passed = {

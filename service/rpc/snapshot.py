@@ -56,17 +56,26 @@ class Queue:
         running: Requests in the engine.
         places: Sequences that all of these requests take in the engine, usually one per answer.
         waiting_tokens: Prompt tokens in the queue.
+        batch_waiting: Those of `waiting` that are lines of batches.
+        batch_running: Those of `running` that are lines of batches.
     """
 
     waiting: int = 0
     running: int = 0
     places: int = 0
     waiting_tokens: int = 0
+    batch_waiting: int = 0
+    batch_running: int = 0
 
     @property
     def ahead(self) -> int:
-        """Number of sequences that come before a new request."""
-        return max(self.places, self.waiting + self.running)
+        """Number of sequences that come before a new request. Waiting lines of batches do not."""
+        return max(self.places, self.waiting + self.running) - self.batch_waiting
+
+    @property
+    def people(self) -> int:
+        """Number of requests that are no lines of batches."""
+        return self.waiting + self.running - self.batch_waiting - self.batch_running
 
     def without(self, other: Queue) -> Queue:
         """Return this queue without the requests of a part of it."""
@@ -75,6 +84,8 @@ class Queue:
             self.running - other.running,
             self.places - other.places,
             self.waiting_tokens - other.waiting_tokens,
+            self.batch_waiting - other.batch_waiting,
+            self.batch_running - other.batch_running,
         )
 
 

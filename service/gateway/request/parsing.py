@@ -23,7 +23,7 @@ from service.gateway.request.thinking_terms import NO_TERMS, ThinkingTerms, thin
 from service.http.prompt_endpoints import TABLE, Endpoint
 from service.http.token_usage import estimate_tokens
 from service.rpc.call_headers import trace_of
-from service.types import NOBODY, Tenant
+from service.types import BATCH, NOBODY, Tenant
 
 CacheMode = Literal["off", "exact", "similar"]
 _CACHE: dict[bytes, CacheMode] = {b"off": "off", b"exact": "exact", b"similar": "similar"}
@@ -448,9 +448,13 @@ def _parse_coe_options(given: object, headers: dict[bytes, bytes]) -> _CoeOption
 def _lowered(tenant: Tenant, headers: dict[bytes, bytes]) -> Tenant:
     """The tenant with the class of the header `x-coe-priority`, which can only be a lower one.
 
+    Lines of batches have a class below all of them.
+
     Raises:
         InvalidRequestError: The header has an unknown value.
     """
+    if tenant.priority == BATCH:
+        return tenant
     given = headers.get(b"x-coe-priority", tenant.priority.encode()).decode("latin-1")
     if given not in _PRIORITIES:
         raise InvalidRequestError(

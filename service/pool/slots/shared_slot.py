@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
@@ -130,6 +131,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._wake = asyncio.Event()
         # The times when the running unit began to run, and when the gate closed for another unit.
         self._running_since_s = 0.0
+        # When people last asked for each unit.
+        self._people_s: dict[str, float] = {}
         self._closing_since_s: float | None = None
         # The seconds that running requests need to end, and that an engine needs to stop.
         self._drain_s = 0.0
@@ -306,6 +309,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def _on_arrival(self, ticket: Ticket) -> None:
         self.record_demand(ticket.expert, 1.0, ticket.arrived_s)
+        if not ticket.of_batch:
+            self._people_s[self.unit_of(ticket.expert).name] = ticket.arrived_s
 
     def _on_departure(self) -> None:
         self._wake.set()
@@ -1047,6 +1052,9 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._waiting_in(running),
             self._drain_s,
             closing=self._closing_since_s is not None,
+            batch_running=sum(self._queue.batch_counts(name)[1] for name in experts),
+            batch_waiting=sum(self._queue.batch_counts(name)[0] for name in experts),
+            people_ago_s=now_s - self._people_s.get(running, -math.inf),
         )
 
     def _unit_views(self, now_s: float, able: frozenset[str]) -> list[UnitView]:
@@ -1076,6 +1084,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                     wanted=state.wanted,
                     needs=unit.needs,
                     start_s=self._respawn_time_s(name),
+                    batch_waiting=sum(ticket.of_batch for ticket in waiting),
                 )
             )
         return views

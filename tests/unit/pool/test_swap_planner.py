@@ -41,6 +41,7 @@ def unit(
     swappable: bool = True,
     wanted: bool = False,
     needs: str | None = None,
+    batch: int = 0,
 ) -> UnitView:
     return UnitView(
         name=name,
@@ -57,6 +58,7 @@ def unit(
         wanted=wanted,
         needs=needs,
         start_s=30.0,
+        batch_waiting=batch,
     )
 
 
@@ -352,3 +354,46 @@ def test_bounded_virtual_expert_of_the_running_base_needs_no_room() -> None:
     b, b1 = unit("b", tier=Residency.DISK), light("b1", "b", tier=Residency.DISK, waiting=1)
     found = bounded(RUNS, [A, b, b1], alone)
     assert [item.swappable for item in found] == [True, False, False]
+
+
+# --- lines of batches
+
+
+def test_next_step_batch_waits_until_people_have_left_the_running_unit() -> None:
+    lines = unit("b", waiting=9, batch=9, oldest_s=1000.0, swap_s=3.0)
+    for people in (
+        replace(RUNS, running=1),
+        replace(RUNS, waiting=1),
+        replace(RUNS, people_ago_s=5.9),
+        replace(RUNS, running=3, batch_running=2),
+    ):
+        assert step(people, lines) == Stay()
+    assert step(replace(RUNS, people_ago_s=6.0), lines) == SwapIn("b", "queue served")
+
+
+def test_next_step_people_take_the_slot_from_a_batch_at_once() -> None:
+    busy = replace(RUNS, stayed_s=0.0, running=8, waiting=20, batch_running=8, batch_waiting=20)
+    assert step(busy, unit("b", waiting=1)) == CloseGate("b", "queue served")
+    # People's own work in the running unit goes on.
+    theirs = replace(busy, waiting=21)
+    assert step(theirs, unit("b", waiting=1)) == Stay()
+
+
+def test_next_step_unit_of_people_comes_before_a_larger_one_of_a_batch() -> None:
+    lines = unit("b", waiting=50, batch=50, oldest_s=500.0)
+    assert step(RUNS, lines, unit("c", waiting=1)) == SwapIn("c", "queue served")
+
+
+def test_next_step_batch_serves_its_running_unit_before_the_next() -> None:
+    own = replace(RUNS, running=4, waiting=4, batch_running=4, batch_waiting=4)
+    assert step(own, unit("b", waiting=2, batch=2)) == Stay()
+    done = replace(RUNS, running=1, batch_running=1)
+    assert step(done, unit("b", waiting=4, batch=4)) == CloseGate("b", "queue served")
+
+
+def test_next_fetch_units_of_people_come_first() -> None:
+    units = [
+        unit("b", tier=Residency.DISK, waiting=50, batch=50, oldest_s=500.0),
+        unit("c", tier=Residency.DISK, waiting=1),
+    ]
+    assert next_fetch(RUNS, [A, *units], POLICY) == "c"

@@ -1,0 +1,186 @@
+"""Lets a batch's lines start: they fill what people leave idle, and give way to people.
+
+The pools' snapshots tell gateways what runs and waits in each slot, lines of batches apart. A line
+starts where all of this holds:
+
+- Nobody waits in the slot.
+- There is room in the engine's batch, beside as many requests of people as ran there at once in
+  the last half minute, and one more. So the next person starts at once.
+- The expert is resident, or nobody has used the slot for a while. The pool itself swaps for lines
+  of batches only where people don't need the running expert (`service/pool/swap_planner.py`).
+
+Where an engine takes one request at a time, a line runs while it is idle, and a person waits for
+the rest of that line at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from service.broker.pool_state import PoolView
+from service.rpc.snapshot import Queue, Snapshot
+from service.types import Residency
+
+# People's requests of this time count for the room that is left to them, in s.
+_REMEMBERED_S = 30.0
+# A cold expert waits for this long after people have used its slot, in s.
+_CALM_S = 5.0
+# Lines of other gateways count by the least of this time, so that a snapshot that still has lines
+# of this gateway that have just ended does not count them as others'.
+_SETTLED_S = 1.0
+# Time between two looks at the snapshots, in s.
+_LOOK_S = 0.02
+
+_NO_QUEUE = Queue()
+
+
+class _Extreme:
+    """The greatest value of the last seconds, in amortised constant time."""
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[float, int]] = deque()
+
+    def add(self, now_s: float, value: int, keep_s: float) -> None:
+        """Add a value, and forget those that are older than `keep_s`."""
+        while self._values and self._values[-1][1] <= value:
+            self._values.pop()
+        self._values.append((now_s, value))
+        while self._values[0][0] < now_s - keep_s:
+            self._values.popleft()
+
+    def greatest(self, since_s: float) -> int:
+        """The greatest value since a time; 0 without one."""
+        return next((value for at_s, value in self._values if at_s >= since_s), 0)
+
+
+@dataclass(slots=True)
+class _SlotMemory:
+    people: _Extreme = field(default_factory=_Extreme)
+    # Negated, because the least of them counts.
+    others: _Extreme = field(default_factory=_Extreme)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One slot now.
+
+    Attributes:
+        place: The pool's boot id and the slot's number.
+        experts: The names of its experts.
+        capacity: Requests that may run at once.
+        waiting: Requests of people that wait.
+        people: Requests of people, waiting and running.
+        batch: Lines of batches, waiting and running.
+        resident: Whether the expert in question can answer at once.
+    """
+
+    place: tuple[str | None, int]
+    experts: tuple[str, ...]
+    capacity: int
+    waiting: int
+    people: int
+    batch: int
+    resident: bool
+
+
+class BatchPacer:
+    """Lets the lines of one gateway's batches start.
+
+    Args:
+        views: Returns the state of every pool.
+        members: By name of a recipe, the experts that it asks first.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self,
+        views: Callable[[], Sequence[PoolView]],
+        members: Mapping[str, tuple[str, ...]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._views = views
+        self._members = members
+        self._clock = clock
+        # This gateway's lines under way, by expert.
+        self._own: Counter[str] = Counter()
+        self._memory: dict[tuple[str | None, int], _SlotMemory] = {}
+        self._changed = asyncio.Event()
+
+    async def turn(self, model: str) -> None:
+        """Wait until a line for a model may start: there is room, and nobody waits for it.
+
+        Args:
+            model: The expert or recipe that the line is sent to.
+        """
+        experts = self._members.get(model, (model,))
+        while not all(self.may_start(expert) for expert in experts):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        self._own.update(experts)
+
+    def ended(self, model: str) -> None:
+        """Free the place of a line that had its turn."""
+        for expert in self._members.get(model, (model,)):
+            self._own[expert] = max(0, self._own[expert] - 1)
+        self._changed.set()
+
+    def may_start(self, expert: str) -> bool:
+        """Whether one more line for an expert may start now."""
+        now_s = self._clock()
+        slots = [slot for view in self._views() if (slot := self._slot(view, expert))]
+        if not slots:
+            # One line makes the service start a pool for the expert.
+            return self._own[expert] < 1
+        for slot in slots:
+            self._remember(slot, now_s)
+        resident = [slot for slot in slots if slot.resident]
+        return any(self._has_room(slot, slots, now_s) for slot in resident or slots)
+
+    def _has_room(self, slot: _Slot, slots: Sequence[_Slot], now_s: float) -> bool:
+        memory = self._memory[slot.place]
+        if slot.waiting or (not slot.resident and memory.people.greatest(now_s - _CALM_S)):
+            return False
+        # Lines under way may be in any slot that has their expert.
+        alike = [one for one in slots if one.experts == slot.experts]
+        own = sum(self._own[name] for name in slot.experts)
+        others = -memory.others.greatest(now_s - _SETTLED_S)
+        lines = own / max(1, len(alike)) + others
+        if not lines:
+            return not slot.people or slot.people < slot.capacity
+        peak = memory.people.greatest(now_s - _REMEMBERED_S)
+        return lines + (peak + 1 if peak else 0) < slot.capacity
+
+    def _remember(self, slot: _Slot, now_s: float) -> None:
+        if len(self._memory) > 1000:
+            self._memory.clear()
+        memory = self._memory.setdefault(slot.place, _SlotMemory())
+        memory.people.add(now_s, slot.people, _REMEMBERED_S)
+        own = sum(self._own[name] for name in slot.experts)
+        memory.others.add(now_s, -max(0, slot.batch - own), _SETTLED_S)
+
+    @staticmethod
+    def _slot(view: PoolView, expert: str) -> _Slot | None:
+        """The slot of an expert in a pool; None where the pool can't serve it."""
+        snapshot: Snapshot = view.snapshot
+        state = snapshot.experts.get(expert)
+        if state is None or snapshot.draining or state.state is Residency.FAILED:
+            return None
+        names = tuple(name for name, other in snapshot.experts.items() if other.slot == state.slot)
+        queues = [snapshot.queues.get(name, _NO_QUEUE) for name in names]
+        return _Slot(
+            (view.boot, state.slot),
+            names,
+            max(1, snapshot.capacity.get(expert, 1)),
+            sum(queue.waiting - queue.batch_waiting for queue in queues),
+            sum(queue.people for queue in queues),
+            sum(queue.batch_waiting + queue.batch_running for queue in queues),
+            state.state is Residency.DEVICE,
+        )

@@ -1,0 +1,151 @@
+"""When lines of batches may start, beside people."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.batches.batch_pacing import BatchPacer
+from service.broker.pool_state import PoolView
+from service.rpc.snapshot import ExpertState, Queue, Snapshot
+from service.types import Residency
+
+
+@dataclass
+class Stage:
+    """One pool with one slot for `warm`, which is resident, and `cold`; four places."""
+
+    now_s: float = 100.0
+    queues: dict[str, Queue] = field(default_factory=dict)
+    capacity: int = 4
+    failed: bool = False
+
+    def views(self) -> list[PoolView]:
+        states = {
+            "warm": ExpertState(Residency.FAILED if self.failed else Residency.DEVICE),
+            "cold": ExpertState(Residency.HOST, eta_s=1, swap_s=1),
+        }
+        capacity = dict.fromkeys(states, self.capacity)
+        snapshot = Snapshot(
+            "boot", "cpu", experts=states, queues=dict(self.queues), capacity=capacity
+        )
+        return [PoolView("boot", snapshot, 0.0, {})]
+
+    def pacer(self) -> BatchPacer:
+        return BatchPacer(self.views, {"both": ("warm", "cold")}, lambda: self.now_s)
+
+
+async def started(pacer: BatchPacer, model: str) -> int:
+    """Start lines until one has to wait."""
+    count = 0
+    while count < 50:
+        try:
+            async with asyncio.timeout(0.05):
+                await pacer.turn(model)
+        except TimeoutError:
+            return count
+        count += 1
+    return count
+
+
+async def test_turn_fills_an_idle_engine_and_no_more() -> None:
+    stage = Stage()
+    pacer = stage.pacer()
+    assert await started(pacer, "warm") == 4
+    # The snapshot shows them, which changes nothing.
+    stage.queues = {"warm": Queue(0, 4, 4, 0, 0, 4)}
+    assert await started(pacer, "warm") == 0
+    pacer.ended("warm")
+    assert await started(pacer, "warm") == 1
+
+
+async def test_turn_leaves_room_for_people_and_one_more() -> None:
+    stage = Stage(queues={"warm": Queue(0, 1, 1)}, capacity=8)
+    pacer = stage.pacer()
+    assert await started(pacer, "warm") == 6
+    stage.queues = {"warm": Queue(0, 6, 6, 0, 0, 6)}
+    assert await started(pacer, "warm") == 0  # they may come back
+    stage.now_s += 31
+    assert await started(pacer, "warm") == 2
+
+
+async def test_turn_pauses_while_people_wait() -> None:
+    stage = Stage(queues={"cold": Queue(1, 0, 1)}, capacity=8)
+    pacer = stage.pacer()
+    assert await started(pacer, "warm") == 0
+    stage.queues = {}
+    assert await started(pacer, "warm") > 0
+
+
+async def test_turn_for_a_cold_expert_waits_until_people_have_left_its_slot() -> None:
+    stage = Stage(queues={"warm": Queue(0, 1, 1)})
+    pacer = stage.pacer()
+    assert await started(pacer, "cold") == 0
+    stage.queues = {}
+    assert await started(pacer, "cold") == 0
+    stage.now_s += 6
+    assert await started(pacer, "cold") > 0
+
+
+async def test_turn_of_a_recipe_waits_for_all_its_first_experts() -> None:
+    stage = Stage()
+    pacer = stage.pacer()
+    assert await started(pacer, "both") == 2
+    pacer.ended("both")
+    assert await started(pacer, "both") == 1
+
+
+async def test_turn_without_a_pool_starts_one_line_to_wake_it() -> None:
+    pacer = Stage(failed=True).pacer()
+    assert await started(pacer, "warm") == 1
+    assert await started(pacer, "elsewhere") == 1
+
+
+async def test_turn_counts_lines_of_other_gateways() -> None:
+    stage = Stage(queues={"warm": Queue(0, 3, 3, 0, 0, 3)})
+    pacer = stage.pacer()
+    await pacer.turn("warm")
+    stage.queues = {"warm": Queue(0, 4, 4, 0, 0, 4)}
+    stage.now_s += 1.1
+    assert await started(pacer, "warm") == 0
+
+
+async def test_turn_forgets_lines_that_have_ended_before_the_snapshot_does() -> None:
+    stage = Stage()
+    pacer = stage.pacer()
+    await started(pacer, "warm")
+    stage.queues = {"warm": Queue(0, 4, 4, 0, 0, 4)}
+    for _ in range(4):
+        pacer.ended("warm")
+    assert await started(pacer, "warm") == 4
+
+
+@given(
+    capacity=st.integers(1, 8),
+    waiting=st.integers(0, 3),
+    running=st.integers(0, 8),
+)
+def test_may_start_never_where_people_wait_and_never_beyond_the_engine(
+    capacity: int, waiting: int, running: int
+) -> None:
+    running = min(running, capacity)
+    stage = Stage(queues={"warm": Queue(waiting, running, waiting + running)}, capacity=capacity)
+    pacer = stage.pacer()
+    lines = 0
+    while lines < 20 and pacer.may_start("warm"):
+        pacer._own["warm"] += 1
+        lines += 1
+    assert lines == 0 or not waiting
+    assert lines + running <= capacity
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_ended_more_often_than_started_does_no_harm(times: int) -> None:
+    pacer = Stage().pacer()
+    for _ in range(times):
+        pacer.ended("warm")
+    assert pacer.may_start("warm")
