@@ -3,7 +3,8 @@
 One JSON object a line, gzipped or not:
 `{"id", "prompt", "category"?, "outcomes": {expert: {"score", "answer"?,
 "output_chars"?, "cost"?}}}`. `coe outcomes record` writes more: the tokens of
-prompt and answer, seconds, why the answer ended, errors. Rows with the same id
+prompt and answer, seconds, why the answer ended, errors, and `recipe` for a name
+that stands for several experts: no fit combines it with others. Rows with the same id
 and prompt are one row. Files come from many hands, so what can be used is used
 and what can't is counted and named; only when nothing is left does reading
 fail.
@@ -277,7 +278,9 @@ def _outcome(data: Any) -> _Outcome | None:
     score = float(given) if isinstance(given, bool) else _number(given)
     if score is None or not 0 <= score <= 1:
         return None
-    answer = data.get("answer")
+    # Without answers, a name takes part in no cascade and no vote.
+    combines = data.get("recipe") is not True
+    answer = data.get("answer") if combines else None
     if answer is not None:
         answer = " ".join(str(answer).split()).casefold() or None
     cost, prompt_tokens, answer_tokens = (
@@ -287,7 +290,7 @@ def _outcome(data: Any) -> _Outcome | None:
     return (
         score,
         answer,
-        "answer" in data,
+        "answer" in data and combines,
         cost,
         math.nan if prompt_tokens is None else prompt_tokens,
         math.nan if answer_tokens is None else answer_tokens,

@@ -161,6 +161,49 @@ def only(given: Estimates, experts: Sequence[str]) -> Estimates:
     return take(given, [r for r, one in enumerate(given.recipes) if known.issuperset(one.experts)])
 
 
+def with_named_recipes(given: Estimates, named: Mapping[str, Recipe]) -> Estimates:
+    """Return the estimates with recipes in place of the names under which they were recorded.
+
+    A deliberation asks every member. A recruit asks each of its experts as often as if they were
+    equally good, and its aggregator always. Recipes that combine such a name with others are left
+    out, because no service can run them.
+
+    Args:
+        given: Estimates, in which a recorded recipe is a single expert of its name.
+        named: The config's recipes by name.
+    """
+    keep = [
+        r
+        for r, one in enumerate(given.recipes)
+        if one.kind == "single" or not set(one.experts) & named.keys()
+    ]
+    kept = take(given, keep)
+    found = [
+        named.get(one.members[0], one) if one.kind == "single" else one for one in kept.recipes
+    ]
+    width = max((len(one.experts) for one in found), default=0)
+    reach = np.zeros((*kept.cost.shape, max(width, kept.reach.shape[2])))
+    reach[:, :, : kept.reach.shape[2]] = kept.reach
+    for r, (one, before) in enumerate(zip(found, kept.recipes, strict=True)):
+        if one is before:
+            continue
+        reach[:, r, : len(one.experts)] = 1.0
+        if one.recruitment is not None:
+            reach[:, r, : len(one.members)] = one.recruitment.k / len(one.members)
+            if one.recruitment.aggregator in one.members:
+                reach[:, r, one.members.index(one.recruitment.aggregator)] = 1.0
+        elif one.later:
+            # How often the later ones are asked was not recorded.
+            reach[:, r, len(one.members) : len(one.experts)] = 1.0
+    first = {one: r for r, one in reversed(list(enumerate(found)))}
+    # A recipe may also have been replayed; its own outcomes know it better.
+    for r, (one, before) in enumerate(zip(found, kept.recipes, strict=True)):
+        if one is not before:
+            first[one] = r
+    once = sorted(first.values())
+    return take(replace(kept, recipes=tuple(found), reach=reach), once)
+
+
 def _promising(given: Estimates) -> list[int]:
     """Return all single experts, and the recipes that most exceed what their own experts give.
 

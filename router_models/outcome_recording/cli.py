@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import urlsplit
 
 import click
+
+from service.types import Kind
 
 if TYPE_CHECKING:
     from router_models.outcome_recording.recorder import Progress, RecorderSettings
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _PLAIN_EVERY_S = 15.0
 _SHOWN = 5
+
+
+# What `GET /v1/models` calls recipes of several experts.
+_RECIPE_KINDS = frozenset(get_args(Kind)) - {"single"}
 
 
 @click.group(name="outcomes")
@@ -158,6 +164,8 @@ async def _record(
                 raise OutcomeError(str(error)) from None
             listed = {}
         settings = replace(settings, experts=_experts(settings.experts, listed))
+        recipes = frozenset(name for name, item in listed.items() if item.kind in _RECIPE_KINDS)
+        settings = replace(settings, recipes=recipes & frozenset(settings.experts))
         wanted = [*settings.experts, *([settings.judge] if settings.judge else ())]
         # Presets and categories of `auto` are not listed.
         names = {name: "auto" if name.startswith(("auto:", "auto/")) else name for name in wanted}

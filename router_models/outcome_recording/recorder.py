@@ -47,6 +47,7 @@ class RecorderSettings:
         attempts: How often a call is tried before its error is recorded.
         max_cost: The most that the whole file may cost, in units of price.
         judge: The expert that judges answers to prompts with a judge's check.
+        recipes: Which of `experts` are recipes of several experts.
     """
 
     experts: tuple[str, ...]
@@ -56,6 +57,7 @@ class RecorderSettings:
     attempts: int = 5
     max_cost: float = math.inf
     judge: str | None = None
+    recipes: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -234,6 +236,8 @@ class Recorder:
             "cost": round(bill.answer, 9) if self._priced(expert, reply) else None,
             "seconds": round(reply.seconds, 4),
             "finish_reason": reply.finish_reason,
+            # A fit makes no recipes of recipes.
+            "recipe": True if expert in self._settings.recipes else None,
         }
         beside = bill.total - bill.answer
         beside += _spent_before(self._file.rows.get(task.id), expert)

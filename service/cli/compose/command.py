@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -348,7 +348,12 @@ def _with_rate(
 
 
 def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
-    from router_models.composition.recipe_estimates import estimate, from_map, with_alternatives
+    from router_models.composition.recipe_estimates import (
+        estimate,
+        from_map,
+        with_alternatives,
+        with_named_recipes,
+    )
     from router_models.outcome_reader import read_costs, read_outcomes
     from service.broker.token_prices import cost, prices_of
     from service.classifier.expert_map import ExpertMap
@@ -358,14 +363,18 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
     source = options["traffic"] or options["live"]
     traffic = read_traffic(source) if source else None
     live = bool(source) and str(source).startswith(("http://", "https://"))
+    recipes = {name: recipe.recipe() for name, recipe in config.recipes.items()}
     if options["artifact"]:
         known = ExpertMap.from_artifact(load_artifact(options["artifact"]))
-        return from_map(known, _smoothed(traffic, known.categories) if live else traffic)
+        shares = _smoothed(traffic, known.categories) if live else traffic
+        return with_named_recipes(from_map(known, shares), recipes)
     prompt, answer = options["tokens"]
     costs = {name: cost(p, prompt, answer) for name, p in prices_of(config).items()}
     if options["costs"]:
         given = read_costs(options["costs"], options["outcomes"])
-        costs = {name: given[name] for name in costs if name in given}
+        costs = {name: given[name] for name in (*costs, *recipes) if name in given}
+    elif recipes:
+        costs |= _recorded_costs(options["outcomes"], recipes)
     table, skipped = read_outcomes(options["outcomes"], costs)
     for line in skipped.lines():
         click.echo(f"coe: note: {line}", err=True)
@@ -375,7 +384,19 @@ def _estimates(config: Config, options: Mapping[str, Any]) -> Estimates:
             raise ConfigError(f"--alternative: no expert {alternative!r} with a cost in the config")
     if live:
         traffic = _smoothed(traffic, {c for c in table.categories if c is not None})
-    return estimate(with_alternatives(table, alternatives, costs), traffic)
+    found = estimate(with_alternatives(table, alternatives, costs), traffic)
+    return with_named_recipes(found, recipes)
+
+
+def _recorded_costs(files: Sequence[Path], names: Collection[str]) -> dict[str, float]:
+    """The mean recorded cost of these recipes, as far as it was recorded."""
+    from router_models.outcome_reader import OutcomeError, costs_of
+
+    try:
+        recorded = costs_of(None, files)
+    except OutcomeError:
+        return {}
+    return {name: recorded[name] for name in names if name in recorded}
 
 
 def _smoothed(counts: Mapping[str, float] | None, categories: Iterable[str]) -> dict[str, float]:

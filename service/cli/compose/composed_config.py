@@ -19,6 +19,7 @@ from router_models.composition.composition_problem import Problem, SwapMethod, U
 from router_models.composition.composition_value import Composition, Holding, shortest_waits
 from service.config.aliases import alias_section
 from service.config.name_and_path_fields import TEXT_FIELDS, Meaning, holders, move_paths
+from service.config.recipes import RecipeConfig
 from service.errors import ConfigError
 from service.types import Recipe
 
@@ -166,13 +167,8 @@ def _recipes(
     recipes: dict[str, Any] = {}
     named: dict[Recipe, list[str]] = {}
     for name, given in (base.get("recipes") or {}).items():
-        experts = {*given.get("members", ()), *given.get("later", ())}
-        same = Recipe(
-            given["kind"],
-            tuple(given["members"]),
-            tuple(given.get("later", ())),
-            float(given.get("sure", 0.0)),
-        )
+        same = RecipeConfig.model_validate(given).recipe()
+        experts = set(same.experts)
         named.setdefault(same, []).append(name)
         if experts <= kept and same not in chosen:
             recipes[name] = copy.deepcopy(given)
@@ -181,6 +177,13 @@ def _recipes(
         own = named.pop(recipe, [])
         # The name of a recipe that is left out may still stand somewhere.
         others = {name for names in named.values() for name in names}
+        if own and recipe.kind in ("deliberate", "recruit"):
+            # It has settings that the outcomes say nothing of.
+            recipes[own[0]] = {
+                **copy.deepcopy(base["recipes"][own[0]]),
+                "quality": _quality(problem, recipe),
+            }
+            continue
         name = _free_name(recipe, {*recipes, *kept, *others})
         renamed |= dict.fromkeys(own, name)
         r = problem.recipes.index(recipe)

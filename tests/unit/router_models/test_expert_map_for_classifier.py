@@ -200,3 +200,49 @@ def test_add_map_of_prompts_that_are_all_new_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "mine@1")])
     assert done.exit_code == 1
     assert "knows none of the prompts" in done.output
+
+
+def test_add_map_of_a_recipe_s_outcomes_gives_the_recipe_its_quality(
+    rows: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = []
+    for number, line in enumerate(rows.read_text().splitlines()):
+        row = json.loads(line)
+        for name, score in (("council", 1.0), ("panel", float(number % 2))):
+            row["outcomes"][name] = {"score": score, "answer": "x", "cost": 9.0, "recipe": True}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines))
+    out = tmp_path / "mine@1"
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"base": 1, "math": 1, "code": 1, "council": 9, "panel": 9}))
+    expert_map_for_classifier.run(
+        classifier=DEMO, outcomes=[path], costs=costs, out=out, say=lambda _: None
+    )
+    found = ExpertMap.from_artifact(load_artifact(out))
+    assert all(r.kind == "single" for r in found.recipes if "council" in r.experts)
+    one = {"price": {"prompt": 1, "completion": 1}}
+    names = ["base", "math", "code"]
+    config = Config.model_validate(
+        {
+            "experts": {name: {"model": name, **one} for name in names},
+            "router": {"artifact": str(out)},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "recipes": {
+                "council": {"kind": "deliberate", "members": names},
+                "panel": {"kind": "recruit", "recruit": {"k": 2, "among": names}},
+            },
+        }
+    )
+    setup = RoutingSetup(config)
+    data = {"model": "auto", "messages": [{"role": "user", "content": "What is 17 plus 25?"}]}
+    asked = parse_request("/v1/chat/completions", json.dumps(data).encode(), {}, 1000)
+    plan = setup.planner.plan(asked)
+    quality = dict(zip(plan.rows.tolist(), plan.quality.tolist(), strict=True))
+    rows_of = {
+        name: setup.catalog.recipe_index[config.recipes[name].recipe()] for name in config.recipes
+    }
+    assert quality[rows_of["council"]] == pytest.approx(1.0, abs=0.01)
+    assert quality[rows_of["panel"]] == pytest.approx(0.5, abs=0.2)
+    # Its first reviews are not forgotten, though the map knows nothing of them.
+    assert plan.escalation_prob[plan.rows.tolist().index(rows_of["council"]), 0] == 1.0

@@ -59,7 +59,11 @@ class Case:
         self.base: dict[str, Any] = {
             "server": {"drain_s": 7},
             "experts": experts,
-            "recipes": {"own": {"kind": "vote", "members": names[:3]}},
+            "recipes": {
+                "own": {"kind": "vote", "members": names[:3]},
+                "council": {"kind": "deliberate", "members": names[:3], "quality": {"w": 0.5}},
+                "panel": {"kind": "recruit", "recruit": {"k": 2, "among": names[:2]}},
+            },
             "tenants": {"t": {"experts": [names[0], names[-1]]}},
             "pools": {
                 "main": {

@@ -19,11 +19,13 @@ from router_models.composition.recipe_estimates import (
     from_map,
     only,
     with_alternatives,
+    with_named_recipes,
 )
 from router_models.fit_settings import Settings
 from router_models.outcome_reader import OutcomeError, Table, read_outcomes
+from router_models.recipe_replay import candidates
 from service.classifier.expert_map import ExpertMap
-from service.types import MAX_LATER, Recipe
+from service.types import MAX_LATER, Deliberation, Recipe, Recruitment
 
 COSTS = {"a": 1.0, "b": 2.0, "c": 8.0}
 SETTINGS = Settings(shrink_rows=2.0)
@@ -154,3 +156,41 @@ def test_from_map_reads_the_map_and_averages_for_other_categories() -> None:
     assert found.cost[0] == pytest.approx([1.0, 2.25])
     assert found.reach[0, 1] == pytest.approx([1.0, 0.3])
     assert found.reach[2, 1] == pytest.approx([1.0, 0.6])
+
+
+def test_with_named_recipes_puts_recorded_recipes_in_place_of_their_names(tmp_path: Path) -> None:
+    def outcome(score: int, answer: str, **more: Any) -> dict[str, Any]:
+        return {"score": score, "answer": answer, **more}
+
+    rows: list[dict[str, Any]] = [
+        {
+            "category": "x",
+            "outcomes": {
+                "a": outcome(i % 2, "1"),
+                "b": outcome(0, "2"),
+                "c": outcome(i % 3 == 0, "1"),
+                "council": outcome(1, "1", recipe=True, cost=20.0),
+                "panel": outcome(i % 2, "1", recipe=True, cost=9.0),
+            },
+        }
+        for i in range(6)
+    ]
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"id": str(i), "prompt": f"p{i}", **row}) for i, row in enumerate(rows)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    found, _ = read_outcomes([file], {**COSTS, "council": 1.0, "panel": 1.0})
+    tried = [one for one in candidates(found) if one.kind != "single"]
+    assert tried
+    assert not any({"council", "panel"} & set(one.experts) for one in tried)
+    given = estimate(found, settings=SETTINGS)
+    settings = Deliberation(2, 16.0, 0.2, 512, "", "")
+    council = Recipe("deliberate", ("a", "b", "c"), deliberation=settings)
+    panel = Recipe("recruit", ("a", "b", "c"), recruitment=Recruitment(2, "c", ""))
+    made = with_named_recipes(given, {"council": council, "panel": panel})
+    assert quality(made, "x", council.name) == 1.0
+    at = made.recipes.index(council)
+    assert made.cost[0, at] == 20.0
+    assert made.reach[0, at, :3].tolist() == [1.0, 1.0, 1.0]
+    assert made.reach[0, made.recipes.index(panel), :3] == pytest.approx([2 / 3, 2 / 3, 1.0])
+    assert council not in only(made, ["a", "b"]).recipes
+    assert council in only(made, ["a", "b", "c"]).recipes
