@@ -96,6 +96,8 @@ def _candidate(selection: Selection, at: int, best: int | None) -> dict[str, Any
         why = "the greatest utility"
     else:
         why = f"{behind:.4f} behind"
+    if recipe.recruitment is not None and members:
+        why += f"; recruits {', '.join(members)}"
     return {
         "recipe": recipe.name,
         "kind": recipe.kind,
