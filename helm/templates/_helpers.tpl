@@ -30,6 +30,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.secrets.existingSecret | default (printf "%s-secrets" (include "coe.fullname" .)) -}}
 {{- end -}}
 
+{{- define "coe.batchesClaimName" -}}
+{{- if eq .Values.batches.type "existing" -}}
+{{- required "batches.existingClaim is needed with batches.type existing" .Values.batches.existingClaim -}}
+{{- else -}}
+{{- printf "%s-batches" (include "coe.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "coe.claimName" -}}
 {{- if eq .Values.modelCache.type "existing" -}}
 {{- required "modelCache.existingClaim is needed with modelCache.type existing" .Values.modelCache.existingClaim -}}
@@ -212,4 +220,5 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "httpRoute.enabled needs httpRoute.parentRefs" -}}
 {{- end -}}
 {{- $_ := include "coe.claimName" . -}}
+{{- $_ := include "coe.batchesClaimName" . -}}
 {{- end -}}

@@ -97,6 +97,16 @@ limits:
         path: admin-key
       {{- end }}
 {{- end }}
+{{- if eq .secrets "all" }}
+- name: batches
+  {{- if eq .root.Values.batches.type "emptyDir" }}
+  emptyDir:
+    sizeLimit: {{ .root.Values.batches.size }}
+  {{- else }}
+  persistentVolumeClaim:
+    claimName: {{ include "coe.batchesClaimName" .root }}
+  {{- end }}
+{{- end }}
 {{- if .models }}
 - name: models
   {{- if eq .root.Values.modelCache.type "hostPath" }}
@@ -126,6 +136,10 @@ limits:
   mountPath: /run/coe
   readOnly: true
 {{- end }}
+{{- if eq .secrets "all" }}
+- name: batches
+  mountPath: /batches
+{{- end }}
 {{- if .models }}
 - name: models
   mountPath: /models
@@ -142,6 +156,8 @@ cluster's secret alone, which gateways show them), none. */}}
 {{- if eq .secrets "all" }}
 - name: COE_HOME
   value: /run/coe
+- name: COE_BATCHES
+  value: /batches
 {{- if .root.Values.secrets.apiKey }}
 - name: COE_API_KEY
   valueFrom:

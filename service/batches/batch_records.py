@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -314,13 +315,17 @@ def load_batch(data: bytes, counts: BatchCounts) -> BatchRecord:
 
 
 def new_file_id() -> str:
-    """A new file's id."""
-    return f"file-{secrets.token_hex(12)}"
+    """A new file's id; later ones are greater."""
+    return f"file-{_rising()}"
 
 
 def new_batch_id() -> str:
-    """A new batch's id."""
-    return f"batch_{secrets.token_hex(12)}"
+    """A new batch's id; later ones are greater."""
+    return f"batch_{_rising()}"
+
+
+def _rising() -> str:
+    return f"{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
 def output_id(batch_id: str, *, failed: bool) -> str:

@@ -18,7 +18,7 @@ class BatchesConfig(Section):
     folder: str | None = Field(
         None,
         description="Folder of the files. Several gateways need a folder that all of them see. "
-        "Default: batches beside the admin key.",
+        "Default: $COE_BATCHES, or batches beside the admin key.",
     )
     max_file_bytes: Bytes = Field(
         200 * 1024**2, ge=1024, description="Largest file that is accepted, in bytes."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,9 @@ log = logging.getLogger("coe.batches")
 
 
 def default_folder() -> Path:
-    """The folder of files where the config names none: beside the admin key."""
+    """The folder where the config names none: `$COE_BATCHES`, or one beside the admin key."""
+    if given := os.environ.get("COE_BATCHES"):
+        return Path(given)
     return admin_key_path().with_name("batches")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from service import __version__
+from service.batches.batch_records import ENDPOINTS as BATCH_ENDPOINTS
+from service.batches.batch_types import WINDOW
 from service.config import Config
 
 _TEXTS = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -73,6 +75,51 @@ _VOTE = {
     "properties": {
         "id": {"type": "string", "minLength": 1, "maxLength": 200},
         "score": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+}
+_EXPIRES_AFTER = {
+    "type": ["object", "null"],
+    "required": ["anchor", "seconds"],
+    "properties": {
+        "anchor": {"const": "created_at"},
+        "seconds": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
+}
+_TERMS = {
+    "type": ["object", "null"],
+    "description": "What the batch as a whole may cost and take.",
+    "additionalProperties": False,
+    "properties": {
+        "max_cost": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "deadline": {"type": ["string", "number"], "examples": ["90m", "24h", "2d"]},
+        "quality": {"oneOf": [{"const": "best"}, {"type": "number"}]},
+    },
+}
+_NEW_BATCH = {
+    "type": "object",
+    "required": ["input_file_id", "endpoint", "completion_window"],
+    "additionalProperties": False,
+    "properties": {
+        "input_file_id": {"type": "string"},
+        "endpoint": {"enum": [*BATCH_ENDPOINTS]},
+        "completion_window": {"const": WINDOW},
+        "metadata": {
+            "type": ["object", "null"],
+            "maxProperties": 16,
+            "additionalProperties": {"type": "string", "maxLength": 512},
+        },
+        "output_expires_after": _EXPIRES_AFTER,
+        "coe": _TERMS,
+    },
+}
+_NEW_FILE = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"const": "batch"},
+        "expires_after[anchor]": {"const": "created_at"},
+        "expires_after[seconds]": {"type": "integer"},
     },
 }
 # There is no "type: string", because some clients validate the fields of each event against it.
@@ -201,6 +248,8 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         path, summary = "/v1/feedback", "Say how good a reply of `auto` was: each has one vote"
         counted = {"application/json": {"schema": {"type": "object"}}}
         paths[path] = {"post": _post(path, summary, _VOTE, counted, [])}
+    if config.batches.enabled:
+        paths |= _batch_paths()
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {
             "summary": summary,
@@ -255,6 +304,55 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         "components": {
             "schemas": {"Error": error, "AnthropicError": anthropic_error},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _batch_paths() -> dict[str, Any]:
+    """Return the paths of files and batches."""
+    ok = {"application/json": {"schema": {"type": "object"}}}
+    by_id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    pages = [
+        {"name": name, "in": "query", "schema": schema}
+        for name, schema in (
+            ("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
+            ("after", {"type": "string"}),
+            ("order", {"enum": ["asc", "desc"]}),
+        )
+    ]
+
+    def operation(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "summary": summary,
+            "operationId": name,
+            "parameters": [*parameters],
+            "security": _KEY,
+            "responses": {"200": {"description": summary, "content": ok}, "default": _ERROR},
+        }
+
+    upload = operation("Upload a file of requests", "v1_files")
+    form = {"multipart/form-data": {"schema": _NEW_FILE}}
+    upload["requestBody"] = {"required": True, "content": form}
+    content = operation("The content of a file", "v1_file_content", by_id)
+    content["responses"]["200"]["content"] = {"application/octet-stream": {}}
+    purpose = {"name": "purpose", "in": "query", "schema": {"type": "string"}}
+    return {
+        "/v1/files": {
+            "post": upload,
+            "get": operation("The tenant's files", "v1_files_list", *pages, purpose),
+        },
+        "/v1/files/{id}": {
+            "get": operation("One file", "v1_file", by_id),
+            "delete": operation("Delete a file for good", "v1_file_delete", by_id),
+        },
+        "/v1/files/{id}/content": {"get": content},
+        "/v1/batches": {
+            "post": _post("/v1/batches", "Run a file of requests", _NEW_BATCH, ok, []),
+            "get": operation("The tenant's batches", "v1_batches_list", *pages),
+        },
+        "/v1/batches/{id}": {"get": operation("One batch", "v1_batch", by_id)},
+        "/v1/batches/{id}/cancel": {
+            "post": operation("Cancel a batch", "v1_batch_cancel", by_id),
         },
     }
 

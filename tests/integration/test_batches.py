@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.redis_server import redis_server
 
 KEY, OTHER = "a-key-of-the-tests-a", "a-key-of-the-tests-b"
 CHAT = "/v1/chat/completions"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "batches.md"
 
 
 def config(tmp_path: Path, **given: Any) -> Any:
@@ -390,3 +392,21 @@ async def test_batch_with_redis_is_charged_once_and_runs_in_the_lowest_class(
             assert cost <= spent.spent <= cost + 30e-6
             assert spent.reserved == 0
     assert priorities == {"low"}
+
+
+async def test_guide_s_example_is_answered(tmp_path: Path) -> None:
+    (example, terms) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    async with run_gateway(config(tmp_path)) as s:
+        code = example.replace("http://127.0.0.1:8000", s.url) + terms
+        names: dict[str, Any] = {}
+        await asyncio.to_thread(exec, compile(code, str(GUIDE), "exec"), names)
+        async with client(s) as api:
+            batch = await ended(api, names["batch"].id)
+            assert batch.status == "completed"
+            assert len(await read(api, batch.output_file_id)) == 100
+            listed = [each async for each in api.batches.list()]
+            # The newest comes first.
+            assert [each.id for each in listed][1] == names["batch"].id
+            for each in listed:
+                assert (await ended(api, each.id)).status == "completed"
+        names["client"].close()

@@ -102,6 +102,32 @@ TENANTS = Board(
             ),
         ),
         (
+            "Batches",
+            (
+                Chart(
+                    "Batches that have not ended",
+                    (Query("max by (status) (coe_batches)", "{{status}}"),),
+                    "short",
+                    "stacked",
+                    "Batches by state. Every gateway counts those of all gateways.",
+                ),
+                Chart(
+                    "Lines of batches",
+                    (Query(rate("coe_batch_lines_total", "result"), "{{result}}"),),
+                    "reqps",
+                    "stacked",
+                    "Lines with an answer or an error, and tries that have to be repeated.",
+                ),
+                Chart(
+                    "Age of the oldest batch",
+                    (Query("max(coe_batch_oldest_age_seconds)", "age"),),
+                    "s",
+                    "lines",
+                    "Of the batches that have not ended.",
+                ),
+            ),
+        ),
+        (
             "Cache, store and remote endpoints",
             (
                 Chart(

@@ -68,6 +68,7 @@ def test_listing_has_openai_s_shape() -> None:
 def test_openapi_describes_every_endpoint() -> None:
     result = describe(CONFIG)
     posts = {path for path, item in result["paths"].items() if "post" in item}
-    assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback"}
+    batches = {"/v1/files", "/v1/batches", "/v1/batches/{id}/cancel"}
+    assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback", *batches}
     ids = [item["post"]["operationId"] for item in result["paths"].values() if "post" in item]
     assert len(ids) == len(set(ids))
