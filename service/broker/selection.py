@@ -142,6 +142,7 @@ class ExpertInPool:
         eta_s: Time until its weights are ready, swaps included.
         wait_s: Time until prefill starts, `eta_s` included.
         answer_s: Time from then to the end of the answer.
+        token_s: Time of one more token of the answer.
     """
 
     expert: str
@@ -149,6 +150,7 @@ class ExpertInPool:
     eta_s: float
     wait_s: float
     answer_s: float
+    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,7 @@ class Selection:
             float(self.pools.eta[row, column]),
             float(self.wait[column]),
             float(self.answer[column]),
+            float(self.pools.chunk[row, column]),
         )
 
     def unmet_experts(self, chosen: int) -> tuple[str, ...]:

@@ -32,9 +32,9 @@ class ThinkingConfig(Section):
         None,
         ge=0.5,
         le=0.99,
-        description="Learn a budget for each category: this share of the expert's thinking keeps "
-        "within it. It bounds requests that set neither a budget nor an effort of high or more. "
-        "Default: off.",
+        description="Learn a budget for each category: at least this share of the expert's "
+        "thinking keeps within it, and more as long as a token is worth its cost and time. It "
+        "bounds requests that set neither a budget nor an effort of high or more. Default: off.",
     )
 
     @model_validator(mode="after")

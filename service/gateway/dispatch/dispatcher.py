@@ -23,6 +23,7 @@ from service.broker.pool_state import Floats, Place, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import ExpertInPool, Selection, SelectionRequest, idle_times, select
+from service.broker.thinking_lengths import ThinkingWorth
 from service.broker.unmet_demand import can_serve, failure_reason
 from service.engine.engine_interface import EngineRequest
 from service.errors import (
@@ -224,11 +225,12 @@ class Dispatcher:
                 # `losses` is shared by all calls of a recipe; another call may have added the
                 # second.
                 raise _died_twice_error()
-            option = self._next_option(request, single, record, fault, deadline_s, first_selection)
+            found = self._next_option(request, single, record, fault, deadline_s, first_selection)
             first_selection = None
-            if option is None:
+            if found is None:
                 await self._wait_for_pool(plan, deadline_s)
                 continue
+            option, worth = found
             record.expert = option.expert
             record.recipe = recipe or option.expert
             record.local = option.boot is not None
@@ -241,7 +243,7 @@ class Dispatcher:
             try:
                 # This expert may cost more per token than the first one.
                 context = self.context(option.expert)
-                own = self.defaults.apply(request, option.expert, plan.category)
+                own = self.defaults.apply(request, option.expert, plan.category, worth)
                 bounded = within_cost(own, (option.expert,), self.cost_model, (context,))
             except InvalidRequestError as error:
                 raise fault or error from None
@@ -328,7 +330,7 @@ class Dispatcher:
         fault: CoeError | None,
         deadline_s: float,
         first_selection: Selection | None,
-    ) -> ExpertInPool | None:
+    ) -> tuple[ExpertInPool, ThinkingWorth] | None:
         """Find the best expert and pool that are left; None if the request has to wait for a pool.
 
         Raises:
@@ -380,15 +382,24 @@ class Dispatcher:
                 )
         return None
 
-    def _best_option(self, selection: Selection, record: RequestRecord) -> ExpertInPool | None:
+    def _best_option(
+        self, selection: Selection, record: RequestRecord
+    ) -> tuple[ExpertInPool, ThinkingWorth] | None:
+        """The best expert and pool, and what the expert's thinking is worth."""
         position = selection.best_position()
         if position is None:
             return None
         record.predicted_cost = float(selection.cost[position])
         self.note_session(selection, position, record)
-        return selection.expert_in_pool(
-            self.catalog.recipes[int(selection.request.rows[position])].members[0]
-        )
+        request = selection.request
+        expert = self.catalog.recipes[int(request.rows[position])].members[0]
+        option = selection.expert_in_pool(expert)
+        if option is None:
+            return None
+        # Nobody reads along while it thinks, so that its time counts in full.
+        price = request.cost_price * self.cost_model.price(expert).completion / 1e6
+        price += request.time_price * option.token_s
+        return option, ThinkingWorth(float(request.quality[position]), price)
 
     def note_session(self, selection: Selection, position: int, record: RequestRecord) -> None:
         """Record how the conversation's session took part in a choice.

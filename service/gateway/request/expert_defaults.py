@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from service.broker.pool_state import Floats
+from service.broker.thinking_lengths import ThinkingWorth
 from service.config import Config
 from service.config.expert_request_defaults import DefaultsConfig
 from service.gateway.request.learned_budgets import LearnedBudgets
@@ -152,13 +153,20 @@ class RequestDefaults:
         self._ways = ThinkingWays(config)
         self._adds_system = any(defaults.system is not None for defaults in self._defaults.values())
 
-    def apply(self, request: InferenceRequest, expert: str, category: str = "") -> InferenceRequest:
+    def apply(
+        self,
+        request: InferenceRequest,
+        expert: str,
+        category: str = "",
+        worth: ThinkingWorth | None = None,
+    ) -> InferenceRequest:
         """Return a request with an expert's defaults. A second call changes nothing.
 
         Args:
             request: The request.
             expert: The expert that answers it; any other name, such as `auto`, has no defaults.
             category: The prompt's category; empty where it was not classified.
+            worth: What the expert's thinking is worth; None leaves out learned budgets.
         """
         way, defaults = self._ways.get(expert), self._defaults.get(expert)
         if way is None or (defaults is None and way.enabled is None and not request.thinking):
@@ -171,7 +179,9 @@ class RequestDefaults:
         if defaults.max_tokens is not None:
             bounded = _bound(request, data, defaults.max_tokens) or bounded
         most_tokens = replace(request, data=data).most_tokens
-        learned = None if self._learned is None else self._learned.budget(expert, category)
+        learned = None
+        if self._learned is not None and worth is not None:
+            learned = self._learned.budget(expert, category, worth)
         data, budget = way.write(request.endpoint, data, request.thinking, most_tokens, learned)
         for name, field in FIELDS.get(request.endpoint, {}).items():
             if name == "reasoning_effort" and _rules_out_effort(request.thinking):

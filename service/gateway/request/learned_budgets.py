@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from service.broker.thinking_lengths import ThinkingLengths
+from service.broker.thinking_lengths import ThinkingLengths, ThinkingWorth
 from service.config import Config
 from service.gateway.request_record import ExpertCall
 
-# Tokens of the prompt after the mark of thinking count against a budget, and no usage tells them.
-_SLACK_TOKENS = 4
+# Tokens of the prompt after the mark of thinking count against a budget, and no usage tells them:
+# in most templates a line break.
+_UNTOLD_TOKENS = 1
 
 
 class LearnedBudgets:
@@ -26,10 +27,14 @@ class LearnedBudgets:
             if expert.thinking is not None and expert.thinking.learned_quantile is not None
         }
 
-    def budget(self, expert: str, category: str) -> int | None:
+    def budget(self, expert: str, category: str, worth: ThinkingWorth) -> int | None:
         """Most tokens of an expert's thinking on a category; None where nothing bounds it."""
         quantile = self._quantiles.get(expert)
-        return None if quantile is None else self._lengths.budget(expert, category, quantile)
+        if quantile is None:
+            return None
+        length = self._lengths.budget(expert, category, quantile, worth)
+        # A thinking of this length ends before the budget does, and doesn't look as if it was cut.
+        return None if length is None else length + _UNTOLD_TOKENS + 1
 
     def excess(self, expert: str, category: str, budget: int) -> float:
         """The expected tokens of thinking that a budget saves; 0 where nothing is known."""
@@ -45,7 +50,7 @@ class LearnedBudgets:
         if call.reasoning_tokens is None:
             return
         tokens = call.reasoning_tokens // call.answers
-        most = tokens + _SLACK_TOKENS
+        most = tokens + _UNTOLD_TOKENS
         ended = call.thinking_budget is not None and most >= call.thinking_budget
         # An answer may also have ended before its thinking did.
         self._lengths.observe(
