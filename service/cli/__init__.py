@@ -33,6 +33,10 @@ _COMMANDS = {
         "service.cli.aliases:aliases",
         "Show how aliases share requests, and undo roll-backs.",
     ),
+    "batch": (
+        "service.cli.batch.command:batch",
+        "Plan, submit, watch and fetch batches of requests.",
+    ),
     "keys": ("service.cli.keys:keys", "Create, list, rotate and revoke API keys."),
     "completion": (
         "service.cli.shell_completion:completion",

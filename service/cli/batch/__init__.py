@@ -1,0 +1,1 @@
+"""`coe batch`: plans, submits, watches and fetches batches of requests."""
