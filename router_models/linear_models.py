@@ -132,16 +132,23 @@ def softmax(logits: Matrix) -> Matrix:
     return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
 
 
-def fit_temperature(logits: Matrix, labels: NDArray[np.int64]) -> float:
+def fit_temperature(
+    logits: Matrix, labels: NDArray[np.int64], weight: Matrix | None = None
+) -> float:
     """The T that minimises the cross-entropy of softmax(logits / T) on held-out rows.
 
     Guo et al., "On Calibration of Modern Neural Networks", 2017.
+
+    Args:
+        logits: (rows, labels).
+        labels: (rows,).
+        weight: (rows,), how much each counts; None: alike.
     """
     rows = np.arange(len(labels))
 
     def loss(log_t: float) -> float:
         p = softmax(logits / np.exp(log_t))
-        return float(-np.log(np.maximum(p[rows, labels], 1e-12)).mean())
+        return float(np.average(-np.log(np.maximum(p[rows, labels], 1e-12)), weights=weight))
 
     return float(np.exp(minimize_scalar(loss, bounds=(-4, 2), method="bounded").x))
 

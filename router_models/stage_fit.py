@@ -66,6 +66,8 @@ class FitOptions:
             prompts and nobody asks for figures out of fold.
         wrong_costs: What a wrong answer costs beside `general`, in right answers. It sets the least
             confidence.
+        own_weight: What rows out of fold weigh in the choice of temperatures and exponents, where
+            all calibration prompts weigh 1.
     """
 
     spec: FeatureSpec = field(default_factory=FeatureSpec)
@@ -75,6 +77,7 @@ class FitOptions:
     iterations: int = 150
     folds: int = 5
     wrong_costs: float = 1.0
+    own_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class FitSet:
         weight: (texts,), how much each counts.
         origin: (texts,), texts with the same number are in the same fold.
         ordinary: (texts,), whether what is like this text is not new. Scraps are not.
+        calibrates: (texts,), whether it may calibrate out of fold; None: none does.
     """
 
     texts: Sequence[str]
@@ -94,6 +98,7 @@ class FitSet:
     weight: Floats
     origin: Rows
     ordinary: NDArray[np.bool_]
+    calibrates: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,38 +193,67 @@ class Calibrated:
         return found
 
 
-def calibrate(logits: Logits, truth: Rows) -> Calibrated:
-    """Choose temperatures and exponents by prompts that the models did not see."""
-    temperature = fit_temperature(logits[NGRAMS], truth)
+def calibrate(logits: Logits, truth: Rows, weight: Floats | None = None) -> Calibrated:
+    """Choose temperatures and exponents by prompts that the models did not see.
+
+    Args:
+        logits: Those of each stage alone.
+        truth: (prompts,), the right labels.
+        weight: (prompts,), how much each counts; None: alike.
+    """
+    temperature = fit_temperature(logits[NGRAMS], truth, weight)
     after = log_softmax(logits[NGRAMS] / temperature)
     joints = {}
     for name, own in logits.items():
         if name != NGRAMS:
-            joints[name] = join(after, own, truth)
+            joints[name] = join(after, own, truth, weight)
             after = log_softmax(joints[name].earlier * after + joints[name].own * own)
     return Calibrated(temperature, joints)
 
 
-def join(earlier: Floats, logits: Floats, truth: Rows) -> Joint:
+def join(earlier: Floats, logits: Floats, truth: Rows, weight: Floats | None = None) -> Joint:
     """Choose how a stage joins, by the cross-entropy of prompts that no model saw.
 
     Args:
         earlier: (prompts, labels), log posteriors before it.
         logits: (prompts, labels), its own.
         truth: (prompts,), the right labels.
+        weight: (prompts,), how much each counts; None: alike.
     """
-    own = fit_temperature(logits, truth)
+    own = fit_temperature(logits, truth, weight)
     scaled = log_softmax(logits / own)
-    exponent = min(_EXPONENTS, key=lambda e: _loss(earlier + e * scaled, truth)[0])
-    joint = _loss(earlier + exponent * scaled, truth)[1]
+    exponent = min(_EXPONENTS, key=lambda e: _loss(earlier + e * scaled, truth, weight)[0])
+    joint = _loss(earlier + exponent * scaled, truth, weight)[1]
     return Joint(1 / joint, exponent / (own * joint))
 
 
-def _loss(logits: Floats, y: Rows) -> tuple[float, float]:
+def _loss(logits: Floats, y: Rows, weight: Floats | None = None) -> tuple[float, float]:
     """The least cross-entropy over temperatures, and that temperature."""
-    temperature = fit_temperature(logits, y)
+    temperature = fit_temperature(logits, y, weight)
     p = softmax(logits / temperature)
-    return float(-np.log(np.maximum(p[np.arange(len(y)), y], 1e-12)).mean()), temperature
+    miss = -np.log(np.maximum(p[np.arange(len(y)), y], 1e-12))
+    return float(np.average(miss, weights=weight)), temperature
+
+
+def calibrate_beside(
+    logits: Logits, truth: Rows, more: Logits, more_truth: Rows, more_weight: float
+) -> Calibrated:
+    """Choose them by calibration prompts, and by rows out of fold for a part of the weight.
+
+    Args:
+        logits: Those of each stage alone for the calibration prompts.
+        truth: (prompts,), their labels.
+        more: Logits for the rows.
+        more_truth: (rows,), their labels.
+        more_weight: What all rows weigh together, where all calibration prompts weigh 1.
+    """
+    if not len(more_truth) or more_weight <= 0:
+        return calibrate(logits, truth)
+    weight = np.repeat(
+        (1 / len(truth), more_weight / len(more_truth)), (len(truth), len(more_truth))
+    )
+    both = {name: np.concatenate((own, more[name])) for name, own in logits.items()}
+    return calibrate(both, np.concatenate((truth, more_truth)), weight)
 
 
 def min_confidence(
@@ -299,7 +333,7 @@ def fit_stages(
             ).T).max(axis=1)
             for name, vectors in seen.vectors.items()
         }  # fmt: skip
-    chosen = calibrate(logits, truth)
+    chosen, held_out = calibrate_out_of_fold(logits, truth, out_of_fold, rows, options)
     say(f"chosen: {chosen}")
     after = chosen.stages(logits)
     general = labels.index(GENERAL) if GENERAL in labels else None
@@ -339,9 +373,36 @@ def fit_stages(
     return StageFit(
         tensors,
         section,
-        chosen.stages(out_of_fold) if out_of_fold else {},
+        held_out,
         {} if calibration is None else after,
     )
+
+
+def calibrate_out_of_fold(
+    logits: Logits, truth: Rows, out_of_fold: Logits, rows: FitSet, options: FitOptions
+) -> tuple[Calibrated, Logits]:
+    """Temperatures and exponents, and the log posteriors of the rows out of fold.
+
+    Rows that calibrate are judged by what the calibration prompts and the other half of them chose.
+    """
+    if not out_of_fold:
+        return calibrate(logits, truth), {}
+    if rows.calibrates is None or options.own_weight <= 0:
+        chosen = calibrate(logits, truth)
+        return chosen, chosen.stages(out_of_fold)
+    half = (rows.origin // options.folds) % 2
+
+    def by(mask: NDArray[np.bool_]) -> Calibrated:
+        at = np.flatnonzero(mask)
+        more = {name: own[at] for name, own in out_of_fold.items()}
+        return calibrate_beside(logits, truth, more, rows.y[at], options.own_weight)
+
+    parts = [by(rows.calibrates & (half != k)).stages(out_of_fold) for k in (0, 1)]
+    held_out = {
+        name: np.where((half == 0)[:, None], first, parts[1][name])
+        for name, first in parts[0].items()
+    }
+    return by(rows.calibrates), held_out
 
 
 def fit_models(

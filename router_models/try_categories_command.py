@@ -19,6 +19,7 @@ from service.classifier.example_classifier import (
     example_vectors,
     fit_head,
     held_out,
+    joint_temperature,
 )
 from service.classifier.linear_heads import Head
 from service.classifier.router_artifact import load_artifact
@@ -89,8 +90,13 @@ def _tested(
     heads: dict[str, Head] = {stage: fit_head(given) for stage, given in stages.items()}
     found: dict[str, Any] = {"categories": list(names), "held_out": "test", "stages": {}}
     for stage in stages:
+        both = stage == "encoder" and "static" in stages
         classifier = ExampleClassifier(
-            names, table, heads.get("static"), heads["encoder"] if stage == "encoder" else None
+            names,
+            table,
+            heads.get("static"),
+            heads["encoder"] if stage == "encoder" else None,
+            joint=joint_temperature(stages["static"], stages["encoder"]) if both else 1.0,
         )
         vectors = (
             encode(encoder, [row.prompt for row in rows])

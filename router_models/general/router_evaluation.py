@@ -11,7 +11,7 @@ these are unsure.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,15 @@ from service.types import CategoryScores
 
 WHEN_BELOW = 0.8
 """The encoder is asked below this confidence, as the config's default says."""
+FEW_EXPERTS = {
+    "math-word-problems": "math",
+    "symbolic-math": "math",
+    "commands": "intents",
+    "coding": "code",
+    "shell-sql": "code",
+}
+"""The demo's experts by category; all other prompts go to its fourth, `general`."""
+_GIVEN_UP = (0.05, 0.1, 0.2, 0.3)
 _BARS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.01)
 _SEED = 0
 
@@ -99,10 +108,12 @@ def judge_artifact(artifact: Artifact, table: StaticTable, encoder: OnnxEncoder)
     before = answers(artifact, table, encoder, [p.original.prompt for p in pairs])
     after = answers(artifact, table, encoder, [p.prompt for p in pairs])
     kinds = [p.kind for p in pairs]
-    changes = {
-        "static": unchanged(before.first, after.first, kinds),
-        "encoder": unchanged(before.served(), after.served(), kinds),
+    forms = {
+        "static": (before.first, after.first),
+        "encoder": (before.served(), after.served()),
     }
+    changes = {name: unchanged(*both, kinds) for name, both in forms.items()}
+    experts = {name: unchanged(*both, kinds, FEW_EXPERTS) for name, both in forms.items()}
     others = same_team_prompts()
     said = answers(artifact, table, encoder, [p.prompt for p in others])
     same_team = {
@@ -114,7 +125,12 @@ def judge_artifact(artifact: Artifact, table: StaticTable, encoder: OnnxEncoder)
         "when_below": WHEN_BELOW,
         "asked": round(found.asked(WHEN_BELOW), 4),
         "stages": {
-            name: measured(scores, truth, languages) | {"unchanged": changes[name]}
+            name: measured(scores, truth, languages)
+            | {
+                "unchanged": changes[name],
+                "unchanged_expert": experts[name],
+                "giving_up": giving_up(scores, truth),
+            }
             for name, scores in stages.items()
         },
         "curve": [
@@ -170,11 +186,48 @@ def measured(
     }
 
 
+def giving_up(scores: Sequence[CategoryScores], truth: Sequence[str]) -> list[dict[str, float]]:
+    """What more prompts of no category that get `general` cost.
+
+    A prompt gets `general` as it is served, and also where the probability of `general` is above a
+    bar. Each point has that bar, the shares of prompts of no category and of a category that get
+    `general`, and the accuracy on the latter.
+    """
+    known = np.array([t != GENERAL for t in truth])
+    p = np.array(
+        [dict(zip(s.labels, s.probabilities, strict=True)).get(GENERAL, 0) for s in scores]
+    )
+    found = []
+    for bar in (1.0, *reversed(_GIVEN_UP)):
+        given = [GENERAL if q > bar else s.category for s, q in zip(scores, p, strict=True)]
+        up = np.array([category == GENERAL for category in given])
+        right = np.array([category == t for category, t in zip(given, truth, strict=True)])
+        shares = (up[~known], up[known], right[known])
+        unknown, lost, accuracy = (round(float(x.mean()), 4) if len(x) else 0.0 for x in shares)
+        found.append({"above": bar, "unknown": unknown, "known": lost, "accuracy": accuracy})
+    return found
+
+
 def unchanged(
-    before: Sequence[CategoryScores], after: Sequence[CategoryScores], kinds: Sequence[str]
+    before: Sequence[CategoryScores],
+    after: Sequence[CategoryScores],
+    kinds: Sequence[str],
+    experts: Mapping[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Share of pairs that get the same category, of all kinds and of each."""
-    same = np.array([a.category == b.category for a, b in zip(before, after, strict=True)])
+    """Share of pairs that get the same expert, of all kinds and of each.
+
+    Args:
+        before: The scores of the prompts.
+        after: The scores of their other forms.
+        kinds: How each pair differs.
+        experts: Category to expert, where one is not named: `general`. None: each category has an
+            expert of its own.
+    """
+
+    def expert(scores: CategoryScores) -> str:
+        return scores.category if experts is None else experts.get(scores.category, GENERAL)
+
+    same = np.array([expert(a) == expert(b) for a, b in zip(before, after, strict=True)])
     kind = np.array(kinds)
     found = {"all": interval(int(same.sum()), len(same))}
     for name in dict.fromkeys(kinds):
@@ -213,6 +266,8 @@ def readable(tested: dict[str, Any]) -> list[str]:
             f"known to general {percent(stage['known_to_general'])}, "
             f"wrong with 0.9 or more {percent(stage['wrong_above_0.9'])}",
             "  unchanged: " + ", ".join(f"{k} {percent(v)}" for k, v in stage["unchanged"].items()),
+            "  unchanged, four experts: "
+            + ", ".join(f"{k} {percent(v)}" for k, v in stage["unchanged_expert"].items()),
             "  " + ", ".join(f"{k} {percent(v)}" for k, v in stage["by_language"].items()),
         ]
     lines.append(f"{tested['same_team']['prompts']} held-out prompts by the team of the fit")

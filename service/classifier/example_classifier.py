@@ -30,6 +30,9 @@ DESCRIPTION_WEIGHT = 5.0
 # Shares of the examples' own covariance and of the one from other texts; the identity has the rest.
 _OWN_SHARE, _OTHER_SHARE = 0.1, 0.3
 _TEMPERATURES = np.geomspace(0.005, 2.0, 40)
+# The exponent of the static table's posterior beside the encoder's, and the temperatures of both.
+_STATIC_SHARE = 0.5
+_JOINT_TEMPERATURES = np.geomspace(0.3, 3.0, 30)
 # So many of the held-out examples are more similar to their category than the threshold.
 _SIMILAR_SHARE = 0.95
 # The similarity over which "belongs to it" turns into "belongs to none".
@@ -164,8 +167,32 @@ def _temperature(logits: Floats, category: NDArray[np.int64]) -> float:
     return float(_TEMPERATURES[int(np.argmin(losses))])
 
 
+def joint_temperature(static: ExampleVectors, encoder: ExampleVectors) -> float:
+    """The temperature of both stages' product, by held-out examples.
+
+    Args:
+        static: The examples on the static table.
+        encoder: The same examples on the encoder.
+    """
+    joint = log_softmax(_scaled_held_out(encoder) + _STATIC_SHARE * _scaled_held_out(static))
+    rows = np.arange(len(encoder.category))
+    losses = [
+        -float(log_softmax(joint / temperature)[rows, encoder.category].mean())
+        for temperature in _JOINT_TEMPERATURES
+    ]
+    return float(_JOINT_TEMPERATURES[int(np.argmin(losses))])
+
+
+def _scaled_held_out(given: ExampleVectors) -> Floats:
+    """Log posteriors of every example by the others, (examples, categories)."""
+    logits, _ = held_out(given)
+    return log_softmax(logits / _temperature(logits, given.category))
+
+
 class ExampleClassifier:
     """Classifies by the examples' heads, and leaves the rest to the artifact's classifier.
+
+    Where both stages read a text, the posterior is a product of theirs.
 
     Args:
         names: The categories with examples.
@@ -173,6 +200,7 @@ class ExampleClassifier:
         static: The head on the table.
         encoder: The head on the encoder; None leaves that stage out.
         base: The artifact's classifier; None without an artifact, where all else is `general`.
+        joint: The temperature of both heads' product, see `joint_temperature`.
     """
 
     def __init__(
@@ -182,7 +210,9 @@ class ExampleClassifier:
         static: Head | None,
         encoder: Head | None = None,
         base: Classifier | None = None,
+        joint: float = 1.0,
     ) -> None:
+        self._joint = joint
         self._table = table
         self._static = static
         self._encoder = encoder
@@ -220,9 +250,22 @@ class ExampleClassifier:
         inside = 1 / (1 + np.exp((bar - similarity) / _SOFTNESS))
         posterior = np.zeros(len(self.labels))
         posterior[: len(found.posterior)] = (1 - inside) * found.posterior
-        np.add.at(posterior, self._columns, inside * np.exp(head.log_posterior(meaning)))
+        log_posterior = head.log_posterior(meaning)
+        if stage == "encoder":
+            log_posterior = self._with_static(text, log_posterior)
+        np.add.at(posterior, self._columns, inside * np.exp(log_posterior))
         novelty = min(found.novelty, head.novelty(meaning, self.max_novelty))
         return Reading(posterior / posterior.sum(), found.factors, novelty, stage)
+
+    def _with_static(self, text: str, log_posterior: Floats) -> Floats:
+        """The encoder's log posterior, (categories,), times the static table's."""
+        if self._static is None or self._table is None:
+            return log_posterior
+        meaning = self._table.embed(text)
+        if not meaning.any():
+            return log_posterior
+        joint = log_posterior + _STATIC_SHARE * self._static.log_posterior(meaning)
+        return log_softmax(joint / self._joint)
 
     def _padded(self, found: Reading) -> Reading:
         posterior = np.zeros(len(self.labels))

@@ -24,9 +24,11 @@ from service.classifier.classifier import GENERAL, Assessment, Classifier, TextC
 from service.classifier.conversation_classifier import assess_turns, deciding_turn, user_turns
 from service.classifier.example_classifier import (
     ExampleClassifier,
+    ExampleVectors,
     example_texts,
     example_vectors,
     fit_head,
+    joint_temperature,
 )
 from service.classifier.linear_heads import MIN_PROBE_COSINE, PROBE_TEXT, Head
 from service.classifier.router_artifact import Artifact
@@ -76,9 +78,11 @@ class PromptStages:
         self._table: StaticTable | None = table
         self._base = None if artifact is None else Classifier.from_artifact(artifact, fitted)
         self._static: Head | None = None
+        self._static_examples: ExampleVectors | None = None
         if categories and table is not None:
             vectors = np.stack([table.embed(text) for text in example_texts(categories)])
-            self._static = fit_head(example_vectors(categories, vectors, table.within))
+            self._static_examples = example_vectors(categories, vectors, table.within)
+            self._static = fit_head(self._static_examples)
         self._first = self._classifier(None)
         self.labels = () if self._first is None else self._first.labels
         self._second: TextClassifier | None = None
@@ -88,11 +92,11 @@ class PromptStages:
         self._preparing: asyncio.Task[None] | None = None
         self._problem = "missing"
 
-    def _classifier(self, encoder: Head | None) -> TextClassifier | None:
+    def _classifier(self, encoder: Head | None, joint: float = 1.0) -> TextClassifier | None:
         names = tuple(self._config.categories)
         if not names:
             return self._base
-        return ExampleClassifier(names, self._table, self._static, encoder, self._base)
+        return ExampleClassifier(names, self._table, self._static, encoder, self._base, joint)
 
     @property
     def classifies(self) -> bool:
@@ -209,16 +213,18 @@ class PromptStages:
                 continue
             break
         problem = self._mismatch(probe)
-        head = None
+        head, joint = None, 1.0
         if self._config.categories:
             given = example_vectors(self._config.categories, vectors)
             head = await asyncio.to_thread(fit_head, given)
+            if self._static_examples is not None:
+                joint = await asyncio.to_thread(joint_temperature, self._static_examples, given)
         if problem is not None:
             log.error("the router goes on with its first stage: %s", problem)
             if head is None:
                 self._problem, self._client = "mismatch", None
                 return
-        self._second = self._classifier(head)
+        self._second = self._classifier(head, joint)
 
     def _mismatch(self, probe: NDArray[np.float32]) -> str | None:
         """Why the artifact's head can't use this encoder; it is then left out."""

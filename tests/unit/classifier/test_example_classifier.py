@@ -10,11 +10,13 @@ import pytest
 from service.classifier.classifier import GENERAL
 from service.classifier.example_classifier import (
     ExampleClassifier,
+    ExampleVectors,
     confusion,
     example_texts,
     example_vectors,
     fit_head,
     held_out,
+    joint_temperature,
 )
 from service.classifier.linear_heads import Head
 from service.classifier.static_embedding_table import built_in_table
@@ -92,6 +94,41 @@ def test_read_with_a_vector_asks_the_encoder_head() -> None:
     second = classifier.read("recipe for tomato soup", eye[0])
     assert (first.stage, second.stage) == ("static", "encoder")
     assert classifier.labels[int(second.posterior.argmax())] == "legal"
+
+
+@pytest.mark.parametrize("joint", [0.5, 1.0, 2.0])
+def test_read_by_both_stages_multiplies_their_posteriors(joint: float) -> None:
+    eye = np.eye(2, dtype=np.float32)
+    text = "recipe for tomato soup"
+    static = np.exp(head().log_posterior(built_in_table().embed(text)))
+    for sure in (0.2, 1.0, 20.0):
+        encoder = Head(eye * sure, np.zeros(2), None, eye, -1.0)
+        alone = ExampleClassifier(NAMES, None, None, encoder)
+        both = ExampleClassifier(NAMES, built_in_table(), head(), encoder, joint=joint)
+        by_encoder = np.exp(encoder.log_posterior(eye[0]))
+        expected = (by_encoder * static**0.5) ** (1 / joint)
+        expected /= expected.sum()
+        for classifier, wanted in ((alone, by_encoder), (both, expected)):
+            found = classifier.read(text, eye[0]).posterior
+            ours = found[[classifier.labels.index(name) for name in NAMES]]
+            np.testing.assert_allclose(ours / ours.sum(), wanted, atol=1e-6)
+
+
+def test_joint_temperature_is_greater_where_both_stages_say_the_same() -> None:
+    draw = np.random.default_rng(3)
+
+    def examples(noise: float, seed: int) -> ExampleVectors:
+        near = np.random.default_rng(seed).normal(0, noise, (80, 6))
+        vectors = np.repeat(np.eye(6)[:4], 20, axis=0) + near
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        category = np.repeat(np.arange(4), 20)
+        return ExampleVectors(vectors.astype(np.float32), category, np.zeros((4, 6), np.float32))
+
+    same = examples(0.6, 1)
+    other = examples(0.6, int(draw.integers(2, 99)))
+    # One stage that is asked twice has nothing to add, and must not be surer.
+    assert joint_temperature(same, same) > joint_temperature(other, same)
+    assert joint_temperature(same, same) == pytest.approx(1.5, rel=0.1)
 
 
 def test_description_alone_moves_the_mean() -> None:

@@ -10,6 +10,8 @@ from router_models.stage_fit import (
     FitOptions,
     FitSet,
     calibrate,
+    calibrate_beside,
+    calibrate_out_of_fold,
     figures_line,
     fit_stages,
     join,
@@ -91,3 +93,46 @@ def test_fit_stages_without_folds_and_calibration_prompts_is_refused() -> None:
     rows = FitSet(["a", "b"], np.array([0, 1]), np.ones(2), np.arange(2), np.ones(2, bool))
     with pytest.raises(ValueError, match="at least two folds"):
         fit_stages(rows, ("x", "y"), None, None, FitOptions(folds=0))
+
+
+def test_calibrate_beside_follows_the_weight_of_the_rows() -> None:
+    draw = np.random.default_rng(2)
+
+    def rows(count: int, share: float) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
+        truth = draw.integers(0, 3, count)
+        said = np.where(draw.random(count) < share, truth, (truth + 1) % 3)
+        return {"ngrams": 4.0 * np.eye(3)[said], "static": 2.0 * np.eye(3)[said]}, truth
+
+    sure, own = rows(300, 0.95), rows(3000, 0.6)
+
+    def confidence(weight: float) -> float:
+        found = calibrate_beside(*sure, *own, weight).stages(own[0])
+        return float(np.exp(found["static"]).max(axis=1).mean())
+
+    by_weight = [confidence(weight) for weight in (0.0, 0.2, 1.0, 100.0)]
+    assert by_weight == sorted(by_weight, reverse=True)
+    assert by_weight[0] == pytest.approx(0.95, abs=0.02)
+    assert by_weight[2] == pytest.approx((0.95 + 0.6) / 2, abs=0.03)
+    assert by_weight[-1] == pytest.approx(0.6, abs=0.02)
+
+
+def test_rows_out_of_fold_are_judged_by_what_the_other_half_chose() -> None:
+    draw = np.random.default_rng(4)
+    count = 400
+    options = FitOptions(folds=2, own_weight=1000.0)
+    origin = np.arange(count)
+    half = (origin // 2) % 2
+    truth = draw.integers(0, 2, count)
+    # The models are always right in one half, and guess in the other.
+    said = np.where(half == 0, truth, draw.integers(0, 2, count))
+    own = {"ngrams": 3.0 * np.eye(2)[said]}
+    prompts = {"ngrams": 3.0 * np.eye(2)[truth[:20]]}
+    every = np.ones(count, np.bool_)
+    given = FitSet([""] * count, truth, np.ones(count), origin, every, every)
+    chosen, held_out = calibrate_out_of_fold(prompts, truth[:20], own, given, options)
+    sure = np.exp(held_out["ngrams"]).max(axis=1)
+    assert sure[half == 0].mean() < 0.65 < 0.9 < sure[half == 1].mean()
+    assert 0.65 < np.exp(chosen.stages(own)["ngrams"]).max(axis=1).mean() < 0.9
+    nobody = FitSet([""] * count, truth, np.ones(count), origin, every)
+    alone, _ = calibrate_out_of_fold(prompts, truth[:20], own, nobody, options)
+    assert alone == calibrate(prompts, truth[:20])

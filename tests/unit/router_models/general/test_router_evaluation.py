@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from router_models.general.held_out_prompts import held_out_prompts
 from router_models.general.model_card import card
 from router_models.general.router_evaluation import (
+    FEW_EXPERTS,
     Answers,
     confusion,
+    giving_up,
     interval,
     measured,
     readable,
@@ -78,6 +80,34 @@ def test_unchanged_counts_pairs_of_each_kind() -> None:
     after = [scores("a", 0.5), scores("b", 0.5), scores("a", 0.9), scores("a", 0.9)]
     found = unchanged(before, after, ["typo", "typo", "case", "case"])
     assert [found[k][0] for k in ("all", "typo", "case")] == [0.75, 0.5, 1.0]
+
+
+def test_unchanged_counts_experts_and_not_categories_where_several_share_one() -> None:
+    before = [scores("coding", 0.9), scores("coding", 0.9), scores("law", 0.9)]
+    after = [scores("shell-sql", 0.9), scores("law", 0.9), scores("facts", 0.9)]
+    kinds = ["typo"] * 3
+    assert unchanged(before, after, kinds)["all"][0] == 0
+    assert unchanged(before, after, kinds, FEW_EXPERTS)["all"][0] == pytest.approx(2 / 3, abs=1e-4)
+    known = {label for label in built_in_artifact().manifest["categories"] if label != GENERAL}
+    assert set(FEW_EXPERTS) < known
+
+
+def test_giving_up_trades_prompts_of_a_category_for_those_of_none() -> None:
+    labels = ("law", GENERAL)
+    given = [
+        CategoryScores(labels, (1 - q, q), GENERAL if q > 0.5 else "law", max(q, 1 - q), 0.0)
+        for q in (0.9, 0.25, 0.15, 0.07, 0.01)
+    ]
+    truth = [GENERAL, GENERAL, "law", "law", "law"]
+    points = giving_up(given, truth)
+    assert points[0] == {"above": 1.0, "unknown": 0.5, "known": 0.0, "accuracy": 1.0}
+    assert [point["above"] for point in points] == sorted(
+        (p["above"] for p in points), reverse=True
+    )
+    assert [point["unknown"] for point in points] == [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert [point["known"] for point in points] == pytest.approx([0, 0, 0, 1 / 3, 2 / 3], abs=1e-4)
+    for point in points:
+        assert point["accuracy"] == pytest.approx(1 - point["known"], abs=2e-4)
 
 
 def test_confusion_counts_what_was_given() -> None:
