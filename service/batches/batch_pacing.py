@@ -6,8 +6,10 @@ starts where all of this holds:
 - Nobody waits in the slot.
 - There is room in the engine's batch, beside as many requests of people as ran there at once in
   the last half minute, and one more. So the next person starts at once.
-- The expert is resident, or nobody has used the slot for a while. The pool itself swaps for lines
-  of batches only where people don't need the running expert (`service/pool/swap_planner.py`).
+- The expert is resident, or no earlier expert of the plan is in the slot. Then a few lines wait in
+  the pool, which swaps for them only where people don't need the running expert
+  (`service/pool/swap_planner.py`). Meanwhile lines for the resident expert go on, whatever their
+  place in the plan is: they need no load.
 
 Where an engine takes one request at a time, a line runs while it is idle, and a person waits for
 the rest of that line at most.
@@ -19,6 +21,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from service.broker.pool_state import PoolView
@@ -27,8 +30,8 @@ from service.types import Residency
 
 # People's requests of this time count for the room that is left to them, in s.
 _REMEMBERED_S = 30.0
-# A cold expert waits for this long after people have used its slot, in s.
-_CALM_S = 5.0
+# The part of an engine's batch that may wait for a cold expert.
+_COLD_PART = 4
 # Lines of other gateways count by the least of this time, so that a snapshot that still has lines
 # of this gateway that have just ended does not count them as others'.
 _SETTLED_S = 1.0
@@ -76,10 +79,12 @@ class _Slot:
         people: Requests of people, waiting and running.
         batch: Lines of batches, waiting and running.
         resident: Whether the expert in question can answer at once.
+        alike: The slot's experts that are resident, or not, like the expert in question.
     """
 
     place: tuple[str | None, int]
     experts: tuple[str, ...]
+    alike: tuple[str, ...]
     capacity: int
     waiting: int
     people: int
@@ -110,51 +115,81 @@ class BatchPacer:
         self._memory: dict[tuple[str | None, int], _SlotMemory] = {}
         self._changed = asyncio.Event()
 
-    async def turn(self, model: str) -> None:
-        """Wait until a line for a model may start: there is room, and nobody waits for it.
+    async def turn(self, models: Sequence[str]) -> str:
+        """Wait until a line for one of several models may start, and return the model.
 
         Args:
-            model: The expert or recipe that the line is sent to.
+            models: The experts and recipes with lines that are left, in the order of the plan.
         """
-        experts = self._members.get(model, (model,))
-        while not all(self.may_start(expert) for expert in experts):
+        while (model := self.next_model(models)) is None:
             self._changed.clear()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._changed.wait()
-            except TimeoutError:
-                continue
-        self._own.update(experts)
+        self._own.update(self._experts(model))
+        return model
+
+    def next_model(self, models: Sequence[str]) -> str | None:
+        """Return the first model of which a line may start now; None where no line may.
+
+        Args:
+            models: The experts and recipes with lines that are left, in the order of the plan.
+        """
+        views = self._views()
+        claimed: set[tuple[str | None, int]] = set()
+        for model in models:
+            slots = {expert: self._slots(views, expert) for expert in self._experts(model)}
+            if all(self._may_start(expert, held, claimed) for expert, held in slots.items()):
+                return model
+            claimed.update(slot.place for held in slots.values() for slot in held)
+        return None
+
+    def _experts(self, model: str) -> tuple[str, ...]:
+        return self._members.get(model, (model,))
 
     def ended(self, model: str) -> None:
         """Free the place of a line that had its turn."""
-        for expert in self._members.get(model, (model,)):
+        for expert in self._experts(model):
             self._own[expert] = max(0, self._own[expert] - 1)
         self._changed.set()
 
-    def may_start(self, expert: str) -> bool:
-        """Whether one more line for an expert may start now."""
+    def _slots(self, views: Sequence[PoolView], expert: str) -> list[_Slot]:
         now_s = self._clock()
-        slots = [slot for view in self._views() if (slot := self._slot(view, expert))]
+        slots = [slot for view in views if (slot := self._slot(view, expert))]
+        for slot in slots:
+            self._remember(slot, now_s)
+        return slots
+
+    def _may_start(
+        self, expert: str, slots: Sequence[_Slot], claimed: set[tuple[str | None, int]]
+    ) -> bool:
+        """Whether one more line for an expert may start now.
+
+        Args:
+            expert: The expert.
+            slots: The slots that can have it.
+            claimed: The slots of models that come earlier in the plan.
+        """
         if not slots:
             # One line makes the service start a pool for the expert.
             return self._own[expert] < 1
-        for slot in slots:
-            self._remember(slot, now_s)
+        now_s = self._clock()
         resident = [slot for slot in slots if slot.resident]
-        return any(self._has_room(slot, slots, now_s) for slot in resident or slots)
+        free = [slot for slot in slots if slot.place not in claimed]
+        return any(self._has_room(slot, slots, now_s) for slot in resident or free)
 
     def _has_room(self, slot: _Slot, slots: Sequence[_Slot], now_s: float) -> bool:
-        memory = self._memory[slot.place]
-        if slot.waiting or (not slot.resident and memory.people.greatest(now_s - _CALM_S)):
+        if slot.waiting:
             return False
         # Lines under way may be in any slot that has their expert.
-        alike = [one for one in slots if one.experts == slot.experts]
-        own = sum(self._own[name] for name in slot.experts)
-        others = -memory.others.greatest(now_s - _SETTLED_S)
-        lines = own / max(1, len(alike)) + others
+        alike = sum(one.experts == slot.experts for one in slots)
+        own = sum(self._own[name] for name in slot.alike) / max(1, alike)
+        if not slot.resident:
+            return own < max(1, slot.capacity // _COLD_PART)
+        memory = self._memory[slot.place]
+        lines = own - memory.others.greatest(now_s - _SETTLED_S)
         if not lines:
-            return not slot.people or slot.people < slot.capacity
+            return slot.people < slot.capacity
         peak = memory.people.greatest(now_s - _REMEMBERED_S)
         return lines + (peak + 1 if peak else 0) < slot.capacity
 
@@ -173,14 +208,20 @@ class BatchPacer:
         state = snapshot.experts.get(expert)
         if state is None or snapshot.draining or state.state is Residency.FAILED:
             return None
+        resident = state.state is Residency.DEVICE
         names = tuple(name for name, other in snapshot.experts.items() if other.slot == state.slot)
         queues = [snapshot.queues.get(name, _NO_QUEUE) for name in names]
         return _Slot(
             (view.boot, state.slot),
             names,
+            tuple(
+                name
+                for name in names
+                if (snapshot.experts[name].state is Residency.DEVICE) == resident
+            ),
             max(1, snapshot.capacity.get(expert, 1)),
             sum(queue.waiting - queue.batch_waiting for queue in queues),
             sum(queue.people for queue in queues),
             sum(queue.batch_waiting + queue.batch_running for queue in queues),
-            state.state is Residency.DEVICE,
+            resident,
         )

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -414,20 +415,29 @@ class BatchRunner:
     async def _launch(
         self, job: _Job, lines: InputLines, choices: Iterator[LineChoice], done: set[int]
     ) -> None:
-        """Start line after line, and wait for the last."""
+        """Start line after line, and wait for the last.
+
+        The lines of one model start in the plan's order. Those of a later model may start before,
+        where the pace finds its expert resident and the earlier one's busy.
+        """
+        left: dict[str, deque[LineChoice]] = {}
+        for choice in choices:
+            if choice.line not in done:
+                left.setdefault(choice.model, deque()).append(choice)
         # A line keeps its place while it waits for its next try, so that few lines wait at once.
         places = asyncio.Semaphore(self._config.max_in_flight)
         failures: list[BaseException] = []
-        for choice in choices:
-            if choice.line in done:
-                continue
+        while left:
             await places.acquire()
-            await self._parts.pace.turn(choice.model)
+            model = await self._parts.pace.turn(tuple(left))
             if failures:
-                self._parts.pace.ended(choice.model)
+                self._parts.pace.ended(model)
                 break
+            choice = left[model].popleft()
+            if not left[model]:
+                del left[model]
 
-            def ended(task: asyncio.Task[None], model: str = choice.model) -> None:
+            def ended(task: asyncio.Task[None], model: str = model) -> None:
                 job.calls.discard(task)
                 places.release()
                 self._parts.pace.ended(model)

@@ -114,11 +114,11 @@ class PlansBatches(Protocol):
 class PacesBatches(Protocol):
     """Lets a batch's lines start, one after another."""
 
-    async def turn(self, model: str) -> None:
-        """Wait until a line for a model may start: there is room, and nobody waits for it.
+    async def turn(self, models: Sequence[str]) -> str:
+        """Wait until a line for one of several models may start, and return the model.
 
         Args:
-            model: The expert or recipe that the line is sent to.
+            models: The experts and recipes with lines that are left, in the order of the plan.
         """
 
     def ended(self, model: str) -> None:
@@ -132,8 +132,8 @@ class PacesBatches(Protocol):
 class NoPace:
     """Lets each line start at once; the runner bounds how many run."""
 
-    async def turn(self, model: str) -> None:
-        pass
+    async def turn(self, models: Sequence[str]) -> str:
+        return models[0]
 
     def ended(self, model: str) -> None:
         pass

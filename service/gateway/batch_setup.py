@@ -74,9 +74,9 @@ class CurrentGateway:
         """Plan a batch."""
         return await self._current().batch_planner.plan(endpoint, lines, terms, tenant)
 
-    async def turn(self, model: str) -> None:
-        """Wait until a line for a model may start."""
-        await self._current().batch_pace.turn(model)
+    async def turn(self, models: Sequence[str]) -> str:
+        """Wait until a line for one of these models may start, and return the model."""
+        return await self._current().batch_pace.turn(models)
 
     def ended(self, model: str) -> None:
         """Free the place of a line that has ended."""

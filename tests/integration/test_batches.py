@@ -391,7 +391,7 @@ async def test_batch_with_redis_is_charged_once_and_runs_in_the_lowest_class(
             # Each line's cost is rounded up to a millionth.
             assert cost <= spent.spent <= cost + 30e-6
             assert spent.reserved == 0
-    assert priorities == {"low"}
+    assert priorities == {"batch"}
 
 
 async def test_guide_s_example_is_answered(tmp_path: Path) -> None:

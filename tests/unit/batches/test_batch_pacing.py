@@ -45,7 +45,7 @@ async def started(pacer: BatchPacer, model: str) -> int:
     while count < 50:
         try:
             async with asyncio.timeout(0.05):
-                await pacer.turn(model)
+                await pacer.turn([model])
         except TimeoutError:
             return count
         count += 1
@@ -81,20 +81,24 @@ async def test_turn_pauses_while_people_wait() -> None:
     assert await started(pacer, "warm") > 0
 
 
-async def test_turn_for_a_cold_expert_waits_until_people_have_left_its_slot() -> None:
-    stage = Stage(queues={"warm": Queue(0, 1, 1)})
-    pacer = stage.pacer()
-    assert await started(pacer, "cold") == 0
-    stage.queues = {}
-    assert await started(pacer, "cold") == 0
-    stage.now_s += 6
-    assert await started(pacer, "cold") > 0
+async def test_turn_lets_few_lines_wait_for_a_cold_expert_and_the_resident_one_go_on() -> None:
+    pacer = Stage(capacity=8).pacer()
+    turns = [await pacer.turn(["cold", "warm"]) for _ in range(10)]
+    assert turns == ["cold"] * 2 + ["warm"] * 8
+    assert pacer.next_model(["cold", "warm"]) is None
+
+
+async def test_turn_does_not_bring_in_a_later_expert_while_an_earlier_one_has_the_slot() -> None:
+    pacer = Stage(capacity=4).pacer()
+    assert [await pacer.turn(["warm", "cold"]) for _ in range(4)] == ["warm"] * 4
+    assert pacer.next_model(["warm", "cold"]) is None
+    assert pacer.next_model(["cold"]) == "cold"
 
 
 async def test_turn_of_a_recipe_waits_for_all_its_first_experts() -> None:
     stage = Stage()
     pacer = stage.pacer()
-    assert await started(pacer, "both") == 2
+    assert await started(pacer, "both") == 1
     pacer.ended("both")
     assert await started(pacer, "both") == 1
 
@@ -108,7 +112,7 @@ async def test_turn_without_a_pool_starts_one_line_to_wake_it() -> None:
 async def test_turn_counts_lines_of_other_gateways() -> None:
     stage = Stage(queues={"warm": Queue(0, 3, 3, 0, 0, 3)})
     pacer = stage.pacer()
-    await pacer.turn("warm")
+    await pacer.turn(["warm"])
     stage.queues = {"warm": Queue(0, 4, 4, 0, 0, 4)}
     stage.now_s += 1.1
     assert await started(pacer, "warm") == 0
@@ -136,7 +140,7 @@ def test_may_start_never_where_people_wait_and_never_beyond_the_engine(
     stage = Stage(queues={"warm": Queue(waiting, running, waiting + running)}, capacity=capacity)
     pacer = stage.pacer()
     lines = 0
-    while lines < 20 and pacer.may_start("warm"):
+    while lines < 20 and pacer.next_model(["warm"]) is not None:
         pacer._own["warm"] += 1
         lines += 1
     assert lines == 0 or not waiting
@@ -148,4 +152,4 @@ def test_ended_more_often_than_started_does_no_harm(times: int) -> None:
     pacer = Stage().pacer()
     for _ in range(times):
         pacer.ended("warm")
-    assert pacer.may_start("warm")
+    assert pacer.next_model(["warm"]) == "warm"
