@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,10 @@ class PrefixCacheHint:
     expert: str
     boot: BootId
     tokens: int
+
+    def compare(self, expert: str, boot: BootId) -> Literal["cached", "elsewhere"]:
+        """Whether this expert in this pool has the conversation in its prefix cache."""
+        return "cached" if (self.expert, self.boot) == (expert, boot) else "elsewhere"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,8 @@ class GatewayMetrics:
             registry.add(metric_declarations.REQUESTS_REJECTED, 1, record.fault)
         if record.session is not None:
             registry.add(metric_declarations.SESSION_TURNS, 1, record.session.decision.value)
+        if record.prefix_place is not None:
+            registry.add(metric_declarations.PREFIX_TURNS, 1, record.prefix_place)
         if record.escalations:
             registry.add(metric_declarations.ESCALATIONS, record.escalations, recipe)
         self._count_calls(record)

@@ -167,6 +167,8 @@ class RequestRecord:
         session: How the conversation's session took part in the choice; None without one.
         rounds: How many rounds of a deliberation were held; None for other recipes.
         stopped: Why a deliberation ended; None for other recipes.
+        prefix_place: Whether the conversation's next turn went where its prefix is `cached`,
+            `elsewhere`, or that is `unknown`; None for a first turn.
         losses: Boot ids of pools that died, or whose engine did, while they had the request.
             All calls of one request share the list.
     """
@@ -211,6 +213,7 @@ class RequestRecord:
     unfinished: list[Unfinished] = field(default_factory=list)
     tried: Counter[Place] = field(default_factory=Counter)
     session: SessionOutcome | None = None
+    prefix_place: Literal["cached", "elsewhere", "unknown"] | None = None
     losses: list[BootId] = field(default_factory=list)
     rounds: int | None = None
     stopped: str | None = None

@@ -19,6 +19,7 @@ LABELS = {
     "layer": "number of a decoder layer that routes tokens",
     "method": "method of a swap: inplace, respawn, lora, sleep, steer",
     "outcome": "ok, client_gone, client_error, server_error, or an error's code",
+    "place": "of a conversation's next turn: cached, elsewhere, unknown",
     "pool": "kind and boot id of the pool process, on each of its samples",
     "reason": "an error's code, why the planner swapped, or why a target was rolled back (errors "
     "or refusals), or why an expert was unloaded (idle, unload, release, died)",

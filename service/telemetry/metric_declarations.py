@@ -52,6 +52,14 @@ SESSION_TURNS = counter(
     "Later turns of conversations: locked to the expert whose tool call is open, kept, switched "
     "for a gain, or released because the session's expert is unknown or can't answer.",
 )
+PREFIX_TURNS = counter(
+    "coe_prefix_cache_turns_total",
+    Side.GATEWAY,
+    ("place",),
+    "Answered later turns of conversations: cached if the engine answered that has the "
+    "conversation in its prefix cache, elsewhere if another one did, unknown if no pool tells of "
+    "the conversation.",
+)
 ALIAS_REQUESTS = counter(
     "coe_alias_requests_total",
     Side.GATEWAY,
@@ -504,6 +512,7 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         ATTEMPTS_FAILED,
         ESCALATIONS,
         SESSION_TURNS,
+        PREFIX_TURNS,
         ALIAS_REQUESTS,
         ALIAS_ROLLED_BACK,
         ALIAS_ROLLBACKS,

@@ -155,6 +155,14 @@ async def round_of_traffic(s: RunningGateway) -> None:
         session = {"x-session-id": "dinner"}
         status, _, _ = await s.ask(chat(content, model="auto"), headers=session)
         assert status == 200
+    turns = [
+        {"role": "user", "content": "how do I bake lasagna?"},
+        {"role": "assistant", "content": "slowly"},
+        {"role": "user", "content": "and then?"},
+    ]
+    for messages in (turns[:1], turns):
+        status, _, _ = await s.ask({"model": "general", "messages": messages})
+        assert status == 200
     status, _, _ = await s.ask(chat("hello", model="shared"))
     assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))

@@ -58,6 +58,13 @@ ROUTING = Board(
                     "stacked",
                     "Locked: a tool call is open. Released: the session's expert can't answer.",
                 ),
+                Chart(
+                    "Later turns by where they went",
+                    (Query(rate("coe_prefix_cache_turns_total", "place"), "{{place}}"),),
+                    "reqps",
+                    "stacked",
+                    "Cached: to the engine that has the conversation in its prefix cache.",
+                ),
                 Chart("Added to the first byte", quantiles("coe_gateway_overhead_seconds"), "s"),
             ),
         ),

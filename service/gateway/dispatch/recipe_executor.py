@@ -180,6 +180,10 @@ class RecipeExecutor:
                 record.comparison = self._compare(unclipped, plan, answered_row, record.expert)
             self._learn_lengths(request, plan, reply, complete=complete)
             if answered_row >= 0 and record.status == 200:
+                hint = selection.request.prefix_cache
+                if request.turn.history is not None:
+                    answered = (record.expert, record.pool)
+                    record.prefix_place = "unknown" if hint is None else hint.compare(*answered)
                 self._prefix_affinity.record_answer(request, record.expert, record.pool)
                 ids = (request.request_id, request.client_id)
                 self._feedback.record_answer(request.tenant, ids, plan.category, answered_row)
