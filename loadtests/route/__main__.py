@@ -5,8 +5,9 @@ It measures the time to classify, the memory of the artifact, and the time to se
 With `--share` it shows how traffic shifts in the running service as load grows. With `--stages`
 and `--test` it measures accuracy, time, memory and throughput of the stages of the classifier.
 With `--auto` it measures whole requests for `auto` with the encoder and without. With `--snapshots`
-it measures what the snapshots of many pools cost, and a choice among them. With `--sessions` it
-simulates how often agents in tool loops change their expert.
+it measures what the snapshots of many pools cost, and a choice among them. With `--prefix` it
+measures how often a turn finds its conversation's prefix cache. With `--sessions` it simulates how
+often agents in tool loops change their expert.
 
 It uses one core, the demo's artifact unless another is named, and prompts of the given size from
 many different words. Each figure is the median over prompts, each of which is timed alone, as in
@@ -32,6 +33,7 @@ from loadtests.route import (
     auto_with_encoder,
     budget_replay,
     classifier_stage_worth,
+    prefix_cache_hits,
     selection_latency,
     snapshot_streams,
     traffic_share_by_load,
@@ -148,6 +150,9 @@ def main() -> int:
     words.add_argument(
         "--snapshots", action="store_true", help="what the snapshots of many pools cost"
     )
+    words.add_argument(
+        "--prefix", action="store_true", help="turns that find their prefix, by gateways"
+    )
     words.add_argument("--stages", action="store_true", help="what each stage costs and is worth")
     words.add_argument("--encoder", default="all-minilm-l6-v2", help="with --stages: the encoder")
     words.add_argument("--test", type=Path, nargs="+", help="with --stages: labelled prompts")
@@ -182,6 +187,8 @@ def _measured(given: argparse.Namespace) -> Report:
         auto_with_encoder.measure(report, given.port, given.turns, given.seconds)
     elif given.snapshots:
         snapshot_streams.measure(report, given.seconds)
+    elif given.prefix:
+        prefix_cache_hits.measure(report, given.port)
     elif given.sessions:
         agent_sessions.measure(report)
     elif given.outcomes:

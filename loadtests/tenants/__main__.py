@@ -15,23 +15,20 @@ import argparse
 import asyncio
 import hashlib
 import random
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import uvloop
 from redis import Redis
-from redis.exceptions import RedisError
 
 from loadtests.lib import median_intervals
-from loadtests.lib.child_processes import admin_key_of, fetch, running, say
+from loadtests.lib.child_processes import admin_key_of, fetch, say
 from loadtests.lib.coe_service import config, serving
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.load_client import Exchange, Target, closed_loop
+from loadtests.lib.redis_server import redis_server
 from loadtests.lib.targets_and_report import Report, Table, TargetCheck
 from loadtests.lib.varied_prompts import prompts
 from loadtests.tenants.tenant_clients import ENDPOINTS, MANY, PLAIN, Clients
@@ -70,27 +67,6 @@ def _keys(**limits: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _redis(port: int) -> Iterator[Redis]:
-    """A Redis of our own. Raises RuntimeError where there is no server to start."""
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
-    if program is None:
-        raise RuntimeError("redis-server (or valkey-server) is needed: install Debian's package")
-    client = Redis(port=port, decode_responses=True, socket_timeout=1)
-
-    def ready() -> bool:
-        try:
-            return bool(client.ping())
-        except (RedisError, OSError):
-            return False
-
-    with tempfile.TemporaryDirectory(prefix="loadtests-redis-") as folder:
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
-        command += ["--save", "", "--appendonly", "yes"]
-        with running("redis", command, ready, timeout_s=20), client:
-            yield client
-
-
 def _body(model: str, prompt: str, tokens: int, *, stream: bool) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}]
     return {"model": model, "messages": messages, "max_tokens": tokens, "stream": stream}
@@ -109,7 +85,7 @@ async def limits(port: int, rounds: int, report: Report) -> None:
     )
     over = leaked = apart = unfilled = unmade = 0
     least_gateways = least_forms = 99
-    with _redis(port + 2) as redis:
+    with redis_server(port + 2) as redis:
         for number in range(rounds):
             keys = _keys(
                 payer={"budget": {"amount": BUDGET, "period": "month"}},
