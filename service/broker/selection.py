@@ -62,6 +62,8 @@ from service.broker.session_terms import (
 )
 
 _INFINITE = np.inf
+# Prefill time of a prompt token, at least, where pools are compared: 50,000 tokens a second.
+_LEAST_PREFILL_S = 2e-5
 _NO_POOLS = np.zeros(0, dtype=np.intp)
 # Time in which people read a token: 238 words a minute (Brysbaert: How many words do we read per
 # minute?, 2019) of 1.33 tokens.
@@ -444,9 +446,12 @@ def _expert_times(
         return _ExpertTimes(_NO_POOLS, never, never, never, never, never, never, nowhere)
     prefill = pools.first + pools.per_token * request.prompt_tokens
     hint = request.prefix_cache
+    warm: tuple[int, int] | None = None
+    cached = 0
     if hint is not None and hint.boot in pools.boots and hint.expert in catalog.index:
-        place = pools.boots.index(hint.boot), catalog.index[hint.expert]
-        prefill[place] -= pools.per_token[place] * min(hint.tokens, request.prompt_tokens)
+        warm = pools.boots.index(hint.boot), catalog.index[hint.expert]
+        cached = min(hint.tokens, request.prompt_tokens)
+        prefill[warm] -= pools.per_token[warm] * cached
     decode = pools.chunk * request.tokens
     answer = prefill + decode
     batches, rest = np.divmod(pools.ahead, pools.capacity)
@@ -457,6 +462,9 @@ def _expert_times(
     # them add their prefill time.
     wait += pools.per_token * np.maximum(0.0, pools.prompts - pools.ahead * request.prompt_tokens)
     total = wait + answer + pools.displaced
+    if warm is not None:
+        # Prompts of one length teach no time per token, which is not 0 for that.
+        total[warm] -= max(0.0, _LEAST_PREFILL_S - pools.per_token[warm]) * cached
     total[~usable] = _INFINITE
     pool = total.argmin(axis=0)
     columns = catalog.all_singles

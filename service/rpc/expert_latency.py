@@ -35,9 +35,13 @@ class LatencyEstimator:
     The time to the first byte is a linear function of the prompt's length. The line is a
     least-squares fit with exponential forgetting. It is computed from the moving averages of
     length, time, length² and length · time.
+
+    Before the first stream, only total times of whole answers are known. They are fitted as a
+    linear function of both lengths.
     """
 
     def __init__(self) -> None:
+        self._whole = _TotalTimes()
         self._streams = False
         self._length = self._time = self._square = self._product = 0.0
         self._chunk_s = 0.0
@@ -66,7 +70,7 @@ class LatencyEstimator:
         """Record a reply in one piece.
 
         Only its total time is known. The estimated time to the first byte is subtracted from it,
-        and the rest counts as the time of the tokens. Before the first stream this estimate is 0.
+        and the rest counts as the time of the tokens.
 
         Args:
             prompt_tokens: Length of the prompt.
@@ -77,6 +81,9 @@ class LatencyEstimator:
         if tokens < 1:
             return
         self._measured_at_s = now_s
+        if not self._streams:
+            self._whole.add(prompt_tokens, tokens, total_s)
+            return
         first_s, per_token_s = self._line()
         left_s = total_s - first_s - per_token_s * prompt_tokens
         self._chunk(max(left_s, 0.0) / tokens)
@@ -97,13 +104,74 @@ class LatencyEstimator:
     def speed(self, now_s: float) -> Speed:
         """The estimate now; `Speed()` before any measurement."""
         first_s, per_token_s = self._line()
+        chunk_s = self._chunk_s
+        if not chunk_s and self._whole.known:
+            whole_first_s, whole_per_token_s, chunk_s = self._whole.fit()
+            if not self._streams:
+                first_s, per_token_s = whole_first_s, whole_per_token_s
         steps = max(0.0, now_s - self._measured_at_s) // _STEP_S
         kept = 0.5 ** (steps * _STEP_S / _HALF_LIFE_S)
         return Speed(
             round(_decay_to_prior(first_s, PRIOR.first_s, kept), 4),
-            round(_decay_to_prior(self._chunk_s, PRIOR.chunk_s, kept), 5),
+            round(_decay_to_prior(chunk_s, PRIOR.chunk_s, kept), 5),
             round(_decay_to_prior(per_token_s, PRIOR.per_token_s, kept), 7),
         )
+
+
+class _TotalTimes:
+    """Fits total times of answers: a time for each prompt token, and one for each answer token.
+
+    It is a least-squares fit with exponential forgetting, from the moving averages of the lengths,
+    the time, and their products. Coefficients are not negative. What neither length explains is the
+    time to the first byte of an empty prompt. Where the answers have about the same length, their
+    share of the time can't be told from that, and is counted as theirs.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+        # Of prompt length p, answer length a and time t: p, a, t, p², a², p·a, p·t, a·t.
+        self._means = [0.0] * 8
+
+    def add(self, prompt: int, answer: int, time_s: float) -> None:
+        """Add an answer: the tokens of its prompt, its own tokens, and its time in s."""
+        values = (
+            *(prompt, answer, time_s),
+            *(prompt * prompt, answer * answer, prompt * answer),
+            *(prompt * time_s, answer * time_s),
+        )
+        weight = _EWMA if self.known else 1.0
+        self.known = True
+        self._means = [
+            mean + weight * (value - mean) for mean, value in zip(self._means, values, strict=True)
+        ]
+
+    def fit(self) -> tuple[float, float, float]:
+        """Seconds to the first byte of an empty prompt, per prompt token, and per answer token."""
+        p, a, t, pp, aa, pa, pt, at = self._means
+        var_p, var_a, cov = pp - p * p, aa - a * a, pa - p * a
+        with_p, with_a = pt - p * t, at - a * t
+        varied_p = var_p > (_LEAST_SPREAD * p) ** 2
+        varied_a = var_a > (_LEAST_SPREAD * a) ** 2
+        per_prompt = with_p / var_p if varied_p else 0.0
+        per_answer = with_a / var_a if varied_a else 0.0
+        # The correlation of the lengths must leave something to tell them apart by.
+        apart = var_p * var_a - cov * cov
+        if varied_p and varied_a:
+            if apart > _LEAST_SPREAD * var_p * var_a:
+                per_prompt = (with_p * var_a - with_a * cov) / apart
+                per_answer = (with_a * var_p - with_p * cov) / apart
+            else:
+                per_prompt = 0.0
+        if per_prompt < 0:
+            per_prompt, per_answer = 0.0, with_a / var_a if varied_a else 0.0
+        elif per_answer < 0:
+            per_prompt, per_answer = with_p / var_p, 0.0
+        per_prompt = min(max(per_prompt, 0.0), t / max(p, 1.0))
+        left_s = max(0.0, t - per_prompt * p)
+        per_answer = min(max(per_answer, 0.0), left_s / a)
+        if not varied_a or not per_answer:
+            return 0.0, per_prompt, left_s / a
+        return left_s - per_answer * a, per_prompt, per_answer
 
 
 def measured_speeds(estimators: Mapping[str, LatencyEstimator], now_s: float) -> dict[str, Speed]:

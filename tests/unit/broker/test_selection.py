@@ -122,6 +122,12 @@ def test_select_prefill_scales_with_the_prompt_and_a_warm_cache_shortens_it() ->
     assert cold.answer[0] == pytest.approx(0.1 + 10 + 0.1)
     warm = decided(pool, prompt_tokens=1000, prefix_cache=PrefixCacheHint("a", "x", 900))
     assert warm.answer[0] == pytest.approx(0.1 + 1 + 0.1)
+    # Before prompts of several lengths were measured, too, against as fast a pool.
+    for first_s in (0.1, 0.0):
+        alike = [view(boot, first_s=first_s) for boot in ("x", "y")]
+        for boot in ("x", "y"):
+            at = PrefixCacheHint("a", boot, 900)
+            assert winner(decided(*alike, prompt_tokens=1000, prefix_cache=at)) == ("a", boot)
     elsewhere = decided(pool, prompt_tokens=1000, prefix_cache=PrefixCacheHint("a", "gone", 900))
     assert elsewhere.answer[0] == cold.answer[0]
 

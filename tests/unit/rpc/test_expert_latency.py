@@ -6,6 +6,8 @@ import itertools
 from contextlib import ExitStack
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.rpc.expert_latency import (
     PRIOR,
@@ -40,6 +42,53 @@ def test_latency_fast_measurements_do_not_decay() -> None:
     meter = LatencyEstimator()
     meter.streamed(10, 0.05, 0.004, 0.0)
     assert meter.speed(1e6) == meter.speed(0.0) == Speed(0.05, 0.004)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 500)), min_size=1, max_size=30),
+    st.floats(0.001, 1.0),
+    st.floats(0.0, 0.001),
+    st.floats(0.001, 0.05),
+)
+def test_latency_of_whole_answers_predicts_times_that_follow_both_lengths(
+    lengths: list[tuple[int, int]], first_s: float, per_token_s: float, chunk_s: float
+) -> None:
+    meter = LatencyEstimator()
+    for prompt, answer in lengths:
+        meter.whole(prompt, first_s + per_token_s * prompt + chunk_s * answer, answer, 0.0)
+    speed = meter.speed(0.0)
+    assert min(speed.first_s, speed.per_token_s) >= 0
+    assert speed.chunk_s > 0
+    # The average answer takes the average time, whichever part of it is put down to what.
+    weights = [1.0]
+    for _ in lengths[1:]:
+        weights = [0.8 * weight for weight in weights] + [0.2]
+    for_prompt = sum(w * prompt for w, (prompt, _) in zip(weights, lengths, strict=True))
+    for_answer = sum(w * answer for w, (_, answer) in zip(weights, lengths, strict=True))
+    expected = first_s + per_token_s * for_prompt + chunk_s * for_answer
+    found = speed.first_s + speed.per_token_s * for_prompt + speed.chunk_s * for_answer
+    assert found == pytest.approx(expected, rel=0.02, abs=0.01)
+
+
+def test_latency_of_whole_answers_tells_prompts_from_answers_where_both_vary() -> None:
+    meter = LatencyEstimator()
+    for i in range(60):
+        prompt, answer = 500 + 997 * i % 3000, 10 + 89 * i % 300
+        meter.whole(prompt, 0.05 + 0.0005 * prompt + 0.02 * answer, answer, 0.0)
+    assert meter.speed(0.0) == Speed(
+        pytest.approx(0.05, abs=0.01), pytest.approx(0.02), pytest.approx(0.0005)
+    )
+
+
+def test_latency_of_whole_answers_of_one_length_grows_with_the_prompt() -> None:
+    """As agents do: short answers, and a prompt that is longer at each turn."""
+    meter = LatencyEstimator()
+    for turn in range(12):
+        prompt = 600 * (turn + 1)
+        meter.whole(prompt, 0.0005 * prompt + 0.02 * 8, 8, 0.0)
+    speed = meter.speed(0.0)
+    assert speed.per_token_s == pytest.approx(0.0005, rel=0.05)
+    assert speed.chunk_s == pytest.approx(0.02, rel=0.05)
 
 
 def test_latency_published_values_change_in_steps() -> None:
