@@ -30,6 +30,7 @@ class Reply:
         text: The answer's text.
         prompt_tokens: Tokens of the prompt; None where the endpoint does not say.
         completion_tokens: Tokens of the answer; None where the endpoint does not say.
+        reasoning_tokens: Those of them that are thinking; None where the endpoint does not say.
         cost: Cost in units of price, as this service tells it in `usage.coe`; else None.
         seconds: Time from sending the request to the end of the answer.
         finish_reason: `stop`, `length`, …
@@ -38,6 +39,7 @@ class Reply:
     text: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    reasoning_tokens: int | None
     cost: float | None
     seconds: float
     finish_reason: str | None
@@ -176,6 +178,7 @@ class Endpoint:
             _writable(text),
             _count(usage.get("prompt_tokens")),
             _count(usage.get("completion_tokens")),
+            _count(_object(usage.get("completion_tokens_details")).get("reasoning_tokens")),
             _amount(coe.get("cost")),
             seconds,
             _writable(reason) if isinstance(reason, str) else None,

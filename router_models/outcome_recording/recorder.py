@@ -233,6 +233,7 @@ class Recorder:
             "output_chars": len(reply.text),
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
+            "reasoning_tokens": reply.reasoning_tokens,
             "cost": round(bill.answer, 9) if self._priced(expert, reply) else None,
             "seconds": round(reply.seconds, 4),
             "finish_reason": reply.finish_reason,

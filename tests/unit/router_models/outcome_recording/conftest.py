@@ -24,6 +24,7 @@ class Upstream:
     Attributes:
         gate: Answers wait for it.
         price: Cost of a token of a prompt or an answer, told as this service does; None: not told.
+        thought: Tokens of thinking, told of every answer; None: not told.
         failures: How many attempts of each (model, prompt) fail first, with this status.
     """
 
@@ -34,6 +35,7 @@ class Upstream:
     status: int = 503
     delay_s: float = 0.0
     template_tokens: int = 10
+    thought: int | None = None
     gate: asyncio.Event | None = None
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +92,8 @@ class Upstream:
             "completion_tokens": len(words),
         }
         cost = (self.price or 0.0) * sum(usage.values())
+        if self.thought is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.thought}
         self.charged += cost
         if self.price is not None:
             usage["coe"] = {"cost": round(cost, 9)}

@@ -64,7 +64,12 @@ async def ask(url: str, timeout_s: float = 5.0) -> Any:
 
 
 async def test_endpoint_reads_an_answer() -> None:
-    usage = {"prompt_tokens": 3, "completion_tokens": True, "coe": {"cost": -1}}
+    usage = {
+        "prompt_tokens": 3,
+        "completion_tokens": True,
+        "completion_tokens_details": {"reasoning_tokens": 2},
+        "coe": {"cost": -1},
+    }
     data = {
         "choices": [{"message": {"content": None}, "finish_reason": "length"}],
         "usage": usage,
@@ -72,7 +77,7 @@ async def test_endpoint_reads_an_answer() -> None:
     async with speaking(reply(data)) as (url, heard):
         got = await ask(url)
     assert (got.text, got.finish_reason, got.prompt_tokens) == ("", "length", 3)
-    assert (got.completion_tokens, got.cost) == (None, None)
+    assert (got.completion_tokens, got.reasoning_tokens, got.cost) == (None, 2, None)
     assert heard[0].startswith(b"POST /v1/chat/completions ")
 
 

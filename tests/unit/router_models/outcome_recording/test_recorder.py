@@ -101,6 +101,16 @@ async def test_recorder_writes_rows_that_the_fit_reads(upstream: Upstream, tmp_p
     assert (headers[b"x-coe-priority"], headers[b"x-coe-cache"]) == (b"low", b"off")
 
 
+async def test_record_keeps_the_thinking_where_the_endpoint_tells_it(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    upstream.thought = 3
+    out = tmp_path / "out.jsonl"
+    await record(upstream, out, tasks(1), concurrency=1)
+    outcomes = join_rows(read_rows(out))["t0"]["outcomes"]
+    assert [one["reasoning_tokens"] for one in outcomes.values()] == [3, 3]
+
+
 async def test_recorder_asks_only_what_is_missing(upstream: Upstream, tmp_path: Path) -> None:
     upstream.answer = numbers
     out = tmp_path / "out.jsonl"
