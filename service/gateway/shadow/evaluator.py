@@ -33,6 +33,8 @@ from service.gateway.request.conversation_text import conversation_text
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import NOTHING
 from service.gateway.request.parsing import InferenceRequest
+from service.gateway.request.thinking_terms import NO_TERMS
+from service.gateway.request.thinking_ways import ThinkingWays
 from service.gateway.request_record import RequestRecord
 from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.shadow.reply_text import ReplyText, whole_text
@@ -190,6 +192,7 @@ class ShadowEvaluator:
             for name, expert in config.experts.items()
             if "chat" in expert.capabilities and name != config.shadow.judge
         )
+        self._ways = ThinkingWays(config)
         self._able = {name: frozenset(e.capabilities) for name, e in config.experts.items()}
         self._budget = ShadowBudget(config.shadow, store) if self._willing else None
         given = config.shadow.folder
@@ -302,10 +305,12 @@ class ShadowEvaluator:
 
     async def _evaluate(self, sample: _Sample) -> ShadowResult:
         """Ask the other experts, compare the answers, and record the outcome."""
+        barred = self._ways.refusals(sample.request.endpoint, sample.request.thinking)
         others = [
             name
             for name in self._experts
             if name != sample.expert
+            and name not in barred
             and self._may_see(sample.request, name)
             and sample.request.needs <= self._able[name]
         ]
@@ -446,6 +451,8 @@ def _to_judge(request: InferenceRequest, messages: Messages) -> InferenceRequest
         body_bytes=len(orjson.dumps(data)),
         min_quality=0.0,
         max_cost=None,
+        thinking=NO_TERMS,
+        thinking_budget=None,
     )
 
 

@@ -128,12 +128,17 @@ def stand(
     says: dict[str, Callable[[InferenceRequest], SideAnswer]] | None = None,
     *,
     tenants: dict[str, Any] | None = None,
+    thinking: dict[str, bool] | None = None,
     **shadow: Any,
 ) -> Stand:
     price = {"prompt": 1000, "completion": 1000}
+    thinks = thinking or {}
     config = Config.model_validate(
         {
-            "experts": {name: {"model": "m", "price": price} for name in ("a", "b", "c", "judge")},
+            "experts": {
+                name: {"model": "m", "price": price, "thinking": thinks.get(name)}
+                for name in ("a", "b", "c", "judge")
+            },
             "pools": {"cpu": {"engine": "simulated"}},
             "tenants": tenants or {"acme": {"shadow": True}},
             "shadow": {
@@ -231,6 +236,22 @@ async def test_no_expert_sees_a_prompt_that_it_may_not_see(
     await s.answered("4", s.request(tenant, **data))
     await s.evaluated()
     assert {name for name, _ in s.experts.asked} == asked
+
+
+@pytest.mark.parametrize(("effort", "asked"), [("none", {"b"}), ("low", {"c"}), (None, {"b", "c"})])
+async def test_only_experts_that_can_think_as_asked_are_compared(
+    tmp_path: Path, effort: str | None, asked: set[str]
+) -> None:
+    says = {"c": lambda _: completion("The answer is 5."), "judge": votes_for("is 5.")}
+    says |= {"b": says["c"]}
+    s = stand(tmp_path, says, thinking={"b": False, "c": True, "judge": False})
+    await s.answered("The answer is 4.", s.request(reasoning_effort=effort))
+    await s.evaluated()
+    assert {name for name, _ in s.experts.asked} - {"judge"} == asked
+    # The judge is told nothing of what the client said.
+    judged = [request for name, request in s.experts.asked if name == "judge"]
+    assert judged or effort is None
+    assert not any(request.thinking for request in judged)
 
 
 @pytest.mark.parametrize("swaps", [False, True])
