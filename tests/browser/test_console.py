@@ -14,6 +14,7 @@ from playwright.async_api import Browser, Page, expect
 from service.config import Config
 from service.gpu_devices import GpuMemory
 from tests.browser.conftest import Watched, watched
+from tests.support import foreign_server
 from tests.support.in_process_service import ADMIN_KEY, chat, run_gateway
 
 ROOT = Path(__file__).parents[2]
@@ -348,4 +349,29 @@ async def test_api_page_sends_what_it_shows(chromium: Browser, theme: str) -> No
         await expect(chat_card.get_by_label("Reply")).to_contain_text("200 OK")
         await expect(chat_card.get_by_label("Reply")).to_contain_text("x-coe-expert: general")
         assert await faults(page) == []
+        seen.clean()
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+async def test_console_shows_the_log_of_a_server_to_admins(chromium: Browser, theme: str) -> None:
+    run = foreign_server.command("--say", "<b>loaded</b> the weights")
+    names = ("general", "math", "intents", "code")
+    experts = {name: {"command": {"run": run, "memory_bytes": 1}} for name in names}
+    pools = {"cpu": {"slots": 1, "swap": {"min_stay_s": 0}}}
+    config = Config.model_validate(
+        {"router": {"artifact": "none"}, "experts": experts, "pools": pools}
+    )
+    async with run_gateway(config) as s, watched(chromium, s.url, theme=theme) as seen:
+        page = await opened(seen, s.url)
+        assert await page.get_by_role("button", name="log general").count() == 0
+        await page.evaluate(f"sessionStorage.setItem('coe-admin-key', '{ADMIN_KEY}')")
+        await page.reload()
+        await expect(expert(page, "general")).to_contain_text("by command")
+        await page.get_by_role("button", name="log general").click()
+        await expect(page.locator("#server-log-title")).to_have_text("Log of general")
+        # Its text is no markup.
+        await expect(page.locator("#server-log-lines")).to_have_text("<b>loaded</b> the weights")
+        assert await faults(page) == []
+        await page.keyboard.press("Escape")
+        await expect(page.locator("#server-log")).not_to_be_visible()
         seen.clean()

@@ -6,9 +6,13 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import openai
+import psutil
 import pytest
+import yaml
 
 from service.config import Config
+from tests.support.coe_serve_process import serve, wait_until
 from tests.support.foreign_server import command
 from tests.support.in_process_service import ADMIN_KEY, RunningGateway, events, run_gateway
 from tests.support.polling import until
@@ -205,3 +209,46 @@ async def test_log_of_an_expert_without_a_command_is_unknown() -> None:
         async with service.get("/admin/experts/a/log", headers=admin) as reply:
             assert reply.status == 404
             assert "no server that a command starts" in (await reply.json())["error"]["message"]
+
+
+@pytest.mark.cluster
+def test_service_with_servers_outlives_its_pool_and_leaves_nothing(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    arguments = ("--fork", "double", "--pids", str(pids), "--say", "it starts")
+    settings = {
+        "server": {"drain_s": 5},
+        "router": {"artifact": "none"},
+        "experts": {"one": expert(*arguments)},
+        "pools": {"main": {"cpus": 0.1}},
+    }
+    path = tmp_path / "coe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+
+    def left() -> list[int]:
+        return [pid for pid in map(int, pids.read_text().split()) if psutil.pid_exists(pid)]
+
+    with (
+        serve(path) as service,
+        openai.OpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def answers() -> bool:
+            messages: Any = [{"role": "user", "content": "hi"}]
+            try:
+                answer = client.chat.completions.create(model="one", messages=messages)
+            except openai.APIError:
+                return False
+            return answer.choices[0].message.content == "one0 one1 one2 one3"
+
+        wait_until(answers, "the server answers")
+        logs = list((service.run_dir / "servers").rglob("one.log"))
+        assert [log.read_text() for log in logs] == ["it starts\n"]
+        before = left()
+        assert len(before) == 2
+        (pool,) = service.named("PoolReplica") or service.named("pool-main")
+        pool.kill()
+        wait_until(lambda: not set(before) & set(left()), "the dead pool's server has ended")
+        wait_until(answers, "another pool's server answers", 90)
+        run_dir = service.run_dir
+    assert not left()
+    assert not run_dir.exists()

@@ -131,8 +131,6 @@ class ServerProcess:
                 if event[0] == "exited":
                     self.status = int(event[1])
                     self.ended.set()
-                elif event[0] == "gone":
-                    break
         finally:
             if self.status is None:
                 # The keeper was killed, and the server with it.
