@@ -18,7 +18,7 @@ from pathlib import Path
 
 from service.errors import CoeError, StorageFullError, StoreUnavailableError
 
-_ID = re.compile(r"^file-[0-9a-f]{24}$")
+_ID = re.compile(r"file-[0-9a-f]{24}")
 _PARTIAL = ".partial-"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Files that nothing knows are deleted after this time. An upload is known a moment after it is
@@ -143,7 +143,7 @@ class FileFolder:
                         continue
                     if entry.name.startswith(_PARTIAL):
                         Path(entry.path).unlink(missing_ok=True)
-                    elif _ID.match(entry.name):
+                    elif _ID.fullmatch(entry.name):
                         old.append(entry.name)
         return old
 
@@ -161,7 +161,7 @@ def _checked(file_id: str) -> str:
     Raises:
         ValueError: It is no id that this service makes.
     """
-    if not _ID.match(file_id):
+    if not _ID.fullmatch(file_id):
         raise ValueError("not the id of a file")
     return file_id
 

@@ -20,10 +20,13 @@ from service.store.store_interface import (
     Charge,
     Granted,
     Refused,
+    Settlement,
     Store,
     StoreClaim,
     UsageNote,
+    WorkItem,
 )
+from service.store.stored_settlement import dumps, loads
 from tests.support.polling import until
 from tests.support.redis_server import RedisServer, redis_server
 
@@ -264,3 +267,32 @@ async def test_usage_counts_add_up(tried: Tried) -> None:
         return await tried.store.counts(["u/1", "u/2"]) == [{"requests": 4, "tokens": 3}, {}]
 
     await until(told, "the notes have added up")
+
+
+async def test_item_of_work_is_charged_once_whichever_claim_is_settled(tried: Tried) -> None:
+    store = tried.store
+    item = WorkItem("batch", "1.0")
+    note = UsageNote("usage/work", {"requests": 1}, 1000)
+    first = await tried.granted(Charge(COST, 400), Charge(TOKENS, 20))
+    second = await tried.granted(Charge(COST, 400), Charge(TOKENS, 20))
+    await store.settle_once(item, Settlement(first, (300, 25), note))
+    for _ in range(2):
+        await store.settle_once(item, Settlement(first, (300, 25), note))
+        await store.settle_once(item, Settlement(second, (300, 25), note))
+    balance = await tried.balance(COST)
+    assert (balance.spent, balance.reserved) == (300, 0)
+    balance = await tried.balance(TOKENS)
+    assert (balance.spent, balance.reserved) == (25, 0)
+    assert await store.counts(["usage/work"]) == [{"requests": 1}]
+    # Another item of the same group is charged, also where nobody holds its claim any more.
+    (stored,) = loads(dumps([Settlement(first, (50, 5), note)]))
+    await store.settle_once(WorkItem("batch", "2.0"), stored)
+    assert (await tried.balance(COST)).spent == 350
+    third = await tried.granted(Charge(COST, 100))
+    await store.close_group("batch")
+    await store.settle_once(WorkItem("batch", "3.0"), Settlement(third, (60,), note))
+    balance = await tried.balance(COST)
+    assert (balance.spent, balance.reserved) == (350, 0)
+    await store.settle_once(WorkItem("other", "3.0"), Settlement(third, (60,), None))
+    assert (await tried.balance(COST)).spent == 410
+    assert await store.counts(["usage/work"]) == [{"requests": 2}]

@@ -18,6 +18,7 @@ from service.store.api_keys import digest_of
 from tests.support.in_process_service import RunningGateway, run_gateway, simulated
 from tests.support.polling import until
 from tests.support.redis_server import redis_server
+from tests.support.third_party_clients import run_node
 
 KEY, OTHER = "a-key-of-the-tests-a", "a-key-of-the-tests-b"
 CHAT = "/v1/chat/completions"
@@ -388,8 +389,7 @@ async def test_batch_with_redis_is_charged_once_and_runs_in_the_lowest_class(
             assert cost > 0
             assert not budget.get("used_up")
             spent = (await s.gateway.ledger.state())["all"]
-            # Each line's cost is rounded up to a millionth.
-            assert cost <= spent.spent <= cost + 30e-6
+            assert spent.spent == pytest.approx(cost, abs=1e-9)
             assert spent.reserved == 0
     assert priorities == {"batch"}
 
@@ -410,3 +410,31 @@ async def test_guide_s_example_is_answered(tmp_path: Path) -> None:
             for each in listed:
                 assert (await ended(api, each.id)).status == "completed"
         names["client"].close()
+
+
+async def test_batch_with_official_node_client(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path)) as s:
+        answer = await asyncio.to_thread(run_node, "batches_node.mjs", s.url)
+    assert answer == {
+        "first": "validating",
+        "status": "completed",
+        "counts": {"total": 3, "completed": 3, "failed": 0},
+        "lives_s": 7200,
+        "ids": ["c0", "c1", "c2"],
+        "files": True,
+        "batches": True,
+        "unknown": 404,
+        "late": 409,
+        "deleted": True,
+    }
+
+
+async def test_batch_whose_terms_no_plan_keeps_fails(tmp_path: Path) -> None:
+    experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
+    async with run_gateway(config(tmp_path, experts=experts)) as s, client(s) as api:
+        # Each answer has four tokens, of one unit each.
+        file = await upload(api, *(line(i, max_tokens=4) for i in range(10)))
+        terms = {"coe": {"max_cost": 12.5}}
+        batch = await ended(api, (await create(api, file.id, extra_body=terms)).id)
+        assert batch.status == "failed"
+        assert batch.errors.data[0].param == "coe.max_cost"

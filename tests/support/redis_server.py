@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +79,14 @@ def _program() -> str:
 
 
 @contextmanager
-def redis_server(folder: Path, *, port: int = 0) -> Iterator[RedisServer]:
-    """A server on a free port of loopback, ended afterwards."""
+def redis_server(folder: Path, *, port: int = 0, more: Sequence[str] = ()) -> Iterator[RedisServer]:
+    """A server on a free port of loopback, ended afterwards; `more` are options of its own."""
     if not port:
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
     os.makedirs(folder, exist_ok=True)
-    server = RedisServer(folder, port)
+    server = RedisServer(folder, port, more=[*more])
     server.start()
     try:
         yield server

@@ -1,0 +1,191 @@
+"""The runner with an endpoint that does as it is told: limits of cost, faults, and keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.batches import batch_runner
+from service.batches.batch_records import BatchRecord, FileRecord, Status
+from service.batches.batch_runner import BatchRunner, BatchRunnerParts
+from service.batches.batch_types import AsWritten, BatchTerms, NoPace
+from service.batches.file_folder import FileFolder
+from service.batches.sqlite_state import SqliteState
+from service.config import BatchesConfig
+from service.errors import CoeError, StorageFullError, UnauthorizedError
+from service.http.asgi_helpers import send_response
+from service.store.memory_store import MemoryStore
+from service.types import NOBODY, Tenant
+from tests.support.polling import until
+
+URL = "/v1/completions"
+INPUT = "file-" + "0" * 24
+Reply = Callable[[int, int], tuple[int, bytes]]
+
+
+def answers(cost: float = 1.0) -> Reply:
+    usage = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "coe": {"cost": cost}}}
+    return lambda number, tries: (200, json.dumps(usage).encode())
+
+
+class Bench:
+    """A runner over a folder, with an endpoint that answers by `reply(line, tries)`."""
+
+    def __init__(self, folder: Path, reply: Reply, *, lines: int, in_flight: int = 4) -> None:
+        self.files = FileFolder(folder / "files")
+        self.state = SqliteState(folder / "state.sqlite3")
+        self.tries: dict[int, int] = {}
+        self.most = 0
+        self.counted: list[str] = []
+        self.refusal: CoeError | None = None
+        self.lines = lines
+        running = 0
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal running
+            running += 1
+            self.most = max(self.most, running)
+            number = json.loads((await receive())["body"])["number"]
+            self.tries[number] = self.tries.get(number, 0) + 1
+            await asyncio.sleep(0)
+            status, body = reply(number, self.tries[number])
+            running -= 1
+            if status == 0:
+                raise ConnectionResetError
+            await send_response(send, status, [(b"retry-after", b"1")], body)
+
+        def identify(tenant: str, key: str) -> Tenant:
+            if self.refusal is not None:
+                raise self.refusal
+            return NOBODY
+
+        self.runner = BatchRunner(
+            "me",
+            BatchesConfig.model_validate({"max_in_flight": in_flight}),
+            BatchRunnerParts(
+                self.state,
+                self.files,
+                MemoryStore(),
+                answer,
+                identify,
+                AsWritten(),
+                NoPace(),
+                self.counted.append,
+            ),
+            max_line_bytes=10_000,
+            poll_s=0.01,
+        )
+
+    async def run(self, terms: BatchTerms | None = None) -> BatchRecord:
+        """Run a batch to its end."""
+        content = [
+            json.dumps(
+                {"custom_id": f"c{i}", "method": "POST", "url": URL, "body": {"number": i}}
+            ).encode()
+            + b"\n"
+            for i in range(self.lines)
+        ]
+        size = await asyncio.to_thread(self.files.write, INPUT, content)
+        await self.state.add_file(
+            FileRecord(INPUT, NOBODY.name, "batch", "x", size, 0, 2**40), None
+        )
+        batch = BatchRecord(
+            "batch_1", NOBODY.name, "", URL, INPUT, None, terms or BatchTerms(), 0, 2**40
+        )
+        await self.state.add_batch(batch, 9)
+        self.runner.start()
+
+        async def over() -> bool:
+            found = await self.state.batch(batch.id)
+            return found is not None and found.ended
+
+        await until(over, "the batch ends")
+        await self.runner.stop()
+        found = await self.state.batch(batch.id)
+        assert found is not None
+        await self.state.stop()
+        return found
+
+    def read(self, file_id: str | None) -> list[Any]:
+        """The lines of an output file."""
+        if file_id is None:
+            return []
+        return [json.loads(line) for line in self.files.path_of(file_id).read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_runner, "wait_s", lambda *_: 0.001)
+    monkeypatch.setattr(batch_runner, "_RETRY_S", 0.005)
+
+
+async def test_runner_stops_at_the_batch_s_cost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, answers(2.0), lines=10, in_flight=1)
+    batch = await bench.run(BatchTerms(max_cost=5.0))
+    assert batch.status is Status.COMPLETED
+    # Nothing is known of a line's cost before it ran: the third one passes the bound.
+    assert (batch.counts.completed, batch.counts.failed) == (3, 7)
+    left = bench.read(batch.error_file_id)
+    assert {line["error"]["code"] for line in left} == {"max_cost_reached"}
+
+
+async def test_runner_has_no_more_lines_under_way_than_allowed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, answers(), lines=30, in_flight=3)
+    batch = await bench.run()
+    assert batch.counts.completed == 30
+    assert bench.most == 3
+    assert (batch.counts.prompt_tokens, batch.counts.completion_tokens) == (30, 60)
+
+
+@pytest.mark.parametrize(
+    ("status", "passes_at", "tries", "failed"),
+    [(503, 9, 9, False), (429, 9, 9, False), (500, 3, 3, False), (500, 4, 3, True), (0, 9, 3, True),
+     (400, 2, 1, True)],
+)  # fmt: skip
+async def test_runner_tries_again_where_that_may_help(
+    tmp_path: Path, status: int, passes_at: int, tries: int, failed: bool
+) -> None:
+    good = answers()
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        return good(number, tried) if tried >= passes_at else (status, b'{"error":{}}')
+
+    bench = Bench(tmp_path, reply, lines=2)
+    batch = await bench.run()
+    assert bench.tries == {0: tries, 1: tries}
+    assert batch.counts.failed == (2 if failed else 0)
+    assert bench.counted.count("retried") == 2 * (tries - 1)
+
+
+async def test_runner_without_its_key_fails_the_batch(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, answers(), lines=2)
+    bench.refusal = UnauthorizedError("the key is gone")
+    batch = await bench.run()
+    assert batch.status is Status.FAILED
+    assert batch.errors[0].code == "invalid_api_key"
+    assert bench.tries == {}
+
+
+async def test_runner_with_a_full_disk_waits_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, answers(), lines=3)
+    put, refused = bench.state.put_results, [0]
+
+    async def full(*args: Any) -> set[int]:
+        refused[0] += 1
+        if refused[0] <= 4:
+            raise StorageFullError("full")
+        return await put(*args)
+
+    monkeypatch.setattr(bench.state, "put_results", full)
+    batch = await bench.run()
+    assert batch.status is Status.COMPLETED
+    assert batch.counts.completed == 3
+    # A result that could not be stored is kept, and its line does not run again.
+    assert bench.tries == {0: 1, 1: 1, 2: 1}
