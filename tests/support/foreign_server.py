@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.began_s = time.monotonic()
-        self.sick = self.asleep = False
+        self.sick = self.asleep = self.has_closed = False
         super().__init__(("127.0.0.1", given.port), Handler)
 
     @property
@@ -116,7 +116,10 @@ class Handler(BaseHTTPRequestHandler):
         if said == "fail":
             self._answer(500, {"error": {"message": "a fault"}})
             return
-        if said == "close":
+        if said == "close once" and self.server.has_closed:
+            said = "hello"
+        if said in ("close", "close once"):
+            self.server.has_closed = True
             self.close_connection = True
             self.connection.shutdown(2)
             return

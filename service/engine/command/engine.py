@@ -372,8 +372,16 @@ class CommandEngine:
         connection: HttpConnection | None = None
         self._running += 1
         try:
-            connection = await connections.take()
-            answer = await connection.request(head, body)
+            while True:
+                connection = await connections.take()
+                try:
+                    answer = await connection.request(head, body)
+                    break
+                except ConnectionError:
+                    if not connection.idle_since_s:
+                        raise
+                    # Servers close idle connections, and this request met one that ended.
+                    connections.give_back(connection)
             await self._pass_on(answer, reply, request.expert)
         except OSError as error:
             # Where it did not end, it closed the connection, which is as fatal for this request.

@@ -199,6 +199,18 @@ async def test_run_failure_is_typed(
                 await ask(engine, chat("hello"))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_run_idle_connection_that_the_server_closes_is_replaced(
+    tmp_path: Path, stream: bool
+) -> None:
+    async with started(make(tmp_path)) as engine:
+        # The connection that asked whether it was ready is idle now.
+        assert (await ask(engine, chat("close once", stream=stream))).status == 200
+    async with started(make(tmp_path, name="e2")) as engine:
+        with pytest.raises(EngineDeadError, match="connection to its server was lost"):
+            await ask(engine, chat("close", "e2", stream=stream))
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b"3"])
 async def test_run_body_that_is_no_object_is_refused(tmp_path: Path, body: bytes) -> None:
     async with started(make(tmp_path)) as engine:
