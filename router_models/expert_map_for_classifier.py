@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 
 from router_models.composition.recipe_estimates import mixture
 from router_models.expert_map_fit import select_recipes
-from router_models.outcome_reader import OutcomeError, Table, costs_of, read_outcomes, read_tokens
+from router_models.outcome_reader import (
+    OutcomeError,
+    Table,
+    costs_of,
+    read_outcomes,
+    read_thinking,
+    read_tokens,
+)
 from router_models.preset_choice import (
     Played,
     judge_own,
@@ -35,7 +42,7 @@ from router_models.recipe_replay import RecipeResults, candidates, play
 from router_models.router_fit import prompt_hashes
 from service.broker.reference_cost import best_shares
 from service.classifier.classifier import GENERAL, Classifier
-from service.classifier.expert_map import RecordedTokens
+from service.classifier.expert_map import NOT_RECORDED, RecordedThinking, RecordedTokens
 from service.classifier.router_artifact import CARD, Artifact, load_artifact, save_artifact
 from service.classifier.static_embedding_table import table_of
 from service.config.router_presets import PresetsConfig
@@ -54,6 +61,9 @@ MOST_RECIPES = 24
 LEAST_ROWS = 5.0
 # A recipe of several experts has to beat its own experts by so many standard errors.
 LEAST_ERRORS = 2.0
+# Lengths of thinking that an artifact holds of an expert and a category, and the fewest recorded.
+THINKING_SAMPLES = 64
+FEWEST_THINKING = 20
 PRESETS = {"auto:fast": "fast", "auto": "", "auto:best": "best"}
 
 
@@ -161,6 +171,44 @@ def recorded_tokens(
         np.maximum(posterior_cells(answer, posterior, shrink_rows), 0.0),
         np.nanmean(prompt - estimated[:, None], axis=0),
     )
+
+
+def recorded_thinking(
+    table: Table, thinking: tuple[Floats, NDArray[np.bool_]], posterior: Floats
+) -> RecordedThinking | None:
+    """Samples of each expert's lengths of thinking by category; None where none are recorded.
+
+    A row counts for its likeliest category. The samples are evenly spaced among the lengths.
+
+    Args:
+        table: The rows and the experts.
+        thinking: Tokens of each call's thinking, (N, E), NaN where they are not recorded; and
+            whether it was cut, (N, E).
+        posterior: (N, C).
+    """
+    tokens, cut = thinking
+    at = np.flatnonzero((~np.isnan(tokens)).any(axis=0))
+    if not len(at):
+        return None
+    category = np.where(posterior.any(axis=1), posterior.argmax(axis=1), -1)
+    shape = (THINKING_SAMPLES, posterior.shape[1], len(at))
+    samples = np.full(shape, NOT_RECORDED, dtype=np.int32)
+    ranks = (np.arange(THINKING_SAMPLES) + 0.5) / THINKING_SAMPLES
+    for row in range(posterior.shape[1]):
+        for column, expert in enumerate(at):
+            of = np.flatnonzero((category == row) & ~np.isnan(tokens[:, expert]))
+            if len(of) < FEWEST_THINKING:
+                continue
+            order = of[np.lexsort((cut[of, expert], tokens[of, expert]))]
+            drawn = order[(ranks * len(of)).astype(int)]
+            found = tokens[drawn, expert]
+            samples[:, row, column] = np.where(cut[drawn, expert], -1 - found, found)
+    return RecordedThinking(tuple(table.experts[e] for e in at), samples)
+
+
+def thinking_tensors(found: RecordedThinking | None) -> dict[str, NDArray[Any]]:
+    """The tensors of an artifact that hold recorded lengths of thinking."""
+    return {} if found is None else {"map.thinking_tokens": found.samples}
 
 
 def token_tensors(found: RecordedTokens | None) -> dict[str, NDArray[Any]]:
@@ -376,8 +424,15 @@ def run(
     own = own_to_json(judge_own(held_out_choices(table, played, posterior)))
     say(preset_text(own, None))
     tokens = recorded_tokens(table, read_tokens(outcomes, table), posterior)
+    thinking = recorded_thinking(table, read_thinking(outcomes, table), posterior)
     judged = (best, best_score, gains)
-    return _write(known, table, found, tokens, judged, own, outcomes, source, out)
+    return _write(known, table, found, (tokens, thinking), judged, own, outcomes, source, out)
+
+
+def _thinking_section(found: RecordedThinking | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    return {"thinking_experts": list(found.experts), "thinking_samples": len(found.samples)}
 
 
 def gain_lines(best: str, best_score: float, gains: Sequence[Gain]) -> list[str]:
@@ -399,13 +454,14 @@ def _write(
     known: Artifact,
     table: Table,
     found: PosteriorMap,
-    tokens: RecordedTokens | None,
+    lengths: tuple[RecordedTokens | None, RecordedThinking | None],
     judged: tuple[str, float, list[Gain]],
     presets: Mapping[str, Mapping[str, Any]],
     outcomes: Sequence[Path],
     source: str,
     out: Path,
 ) -> Artifact:
+    tokens, thinking = lengths
     section = dict(known.section("classifier"))
     factors = int(section.get("factors", 0))
     cells = found.score.shape
@@ -421,6 +477,7 @@ def _write(
         "map.cost_slope": slopes,
         "fit.rows": prompt_hashes(table.prompts),
         **token_tensors(tokens),
+        **thinking_tensors(thinking),
     }
     kept = {k: v for k, v in known.tensors.items() if not k.startswith(("map.", "fit."))}
     own = ("kind", "schema_version", "name", "weights")
@@ -437,6 +494,7 @@ def _write(
             "recipes": [recipe.to_json() for recipe in found.recipes],
             "factors": factors,
             **({} if tokens is None else {"token_experts": list(tokens.experts)}),
+            **_thinking_section(thinking),
             **presets_section(presets),
             "classifier": known.name,
             "shrink_rows": found.shrink_rows,

@@ -200,12 +200,36 @@ def read_tokens(files: Sequence[Path], table: Table) -> tuple[Floats, Floats]:
         OutcomeError: A file can't be read.
     """
     rows = {row["id"]: row["outcomes"] for row in _rows(files, Skipped())}
-    nothing = (math.nan,) * 6
-    found = np.array(
-        [[rows[i].get(name, nothing)[4:] for name in table.experts] for i in table.ids],
-        dtype=np.float64,
-    ).reshape(len(table), len(table.experts), 2)
+    found = _cells(rows, table, slice(4, 6))
     return found[:, :, 0], found[:, :, 1]
+
+
+def read_thinking(files: Sequence[Path], table: Table) -> tuple[Floats, NDArray[np.bool_]]:
+    """The tokens of each call's thinking, (N, E), and whether it would have gone on, (N, E).
+
+    The tokens are NaN where none were recorded.
+
+    Args:
+        files: The files that the table was read from.
+        table: Names the rows and the experts.
+
+    Raises:
+        OutcomeError: A file can't be read.
+    """
+    rows = {row["id"]: row["outcomes"] for row in _rows(files, Skipped())}
+    found = _cells(rows, table, slice(5, 8))
+    answer, thinking, cut = (found[:, :, i] for i in range(3))
+    # An answer that was cut behind its thinking tells the whole thinking.
+    return thinking, (cut > 0) & (thinking + 1 >= np.where(np.isnan(answer), thinking, answer))
+
+
+def _cells(rows: Mapping[str, Mapping[str, _Outcome]], table: Table, of: slice) -> Floats:
+    nothing = (math.nan,) * 8
+    width = of.stop - of.start
+    return np.array(
+        [[rows[i].get(name, nothing)[of] for name in table.experts] for i in table.ids],
+        dtype=np.float64,
+    ).reshape(len(table), len(table.experts), width)
 
 
 def _rows(files: Sequence[Path], skipped: Skipped) -> list[dict[str, Any]]:
@@ -264,11 +288,11 @@ def _lines(file: Path, skipped: Skipped) -> Iterator[tuple[int, bytes]]:
         skipped.add(f"rest of a damaged file ({error})", file.name)
 
 
-_Outcome = tuple[float, str | None, bool, float | None, float, float]
+_Outcome = tuple[float, str | None, bool, float | None, float, float, float, bool]
 
 
 def _outcome(data: Any) -> _Outcome | None:
-    """(score, answer, answer recorded?, cost, prompt tokens, answer tokens), or None.
+    """(score, answer, has answer?, cost, tokens of prompt, answer and thinking, cut?), or None.
 
     It is None where there is no score. Tokens that were not recorded are NaN.
     """
@@ -283,9 +307,9 @@ def _outcome(data: Any) -> _Outcome | None:
     answer = data.get("answer") if combines else None
     if answer is not None:
         answer = " ".join(str(answer).split()).casefold() or None
-    cost, prompt_tokens, answer_tokens = (
+    cost, prompt_tokens, answer_tokens, thinking_tokens = (
         found if (found := _number(data.get(key))) is not None and found >= 0 else None
-        for key in ("cost", "prompt_tokens", "completion_tokens")
+        for key in ("cost", "prompt_tokens", "completion_tokens", "reasoning_tokens")
     )
     return (
         score,
@@ -294,6 +318,8 @@ def _outcome(data: Any) -> _Outcome | None:
         cost,
         math.nan if prompt_tokens is None else prompt_tokens,
         math.nan if answer_tokens is None else answer_tokens,
+        math.nan if thinking_tokens is None else thinking_tokens,
+        data.get("finish_reason") == "length",
     )
 
 

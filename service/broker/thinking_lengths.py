@@ -74,6 +74,20 @@ class ThinkingLengths:
         for key in {(expert, category), (expert, "")}:
             self._samples.setdefault(key, _Samples()).add(tokens, cut=cut)
 
+    def seed(self, expert: str, category: str, samples: Iterable[int]) -> None:
+        """Begin with recorded lengths, unless the expert has thought about the category before.
+
+        Args:
+            expert: The expert.
+            category: The category.
+            samples: Lengths in tokens; −1−n for a thinking that was cut at n.
+        """
+        if (expert, category) in self._samples:
+            return
+        for sample in samples:
+            cut = sample < 0
+            self.observe(expert, category, -1 - sample if cut else sample, cut=cut)
+
     def budget(
         self, expert: str, category: str, least_share: float, worth: ThinkingWorth
     ) -> int | None:

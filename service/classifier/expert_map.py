@@ -110,6 +110,28 @@ class RecordedTokens:
         )
 
 
+NOT_RECORDED = -(2**31)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedThinking:
+    """Samples of the lengths of thinking that a map was fitted on, for C categories and E experts.
+
+    Attributes:
+        experts: The experts.
+        samples: (K, C, E), tokens; −1−n where the thinking was cut at n, and `NOT_RECORDED` where
+            too few lengths were.
+    """
+
+    experts: tuple[str, ...]
+    samples: NDArray[np.int32]
+
+    def only(self, experts: Sequence[str]) -> RecordedThinking:
+        """Return the samples of these experts as far as they are known, in the known order."""
+        at = [e for e, name in enumerate(self.experts) if name in experts]
+        return RecordedThinking(tuple(self.experts[e] for e in at), self.samples[:, :, at])
+
+
 class ExpertMap:
     """The matrix W with its recipes, costs and factor loadings."""
 
@@ -129,6 +151,7 @@ class ExpertMap:
         direct: DirectEstimate | None = None,
         trust_power: float = 0.0,
         tokens: RecordedTokens | None = None,
+        thinking: RecordedThinking | None = None,
     ) -> None:
         """Create a map for C categories, R recipes and F factors.
 
@@ -146,8 +169,10 @@ class ExpertMap:
             direct: The estimate without categories. Without one it is the mean over all categories.
             trust_power: How fast a doubtful category loses to the direct estimate; 0 is never.
             tokens: Recorded lengths of prompts and answers, where the outcomes have them.
+            thinking: Recorded lengths of thinking, where the outcomes have them.
         """
         self.tokens = tokens
+        self.thinking = thinking
         self.categories = categories
         self.recipes = recipes
         self.prior = prior
@@ -237,6 +262,7 @@ class ExpertMap:
             else None,
             trust_power=trust_power,
             tokens=_tokens(artifact, len(categories)),
+            thinking=_thinking(artifact, len(categories)),
         )
 
     def estimate(self, assessment: Assessment) -> Estimate:
@@ -311,6 +337,7 @@ class ExpertMap:
             direct=self.direct.only(keep),
             trust_power=self.trust_power,
             tokens=self.tokens and self.tokens.only(experts),
+            thinking=self.thinking and self.thinking.only(experts),
         )
 
 
@@ -337,3 +364,21 @@ def _tokens(artifact: Artifact, categories: int) -> RecordedTokens | None:
     if min(found.prompt.min(initial=0), found.answer.min(initial=0)) < 0:
         raise ArtifactError(f"{artifact.path}: map: recorded tokens must be 0 or more")
     return found
+
+
+def _thinking(artifact: Artifact, categories: int) -> RecordedThinking | None:
+    """The recorded lengths of thinking of an artifact; None where it has none.
+
+    Raises:
+        ArtifactError: They have another shape than the manifest says.
+    """
+    section = artifact.section("map")
+    if "thinking_experts" not in section:
+        return None
+    try:
+        experts = tuple(str(name) for name in section["thinking_experts"])
+        count = int(section["thinking_samples"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{artifact.path}: manifest, map: {error!r}") from error
+    samples = artifact.tensor("map.thinking_tokens", (count, categories, len(experts)))
+    return RecordedThinking(experts, samples.astype(np.int32))

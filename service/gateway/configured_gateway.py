@@ -147,6 +147,8 @@ class ConfiguredGateway:
         routing = RoutingSetup(
             config, state.lengths, state.escalations, self._registry, state.review_lengths
         )
+        for (expert, category), samples in routing.thinking.items():
+            state.thinking.seed(expert, category, samples)
         self._stages = routing.stages
         self.cost_model = routing.cost_model
         self.dispatcher = Dispatcher(

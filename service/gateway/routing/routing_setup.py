@@ -14,7 +14,7 @@ from service.broker.savings import SavingsModel, best_baseline
 from service.broker.token_prices import prices_of
 from service.classifier.artifact_presets import presets_of
 from service.classifier.built_in_artifact import built_in_artifact, encoder_for
-from service.classifier.expert_map import ExpertMap
+from service.classifier.expert_map import NOT_RECORDED, ExpertMap
 from service.classifier.router_artifact import Artifact, load_artifact
 from service.config import Config
 from service.config.router import NO_ARTIFACT
@@ -47,6 +47,7 @@ class RoutingSetup:
         shares: Category → its share of the prompts of the map's fit.
         map_categories: The categories of the map.
         tokens: Recorded lengths of prompts and answers, where the map has them.
+        thinking: Recorded lengths of thinking by expert and category, as far as the map has them.
         presets: What a point of quality is worth in each preset.
         savings: What the choices are compared with.
 
@@ -75,6 +76,7 @@ class RoutingSetup:
         self.presets = presets_of(config.router.presets, artifact if whole else None)
         self.map_categories = found.categories if found else ()
         self.tokens = found.tokens if found else None
+        self.thinking = recorded_thinking(found)
         for recipe in found.recipes if found else ():
             if (silent := silent_member(config, recipe)) is not None:
                 raise ArtifactError(
@@ -169,6 +171,25 @@ def prior_tokens(
         system = (defaults and defaults.system) or ""
         known.added[column] = max(0.0, float(added) - estimate_tokens(len(system.encode())))
     return known
+
+
+def recorded_thinking(found: ExpertMap | None) -> dict[tuple[str, str], list[int]]:
+    """The lengths of thinking that an expert map was fitted on, by expert and category.
+
+    Args:
+        found: The expert map, if there is one.
+
+    Returns:
+        Lengths in tokens, as `ThinkingLengths.seed` takes them.
+    """
+    if found is None or (recorded := found.thinking) is None:
+        return {}
+    return {
+        (expert, category): recorded.samples[:, row, column].tolist()
+        for column, expert in enumerate(recorded.experts)
+        for row, category in enumerate(found.categories)
+        if recorded.samples[0, row, column] != NOT_RECORDED
+    }
 
 
 def category_warnings(config: Config, labels: Collection[str]) -> list[str]:

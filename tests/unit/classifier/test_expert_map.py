@@ -200,6 +200,22 @@ def test_expert_map_invalid_tokens_raise(
         ExpertMap.from_artifact(load_artifact(tmp_path / "t@1"))
 
 
+def test_expert_map_has_the_recorded_thinking_of_the_experts_that_stay(tmp_path: Path) -> None:
+    told, weights = manifest(), tensors()
+    told["map"] |= {"thinking_experts": ["b", "a"], "thinking_samples": 3}
+    weights["map.thinking_tokens"] = np.arange(12, dtype=np.int32).reshape(3, 2, 2)
+    save_artifact(tmp_path / "t@1", told, weights, "")
+    found = ExpertMap.from_artifact(load_artifact(tmp_path / "t@1")).only(["a"]).thinking
+    assert found is not None
+    assert found.experts == ("a",)
+    assert found.samples[:, 1, 0].tolist() == [3, 7, 11]
+    del told["map"]["thinking_samples"]
+    save_artifact(tmp_path / "u@1", told, weights, "")
+    with pytest.raises(ArtifactError, match="thinking_samples"):
+        ExpertMap.from_artifact(load_artifact(tmp_path / "u@1"))
+
+
 def test_expert_map_without_recorded_tokens_has_none(folder: Path) -> None:
     assert ExpertMap.from_artifact(load_artifact(folder)).tokens is None
+    assert ExpertMap.from_artifact(load_artifact(folder)).thinking is None
     assert ExpertMap.from_artifact(load_artifact(folder)).only(["a"]).tokens is None

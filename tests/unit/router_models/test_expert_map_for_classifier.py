@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from router_models import expert_map_for_classifier
 from router_models.expert_map_fit import shrunk_cells
+from service.broker.thinking_lengths import ThinkingLengths, ThinkingWorth
 from service.classifier.classifier import Classifier
 from service.classifier.expert_map import ExpertMap
 from service.classifier.router_artifact import load_artifact, save_artifact
@@ -154,6 +155,48 @@ def test_add_map_records_lengths_and_the_service_prices_calls_by_them(
     assert (found.cost[row, math] - found.cost[row, base]) * 1e6 == pytest.approx(70, rel=1e-3)
     # Somewhere between the best and the cheapest the choice for the category changes.
     assert {found.chosen(weight)[row] for weight in (0.0, 1e3)} == {base, math}
+
+
+def test_add_map_records_lengths_of_thinking_and_the_service_begins_with_them(
+    rows: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = []
+    for number, line in enumerate(rows.read_text().splitlines()):
+        row = json.loads(line)
+        # In three rows of ten the recording's bound cut the thinking.
+        cut = number % 10 < 3
+        row["outcomes"]["math"] |= {
+            "completion_tokens": 100 if cut else 90,
+            "reasoning_tokens": 100 if cut else number % 10 * 10,
+            "finish_reason": "length" if cut else "stop",
+        }
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines))
+    out = tmp_path / "mine@1"
+    expert_map_for_classifier.run(classifier=DEMO, outcomes=[path], out=out, say=lambda _: None)
+    config = Config.model_validate(
+        {
+            "experts": {name: {"model": name} for name in ("base", "math", "code")},
+            "router": {"artifact": str(out)},
+            "pools": {"cpu": {"engine": "simulated"}},
+        }
+    )
+    recorded = RoutingSetup(config).thinking
+    assert {expert for expert, _ in recorded} == {"math"}
+    lengths = ThinkingLengths()
+    for (expert, category), samples in recorded.items():
+        assert len(samples) == expert_map_for_classifier.THINKING_SAMPLES
+        assert {n for n in samples if n < 0} <= {-101}
+        lengths.seed(expert, category, samples)
+    dear = ThinkingWorth(0.5, 1.0)
+    assert lengths.budget("math", "math", 0.5, dear) in (60, 70, 80)
+    # Beyond the recording's bound nothing is known, so that nothing is bounded.
+    assert lengths.budget("math", "math", 0.9, dear) is None
+    # What was seen is not seeded again.
+    before = lengths.budget("math", "math", 0.5, dear)
+    lengths.seed("math", "math", [9000] * 64)
+    assert lengths.budget("math", "math", 0.5, dear) == before
 
 
 def test_presets_of_an_artifact_are_in_force_where_the_config_has_its_experts(

@@ -16,6 +16,7 @@ from router_models.outcome_reader import (
     costs_of,
     read_costs,
     read_outcomes,
+    read_thinking,
     read_tokens,
 )
 
@@ -192,3 +193,24 @@ def test_read_tokens_are_those_that_were_recorded(tmp_path: Path) -> None:
     prompt, answer = read_tokens([path], table)
     assert np.array_equal(prompt, [[30, np.nan], [np.nan, np.nan]], equal_nan=True)
     assert np.array_equal(answer, [[7, np.nan], [np.nan, np.nan]], equal_nan=True)
+
+
+def test_read_thinking_tells_what_was_cut_before_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    outcomes = [
+        {"score": 1, "completion_tokens": 30, "reasoning_tokens": 20, "finish_reason": "stop"},
+        {"score": 0, "completion_tokens": 30, "reasoning_tokens": 30, "finish_reason": "length"},
+        {"score": 0, "completion_tokens": 30, "reasoning_tokens": 20, "finish_reason": "length"},
+        {"score": 0, "completion_tokens": 30},
+        {"score": 0, "reasoning_tokens": -5},
+    ]
+    path.write_text(
+        "\n".join(
+            json.dumps({"id": i, "prompt": f"p{i}", "outcomes": {"a": one}})
+            for i, one in enumerate(outcomes)
+        )
+    )
+    table, _ = read_outcomes([path], {"a": 1})
+    tokens, cut = read_thinking([path], table)
+    assert np.array_equal(tokens[:, 0], [20, 30, 20, np.nan, np.nan], equal_nan=True)
+    assert cut[:, 0].tolist() == [False, True, False, False, False]
