@@ -52,8 +52,8 @@ _PIECE_BYTES = 2**16
 _ERROR_BYTES = 2**16
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
-# Between two questions whether the server is ready. The last one bounds what a start loses.
-_FIRST_POLL_S, _LAST_POLL_S = 0.01, 0.03
+# Between two questions whether the server is ready: a share of the time so far, within bounds.
+_POLL_SHARE, _FIRST_POLL_S, _LAST_POLL_S = 0.05, 0.005, 0.05
 _POLL_TIMEOUT_S = 10.0
 _HEALTH_EVERY_S = 5.0
 # A server's end and the loss of its connections reach us in either order.
@@ -193,14 +193,14 @@ class CommandEngine:
             await asyncio.gather(ready, ended, return_exceptions=True)
 
     async def _poll_until_ready(self) -> None:
-        wait_s = _FIRST_POLL_S
+        began_s = time.monotonic()
         while True:
             try:
                 await self._ask("GET", self._command.ready, _POLL_TIMEOUT_S)
             except ServerRefusedError as error:
                 self._refusal = str(error)
-                await asyncio.sleep(wait_s)
-                wait_s = min(_LAST_POLL_S, 1.3 * wait_s)
+                share_s = _POLL_SHARE * (time.monotonic() - began_s)
+                await asyncio.sleep(min(_LAST_POLL_S, max(_FIRST_POLL_S, share_s)))
             else:
                 return
 

@@ -49,8 +49,9 @@ def _listening(port: int) -> Iterable[tuple[int, int]]:
     wanted = f":{port:04X}"
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         with suppress(OSError), open(table) as lines:
-            next(lines, None)
             for line in lines:
+                if wanted not in line:
+                    continue
                 fields = line.split()
                 if fields[3] == _LISTEN and fields[1].endswith(wanted):
                     yield int(fields[9]), int(fields[7])
