@@ -11,15 +11,22 @@ from service.errors import ConfigError
 
 
 def check_programs(config: Config) -> None:
-    """Check the program and the folder of every command.
+    """Check the program and the folder of every command that a pool will run.
 
     Raises:
         ConfigError: Names each expert whose command can't be run here, one a line.
     """
+    real = {
+        name
+        for kind, pool in config.pools.items()
+        if pool.engine != "simulated"
+        for name in config.local_experts(kind)
+    }
     faults = [
         f"experts.{name}.command.{fault}"
         for name, expert in config.experts.items()
-        if expert.command is not None and (fault := program_fault(expert.command)) is not None
+        if name in real and expert.command is not None
+        if (fault := program_fault(expert.command)) is not None
     ]
     if faults:
         raise ConfigError("\n".join(faults))

@@ -45,6 +45,34 @@ def test_check_warns_before_it_plans_memory(tmp_path: Path, text: str, warned: s
     assert (told in done.stdout) == (text != ONE_EXPERT)
 
 
+SERVER = (
+    "experts:\n  a: {command: {run: [PROGRAM, '{port}'], memory_bytes: 64MiB}}\npools: {cpu: {}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "fine", "said"),
+    [
+        ("sh", True, "264 MiB of no bound"),
+        (
+            "no-such-program",
+            False,
+            "experts.a.command.run: no program 'no-such-program' is in PATH",
+        ),
+        ("./coe.yaml", False, "coe.yaml is not an executable file"),
+    ],
+)
+def test_check_plans_servers_and_finds_their_programs(
+    tmp_path: Path, program: str, fine: bool, said: str
+) -> None:
+    path = tmp_path / "coe.yaml"
+    path.write_text(SERVER.replace("PROGRAM", program))
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    text = done.output if fine else str(done.exception)
+    assert isinstance(done.exception, ConfigError) != fine, done.output
+    assert len([line for line in text.splitlines() if said in line]) == 1, text
+
+
 GPU = "pools: {p: {gpus: 2, vllm: {kv_cache_bytes: 1GiB, dtype: bfloat16}}}\n"
 
 

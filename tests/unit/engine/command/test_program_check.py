@@ -55,3 +55,9 @@ def test_check_programs_names_every_expert_in_a_line() -> None:
         "experts.a.command.run",
         "experts.c.command.run",
     ]
+
+
+def test_check_programs_leaves_simulated_pools_alone() -> None:
+    bad = {"command": {"run": ["no-such-program-here", "{port}"], "memory_bytes": 1}}
+    pools = {"p": {"engine": "simulated"}}
+    check_programs(Config.model_validate({"experts": {"a": bad}, "pools": pools}))
