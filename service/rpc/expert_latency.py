@@ -165,7 +165,7 @@ class _TotalTimes:
         if per_prompt < 0:
             per_prompt, per_answer = 0.0, with_a / var_a if varied_a else 0.0
         elif per_answer < 0:
-            per_prompt, per_answer = with_p / var_p, 0.0
+            per_prompt, per_answer = with_p / var_p if varied_p else 0.0, 0.0
         per_prompt = min(max(per_prompt, 0.0), t / max(p, 1.0))
         left_s = max(0.0, t - per_prompt * p)
         per_answer = min(max(per_answer, 0.0), left_s / a)

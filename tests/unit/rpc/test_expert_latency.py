@@ -91,6 +91,28 @@ def test_latency_of_whole_answers_of_one_length_grows_with_the_prompt() -> None:
     assert speed.chunk_s == pytest.approx(0.02, rel=0.05)
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([7, 900]), st.integers(1, 500), st.floats(0.0, 9.0)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_latency_of_whole_answers_in_any_times_is_a_speed(
+    answers: list[tuple[int, int, float]],
+) -> None:
+    """Long answers may come sooner than short ones, and all prompts may have one length."""
+    meter = LatencyEstimator()
+    for prompt, answer, time_s in answers:
+        meter.whole(prompt, time_s, answer, 0.0)
+        speed = meter.speed(0.0)
+        assert min(speed.first_s, speed.per_token_s, speed.chunk_s) >= 0
+    alike = LatencyEstimator()
+    for _, answer, _ in answers:
+        alike.whole(7, 1 / answer, answer, 0.0)
+        assert alike.speed(0.0).chunk_s >= 0
+
+
 def test_latency_published_values_change_in_steps() -> None:
     meter = LatencyEstimator()
     meter.whole(10, 8.0, 4, 0.0)
