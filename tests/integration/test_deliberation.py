@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
+from service.store.api_keys import digest_of
 from tests.support.in_process_service import (
     RunningGateway,
     chat,
@@ -19,6 +20,7 @@ from tests.support.in_process_service import (
     serving,
     simulated,
 )
+from tests.support.polling import until
 from tests.support.scripted_experts import Judge, ScriptedExperts, role_of, shown_in, text_of
 
 RIGHT = "The answer is 42."
@@ -345,6 +347,52 @@ async def test_deliberation_on_simulated_pools_answers_and_lets_go() -> None:
         await asyncio.sleep(0.1)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+
+
+KEY = "a-key-of-the-tests-a"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_deliberation_charges_every_call_and_never_beyond_a_budget(stream: bool) -> None:
+    names = ("a", "b", "c")
+    one = {"price": {"prompt": 1e6, "completion": 1e6}}
+    base = simulated(
+        {"cpu": {"tokens": 4}},
+        experts={name: {"model": "m", **one} for name in names},
+        recipes={
+            "council": {
+                "kind": "deliberate",
+                "members": list(names),
+                "deliberate": {"rounds": 1, "review_tokens": 16},
+            }
+        },
+    )
+    limits = {"tenant": "acme", "sha256": digest_of(KEY), "budget": {"amount": 1e7}}
+    data = {**json.loads(base.model_dump_json()), "keys": {"a": limits}}
+    headers = {"authorization": f"Bearer {KEY}"}
+    async with run_gateway(Config.model_validate(data)) as s:
+        body = chat("hi", model="council", max_tokens=4, stream=stream)
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        async with s.post(body, headers=headers) as reply:
+            assert reply.status == 200, await reply.text()
+            read = await reply.read()
+        last = json.loads(events(read)[-2] if stream else read)
+        spent = last["usage"]["coe"]["cost"]
+        calls = last["usage"]["coe"]["calls"]
+        assert spent == pytest.approx(sum(call["cost"] for call in calls))
+
+        async def charged() -> float:
+            async with s.client.get(s.url + "/v1/usage", headers=headers) as found:
+                days = (await found.json())["days"]
+                return float(sum(day["cost"] for day in days.values()))
+
+        await until(s.idle, "all calls ended")
+        for _ in range(100):
+            if await charged() == pytest.approx(spent):
+                break
+            await asyncio.sleep(0.02)
+        assert await charged() == pytest.approx(spent)
 
 
 def test_role_of_tells_reviews_from_answers() -> None:

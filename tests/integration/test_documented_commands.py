@@ -233,7 +233,8 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
         data.get("experts") or {"general": {"model": "general", "categories": ["general"]}}
     )
     for recipe in data.get("recipes", {}).values():
-        for name in [*recipe["members"], *recipe.get("later", [])]:
+        among = recipe.get("recruit", {}).get("among", [])
+        for name in [*recipe.get("members", []), *recipe.get("later", []), *among]:
             experts.setdefault(name, {"model": name, "categories": ["general"]})
     shadow = data.get("shadow", {})
     named = [*data.get("savings", {}).get("against", []), *shadow.get("experts", [])]

@@ -22,7 +22,12 @@ from service.gateway.request.parsing import parse_request
 from service.gateway.routing.candidate_planner import PRESETS, CandidatePlanner, selection_request
 from service.gateway.routing.quality_model import QualityModel
 from service.gateway.routing.route_plan import RoutePlan
-from service.gateway.routing.routing_setup import artifact_of, category_warnings, encoder_of
+from service.gateway.routing.routing_setup import (
+    RoutingSetup,
+    artifact_of,
+    category_warnings,
+    encoder_of,
+)
 from service.gateway.routing.session_affinity import SessionLookup
 from service.gateway.routing.session_memory import SessionTurn
 from service.types import CategoryScores, Recipe, Tenant
@@ -452,3 +457,39 @@ def test_config_refuses_categories_of_an_expert_that_auto_never_asks(
             place[name] = {**place.get(name, {}), **value} if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         Config.model_validate(given)
+
+
+def test_plan_recruits_only_experts_that_the_key_may_use() -> None:
+    given = Config.model_validate(
+        {
+            "experts": {name: {"model": "m", "categories": ["general"]} for name in "abcd"},
+            "router": {"artifact": "none"},
+            "recipes": {
+                "panel": {
+                    "kind": "recruit",
+                    "recruit": {"k": 2, "among": ["a", "b", "c", "d"]},
+                    "quality": {"general": 1.0},
+                }
+            },
+            "pools": {"cpu": {"engine": "simulated"}},
+        }
+    )
+    setup = RoutingSetup(given)
+    row = setup.catalog.recipe_index[given.recipes["panel"].recipe()]
+
+    def plan(model: str, *experts: str) -> RoutePlan:
+        body = orjson.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}]})
+        tenant = Tenant(experts=frozenset(experts)) if experts else Tenant()
+        asked = parse_request("/v1/chat/completions", body, {}, 1000, tenant)
+        return setup.planner.plan(asked)
+
+    for model in ("auto", "panel"):
+        assert row in plan(model).rows
+        assert row in plan(model, "b", "d").rows
+        recruitable = plan(model, "b", "d").recruitable
+        assert recruitable is not None
+        assert recruitable.tolist() == [False, True, False, True]
+    assert row not in plan("auto", "b").rows
+    assert plan("panel", "b", "d").first == "b"
+    with pytest.raises(ForbiddenError, match="may not use recipe 'panel'"):
+        plan("panel", "b")
