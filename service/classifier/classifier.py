@@ -9,7 +9,8 @@ an encoder's vector of the text, a second head adds to that.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ GENERAL = "general"
 
 Floats = NDArray[np.float64]
 
+# As far as `log_softmax` goes down.
+_LEAST_PROBABILITY = float(np.exp(-20.0))
+
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
@@ -38,11 +42,14 @@ class Assessment:
             if the artifact only classifies.
         last_turn: (labels,), likelihoods of the categories by a conversation's last turn alone, up
             to a factor: flat where the turn has no content of its own. None if they are unknown.
+        readings: What each turn that was read said, by its text, so that a later stage goes on from
+            there.
     """
 
     scores: CategoryScores
     factors: Floats
     last_turn: Floats | None = None
+    readings: Mapping[str, Reading] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +61,15 @@ class Reading:
         factors: (factors,), see `Assessment`.
         novelty: In [0, 1].
         stage: `ngrams`, `static` or `encoder`: the last stage that was asked.
+        base: What the artifact's classifier made of it, where categories with examples stand
+            beside it.
     """
 
     posterior: Floats
     factors: Floats
     novelty: float
     stage: str
+    base: Reading | None = None
 
 
 class TextClassifier(Protocol):
@@ -73,8 +83,16 @@ class TextClassifier(Protocol):
     def max_novelty(self) -> float:
         """Texts with more novelty count as `general`."""
 
-    def read(self, text: str, vector: Vector | None = None) -> Reading:
-        """Classify a text; `vector` is the encoder's, (dims,), where there is one."""
+    def read(
+        self, text: str, vector: Vector | None = None, earlier: Reading | None = None
+    ) -> Reading:
+        """Classify a text.
+
+        Args:
+            text: The text.
+            vector: The encoder's vector of it, (dims,), where there is one.
+            earlier: What the same stages made of it without the encoder, if that is known.
+        """
 
     def decide(self, posterior: Floats, novelty: float, stage: str) -> CategoryScores:
         """Choose the category."""
@@ -225,7 +243,9 @@ class Classifier:
         scores = self.decide(found.posterior, found.novelty, found.stage)
         return Assessment(scores, found.factors)
 
-    def read(self, text: str, vector: Vector | None = None) -> Reading:
+    def read(
+        self, text: str, vector: Vector | None = None, earlier: Reading | None = None
+    ) -> Reading:
         """Classify a text by every stage that there is.
 
         A text is new only if it is so for all of them.
@@ -233,7 +253,19 @@ class Classifier:
         Args:
             text: The text.
             vector: The encoder's vector of it, (dims,), where the caller has one.
+            earlier: What the stages before the encoder made of it, if that is known.
         """
+        found = self._read_first(text) if earlier is None else earlier
+        # An encoder gives zeros for a script that it does not read.
+        if self.encoder is None or vector is None or not vector.any():
+            return found
+        before = np.log(np.maximum(found.posterior, _LEAST_PROBABILITY))
+        odds = np.exp(self.encoder.head.log_posterior(vector, before))
+        novelty = min(found.novelty, self.encoder.head.novelty(vector, self.max_novelty))
+        return Reading(odds / odds.sum(), found.factors, novelty, "encoder")
+
+    def _read_first(self, text: str) -> Reading:
+        """Classify a text by n-grams and the static table."""
         features = self._featurizer(text)
         log_posterior, factors = self._logits(features)
         novelty, stage = self.novelty(features), "ngrams"
@@ -243,11 +275,6 @@ class Classifier:
                 log_posterior = self.static.head.log_posterior(meaning, log_posterior)
             novelty = min(novelty, self.static.head.novelty(meaning, self.max_novelty))
             stage = "static"
-        # An encoder gives zeros for a script that it does not read.
-        if self.encoder is not None and vector is not None and vector.any():
-            log_posterior = self.encoder.head.log_posterior(vector, log_posterior)
-            novelty = min(novelty, self.encoder.head.novelty(vector, self.max_novelty))
-            stage = "encoder"
         odds = np.exp(log_posterior)
         return Reading(odds / odds.sum(), factors, novelty, stage)
 

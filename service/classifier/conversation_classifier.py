@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.classifier.classifier import GENERAL, Assessment, TextClassifier
+from service.classifier.classifier import GENERAL, Assessment, Reading, TextClassifier
 from service.classifier.linear_heads import Vector
 from service.types import CategoryScores
 
@@ -92,6 +92,7 @@ def assess_turns(
     classifier: TextClassifier,
     turns: Sequence[str],
     vectors: Mapping[str, Vector] | None = None,
+    earlier: Mapping[str, Reading] | None = None,
 ) -> Assessment:
     """Compute posterior and factors of a conversation's last user turn in its context.
 
@@ -101,9 +102,11 @@ def assess_turns(
         classifier: The classifier.
         turns: The user's texts, oldest first. Without turns, the empty text is assessed.
         vectors: The encoder's vectors of some of the turns.
+        earlier: The readings of turns by the same stages without the encoder, if they are known.
     """
     last = turns[-MAX_TURNS:] or [""]
-    known = vectors or {}
+    known, read = vectors or {}, earlier or {}
+    readings: dict[str, Reading] = {}
     labels = len(classifier.labels)
     combined = np.zeros(0)
     novelty, left = 0.0, 1.0
@@ -115,7 +118,8 @@ def assess_turns(
         words = 0 if oldest else content_words(text)
         if words == 0 and not oldest:
             continue
-        found = classifier.read(text if age == 0 else _edges(text), known.get(text))
+        seen = text if age == 0 else _edges(text)
+        found = readings[seen] = classifier.read(seen, known.get(text), read.get(seen))
         posterior = found.posterior
         alone = len(last) == 1
         if not alone and found.novelty > classifier.max_novelty and GENERAL in classifier.labels:
@@ -139,7 +143,7 @@ def assess_turns(
     posterior = combined[:labels] / combined[:labels].sum()
     stage = next(name for name in _STAGES if name in stages)
     scores = classifier.decide(posterior, min(novelty / total, 1.0), stage)
-    return Assessment(scores, combined[labels:], last_turn)
+    return Assessment(scores, combined[labels:], last_turn, readings)
 
 
 def deciding_turn(turns: Sequence[str]) -> str:

@@ -231,10 +231,18 @@ class ExampleClassifier:
         self.min_confidence = base.min_confidence if base is not None else _MIN_CONFIDENCE
         self.max_novelty = base.max_novelty if base is not None else _MAX_NOVELTY
 
-    def read(self, text: str, vector: Vector | None = None) -> Reading:
-        """Classify a text by the last stage that there is; `vector` is the encoder's, (dims,)."""
+    def read(
+        self, text: str, vector: Vector | None = None, earlier: Reading | None = None
+    ) -> Reading:
+        """Classify a text by the last stage that there is.
+
+        Args:
+            text: The text.
+            vector: The encoder's vector of it, (dims,), where there is one.
+            earlier: What the same stages made of it without the encoder, if that is known.
+        """
         if self._base is not None:
-            found = self._base.read(text, vector)
+            found = self._base.read(text, vector, earlier and earlier.base)
         else:
             found = Reading(np.ones(1), np.zeros(0), 1.0, "static")
         head, meaning = self._encoder, vector
@@ -255,7 +263,7 @@ class ExampleClassifier:
             log_posterior = self._with_static(text, log_posterior)
         np.add.at(posterior, self._columns, inside * np.exp(log_posterior))
         novelty = min(found.novelty, head.novelty(meaning, self.max_novelty))
-        return Reading(posterior / posterior.sum(), found.factors, novelty, stage)
+        return Reading(posterior / posterior.sum(), found.factors, novelty, stage, found)
 
     def _with_static(self, text: str, log_posterior: Floats) -> Floats:
         """The encoder's log posterior, (categories,), times the static table's."""
@@ -270,7 +278,7 @@ class ExampleClassifier:
     def _padded(self, found: Reading) -> Reading:
         posterior = np.zeros(len(self.labels))
         posterior[: len(found.posterior)] = found.posterior
-        return Reading(posterior, found.factors, found.novelty, found.stage)
+        return Reading(posterior, found.factors, found.novelty, found.stage, found)
 
     def decide(self, posterior: Floats, novelty: float, stage: str) -> CategoryScores:
         """Choose the category, see `choose`."""

@@ -131,14 +131,16 @@ class PromptStages:
         encoder = self._config.router.encoder
         if encoder is not None and _is_unsure(first, encoder.when_below):
             if value() > encoder.min_gain:
-                found = await self._asked(body, tenant) or first
+                found = await self._asked(body, first, tenant) or first
             else:
                 self._count("needless")
         if self._metrics is not None:
             self._metrics.add(metric_declarations.ROUTER_STAGES, 1, found.scores.stage)
         return found
 
-    async def _asked(self, body: Mapping[str, Any], tenant: str) -> Assessment | None:
+    async def _asked(
+        self, body: Mapping[str, Any], first: Assessment, tenant: str
+    ) -> Assessment | None:
         turns = user_turns(body)
         text = deciding_turn(turns)
         if not text.strip():
@@ -158,7 +160,7 @@ class PromptStages:
         self._count("ok")
         if self._metrics is not None:
             self._metrics.observe(metric_declarations.ROUTER_ENCODER, time.monotonic() - began_s)
-        return assess_turns(self._second, turns, {text: vector})
+        return assess_turns(self._second, turns, {text: vector}, first.readings)
 
     def _count(self, outcome: str) -> None:
         if self._metrics is not None:

@@ -19,6 +19,14 @@ import pytest
 
 from router_models.category_fit import fit_categories, write_artifact
 from router_models.labelled_prompt_reader import LabelledPrompt
+from service.classifier.classifier import Classifier, TextClassifier
+from service.classifier.conversation_classifier import assess_turns, deciding_turn
+from service.classifier.example_classifier import (
+    ExampleClassifier,
+    example_texts,
+    example_vectors,
+    fit_head,
+)
 from service.classifier.linear_heads import PROBE_TEXT
 from service.classifier.router_artifact import load_artifact
 from service.classifier.static_embedding_table import built_in_table
@@ -163,6 +171,47 @@ async def test_encoder_is_not_asked_while_a_tool_call_locks_the_expert(folder: P
         assert router.encoder_count("needless") == 1
         await router.setup.planner.plan_by_all_stages(request, replace(session, certain=False))
         assert router.encoder_count("ok") == 1
+
+
+@pytest.mark.parametrize("by_examples", [False, True])
+def test_encoder_stage_goes_on_from_what_the_first_stages_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, by_examples: bool
+) -> None:
+    base = Classifier.from_artifact(load_artifact(folder / "mine@1"), built_in_table())
+    encoder = OnnxEncoder(folder / "encoder")
+    before: TextClassifier = base
+    after: TextClassifier = base
+    if by_examples:
+        categories = config(
+            {}, {n: {"examples": prompts(n, 6)} for n in ("law", "food")}
+        ).categories
+        texts = example_texts(categories)
+        static = np.stack([built_in_table().embed(text) for text in texts])
+        heads = [
+            fit_head(example_vectors(categories, vectors))
+            for vectors in (static, encoder.encode(texts))
+        ]
+        names = tuple(categories)
+        before = ExampleClassifier(names, built_in_table(), heads[0], base=base)
+        after = ExampleClassifier(names, built_in_table(), heads[0], heads[1], base)
+    turns = ["court lawyer", "and the lasagna recipe?", "ok", "python loop", "zq 9", "and now?"]
+    cases = []
+    for end in range(1, len(turns) + 1):
+        text = deciding_turn(turns[:end])
+        vectors = {text: encoder.encode([text])[0]}
+        cases.append((turns[:end], vectors, assess_turns(after, turns[:end], vectors)))
+    firsts = [assess_turns(before, given) for given, _, _ in cases]
+    monkeypatch.setattr(base, "_featurizer", None)  # whoever reads a text again fails
+    for first, (given, vectors, whole) in zip(firsts, cases, strict=True):
+        found = assess_turns(after, given, vectors, first.readings)
+        np.testing.assert_allclose(
+            found.scores.probabilities, whole.scores.probabilities, atol=1e-6
+        )
+        assert (found.scores.category, found.scores.stage) == (
+            whole.scores.category,
+            whole.scores.stage,
+        )
+        assert found.scores.novelty == pytest.approx(whole.scores.novelty)
 
 
 async def test_prompt_that_all_stages_are_unsure_of_is_general(folder: Path) -> None:
