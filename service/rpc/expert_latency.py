@@ -152,23 +152,24 @@ class _TotalTimes:
         with_p, with_a = pt - p * t, at - a * t
         varied_p = var_p > (_LEAST_SPREAD * p) ** 2
         varied_a = var_a > (_LEAST_SPREAD * a) ** 2
-        per_prompt = with_p / var_p if varied_p else 0.0
-        per_answer = with_a / var_a if varied_a else 0.0
-        # The correlation of the lengths must leave something to tell them apart by.
-        apart = var_p * var_a - cov * cov
+        # By one length alone.
+        by_p = max(0.0, with_p / var_p) if varied_p else 0.0
+        by_a = max(0.0, with_a / var_a) if varied_a else 0.0
+        per_prompt, per_answer = by_p, by_a
         if varied_p and varied_a:
+            # The correlation of the lengths must leave something to tell them apart by.
+            apart = var_p * var_a - cov * cov
+            per_prompt, per_answer = 0.0, by_a
             if apart > _LEAST_SPREAD * var_p * var_a:
                 per_prompt = (with_p * var_a - with_a * cov) / apart
                 per_answer = (with_a * var_p - with_p * cov) / apart
-            else:
-                per_prompt = 0.0
-        if per_prompt < 0:
-            per_prompt, per_answer = 0.0, with_a / var_a if varied_a else 0.0
-        elif per_answer < 0:
-            per_prompt, per_answer = with_p / var_p if varied_p else 0.0, 0.0
-        per_prompt = min(max(per_prompt, 0.0), t / max(p, 1.0))
+                if per_prompt < 0:
+                    per_prompt, per_answer = 0.0, by_a
+                elif per_answer < 0:
+                    per_prompt, per_answer = by_p, 0.0
+        per_prompt = min(per_prompt, t / max(p, 1.0))
         left_s = max(0.0, t - per_prompt * p)
-        per_answer = min(max(per_answer, 0.0), left_s / a)
+        per_answer = min(per_answer, left_s / a)
         if not varied_a or not per_answer:
             return 0.0, per_prompt, left_s / a
         return left_s - per_answer * a, per_prompt, per_answer

@@ -70,6 +70,26 @@ def test_latency_of_whole_answers_predicts_times_that_follow_both_lengths(
     assert found == pytest.approx(expected, rel=0.02, abs=0.01)
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 5), st.floats(0.0, 1e6)),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_latency_of_whole_answers_of_any_times_is_not_negative(
+    answers: list[tuple[int, int, float]],
+) -> None:
+    meter = LatencyEstimator()
+    for prompt, answer, total_s in answers:
+        meter.whole(prompt, total_s, answer, 0.0)
+    speed = meter.speed(0.0)
+    assert min(speed.first_s, speed.per_token_s, speed.chunk_s) >= 0
+    # An answer of one token each takes no longer than the longest one did.
+    shortest = speed.first_s + speed.per_token_s + speed.chunk_s
+    assert shortest <= 1.001 * max(total_s for *_, total_s in answers) + 0.001
+
+
 def test_latency_of_whole_answers_tells_prompts_from_answers_where_both_vary() -> None:
     meter = LatencyEstimator()
     for i in range(60):
