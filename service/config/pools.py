@@ -140,9 +140,9 @@ class SwapOptions(Section):
     )
     idle_keep: Literal["host", "disk"] | None = Field(
         None,
-        description="Where the weights of such experts stay. host: the engine sleeps (with swap "
-        "method sleep), and its weights stay in host memory where sleep_level is 1. disk: the "
-        "engine's process ends. Default: host if the method is sleep, else disk.",
+        description="Where the weights of such experts stay. host: the engine sleeps, with swap "
+        "method sleep or by a command's own call, and keeps its weights in host memory where "
+        "sleep_level is 1. disk: its process ends. Default: host if it can sleep, else disk.",
     )
     prefetch: bool = Field(
         True, description="Load the experts most in demand into host memory ahead of requests."
@@ -249,12 +249,6 @@ class PoolConfig(Section):
     def _check_sleep(self) -> PoolConfig:
         if self.swap.method == "sleep" and self.gpus == 0:
             raise ValueError("swap.method sleep needs a GPU; on CPU use inplace")
-        asleep = self.engine == "simulated" or (self.gpus > 0 and self.swap.method == "sleep")
-        if self.swap.idle_keep == "host" and not asleep:
-            raise ValueError(
-                "swap.idle_keep host needs swap.method sleep, because the memory of other engines "
-                "ends with their process; use disk"
-            )
         return self
 
     @model_validator(mode="after")

@@ -100,6 +100,7 @@ class Config(Section):
         _fill_variants(self)
         _check_names(self)
         _check_aliases(self)
+        _check_idle_keep(self)
         _check_kernels(self)
         _check_thinking(self)
         _check_tenants(self)
@@ -493,6 +494,22 @@ def _unknown_target(config: Config, target: str) -> str:
     }
     listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return f"no target {target[:128]!r};{hint} allowed: {listed}"
+
+
+def _check_idle_keep(config: Config) -> None:
+    """Check that engines can sleep whose weights shall stay in host memory while idle."""
+    for kind, pool in config.pools.items():
+        if pool.swap.idle_keep != "host" or pool.engine == "simulated":
+            continue
+        for name in config.local_experts(kind):
+            command = config.experts[config.owner_of(name)].command
+            sleeps = pool.swap.method == "sleep" if command is None else command.sleep is not None
+            if not sleeps:
+                needs = "swap.method sleep" if command is None else f"experts.{name}.command.sleep"
+                raise ValueError(
+                    f"pools.{kind}.swap.idle_keep: host needs {needs}, because the memory of "
+                    f"{name!r} ends with its engine; use disk"
+                )
 
 
 def _check_kernels(config: Config) -> None:

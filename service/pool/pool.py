@@ -51,6 +51,8 @@ from service.types import Residency
 log = logging.getLogger("coe.pool")
 
 _PLACE_S, _SOON_S = 0.25, 0.05
+# Seconds between two looks at the placement of units while nobody asks.
+_QUIET_S = 2.0
 # Larger bodies are read in a thread.
 _LARGE_BYTES = 128 * 1024
 OPERATIONS = ("load", "evict", "unload", "pin", "unpin")
@@ -99,6 +101,7 @@ class Pool:
         # Engines start one at a time, because they would compete for the same cores and disk.
         self._turn = asyncio.Lock()
         self._placement: asyncio.Task[None] | None = None
+        self._called = asyncio.Event()
         self._latencies: dict[str, ExpertLatency] = {}
         self._tokens: Counter[str] = Counter()
         self._load = LoadMeter(time.monotonic)
@@ -167,7 +170,11 @@ class Pool:
         while True:
             try:
                 # A slot that lacks room gets it soon after other slots have evicted units.
-                await asyncio.sleep(_SOON_S if self._divide_host_memory() else _PLACE_S)
+                if self._divide_host_memory():
+                    await asyncio.sleep(_SOON_S)
+                else:
+                    await self._wait_for_calls()
+                    await asyncio.sleep(_PLACE_S)
                 shared = [one for one in self.shared if one not in self._closing]
                 if len(shared) > 1:
                     self._move_unit(shared)
@@ -175,6 +182,15 @@ class Pool:
                 # The loop has to go on, because requests may wait in the wrong slot.
                 log.exception("unit placement failed")
                 await asyncio.sleep(_PLACE_S)
+
+    async def _wait_for_calls(self) -> None:
+        """Wait until there is a call, or for so long that demand may have changed."""
+        if self.queued():
+            return
+        self._called.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_QUIET_S):
+                await self._called.wait()
 
     def _divide_host_memory(self) -> bool:
         """Give each shared slot its part of the pool's bound on host memory.
@@ -444,6 +460,7 @@ class Pool:
         """
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
+        self._called.set()
         if self._is_replaced:
             raise PoolReplacedError("this pool is being replaced")
         if call.expert in self._elsewhere:
@@ -703,6 +720,7 @@ class Pool:
         """
         held = self.held_name(expert)
         slot = self.slot_of(held)
+        self._called.set()
         if operation not in OPERATIONS:
             raise UnknownEndpointError(
                 f"no operation {operation!r}; operations: {', '.join(OPERATIONS)}"
@@ -732,6 +750,7 @@ class Pool:
     def demand(self, wanted: dict[str, float]) -> None:
         """Record unmet demand: by expert, the utility of requests that went to other experts."""
         now_s = time.monotonic()
+        self._called.set()
         for expert, amount in wanted.items():
             held = expert if self._held is None else self._held.get(expert, "")
             if (slot := self._slot_of.get(held)) is not None:

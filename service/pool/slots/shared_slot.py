@@ -47,6 +47,9 @@ log = logging.getLogger("coe.pool")
 _SWAPS_KEPT = 64
 # Seconds between two looks at an engine that sleeps.
 _ASLEEP_TICK_S = 1.0
+# The same where nobody asks and no weights are moved. Arrivals, demand and another policy wake the
+# controller; only a death of the engine and the clock of idle experts are noticed by the tick.
+_QUIET_TICK_S = 0.25
 _UNVERIFIED = "the weights failed verification after a swap"
 _EWMA = 0.3  # the weight of the newest measurement in the average duration of a drain
 
@@ -120,7 +123,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             start_guess_s=start_guess_s,
             changed=changed,
         )
-        self.policy = policy
+        self._policy = policy
         self.swaps: list[Swap] = []
         self._swap_counts: dict[tuple[str, str, str], int] = {}
         self._build_for = build_for
@@ -155,6 +158,17 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     def state(self) -> SlotState:
         """The state of the slot."""
         return self._state
+
+    @property
+    def policy(self) -> SwapPolicy:
+        """The policy by which the slot weighs its units. Another one wakes the controller."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: SwapPolicy) -> None:
+        if policy != self._policy:
+            self._policy = policy
+            self._wake.set()
 
     def _enter(self, state: SlotState) -> None:
         """Change the state. After STOPPING only a new start or a failure may follow."""
@@ -418,9 +432,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 self._wake.clear()
                 if self._resting or not await self._take_step(engine):
                     break
-                asleep = self._state is SlotState.ASLEEP
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_ASLEEP_TICK_S if asleep else TICK_S):
+                    async with asyncio.timeout(self._tick_s()):
                         await self._wake.wait()
         finally:
             slept = self._state is SlotState.ASLEEP
@@ -437,6 +450,12 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return
         self._engine = None
         self._reset_residency()
+
+    def _tick_s(self) -> float:
+        """Return the seconds until the next look, if nothing wakes the controller before."""
+        if self._state is SlotState.ASLEEP:
+            return _ASLEEP_TICK_S
+        return TICK_S if self.why_busy() is not None else _QUIET_TICK_S
 
     async def _stop_engine(self, engine: SwappingEngine | None) -> None:
         began_s = time.monotonic()

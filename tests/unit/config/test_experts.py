@@ -135,3 +135,19 @@ def test_unknown_default_names_the_ones_that_are_allowed(tmp_path: Any) -> None:
 def test_variant_listed_in_a_pool_without_its_base_is_refused() -> None:
     with pytest.raises(ValueError, match="'v' is a variant of 'full', which is not in this pool"):
         config({"experts": ["v"]}, v=variant())
+
+
+def test_idle_settings_are_refused_where_nothing_could_follow_them() -> None:
+    def read(pool: dict[str, Any], **expert: Any) -> Config:
+        experts = {"a": {"model": "m", **expert}}
+        return Config.model_validate({"experts": experts, "pools": {"p": pool}})
+
+    keep = {"swap": {"idle_keep": "host"}}
+    with pytest.raises(ValueError, match=r"idle_keep: host needs swap\.method sleep"):
+        read(keep)
+    read({**keep, "engine": "simulated"})
+    read({"swap": {"idle_keep": "host", "method": "sleep"}, "gpus": 1})
+    read({"swap": {"idle_keep": "disk", "idle_unload_s": 60}}, idle_unload_s=0)
+    remote = {"url": "http://far/v1", "model": "m"}
+    with pytest.raises(ValueError, match="a remote one holds no memory"):
+        read({}, model=None, remote=remote, idle_unload_s=5)
