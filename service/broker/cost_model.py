@@ -174,7 +174,7 @@ class CostModel:
         self._reviews = reviews
         self._most_review_tokens = most_review_tokens
         if reviews is not None:
-            reviews.rows(categories)
+            self._review_row = reviews.rows(categories)
             self._review_columns = reviews.columns(experts)
         self._expert = {name: i for i, name in enumerate(experts)}
         self._lengths = Lengths() if lengths is None else lengths
@@ -251,7 +251,7 @@ class CostModel:
     ) -> StepFigures:
         columns = self._review_columns
         usual = known.usual[columns]
-        row = known.rows((category,))[category] if category in self._row else 0
+        row = self._review_row.get(category, 0)
         reviews = (known.sums[row, columns] + _SHRINK * usual) / (
             known.weights[row, columns] + _SHRINK
         )
