@@ -44,11 +44,11 @@ ROUTING = Board(
                     "General: every stage was unsure.",
                 ),
                 Chart(
-                    "Prompts that the encoder was asked for",
+                    "Prompts of which the first stage was unsure",
                     (Query(rate("coe_router_encoder_total", "reason"), "{{reason}}"),),
                     "reqps",
                     "stacked",
-                    "Without ok, the first stage decided.",
+                    "Without ok, the first stage decided. Needless: all in doubt have the same experts.",
                 ),
                 Chart("Wait for the encoder", quantiles("coe_router_encoder_seconds"), "s"),
                 Chart(
