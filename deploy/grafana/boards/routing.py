@@ -48,7 +48,7 @@ ROUTING = Board(
                     (Query(rate("coe_router_encoder_total", "reason"), "{{reason}}"),),
                     "reqps",
                     "stacked",
-                    "Without ok, the first stage decided. Needless: any answer has the same experts.",
+                    "Without ok, the first stage decided. Needless: the same experts either way.",
                 ),
                 Chart("Wait for the encoder", quantiles("coe_router_encoder_seconds"), "s"),
                 Chart(
