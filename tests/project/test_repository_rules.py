@@ -40,6 +40,7 @@ ONLY_IN = {
     "vllm": {
         "service/engine/vllm/async_llm_handle.py",
         "service/engine/vllm/worker/expert_grammars.py",
+        "service/engine/vllm/worker/thinking_marks.py",
         "service/engine/vllm/worker/second_model.py",
         "service/engine/vllm/worker/merged_expert_worker.py",
         "service/engine/vllm/worker/gate_capture.py",
