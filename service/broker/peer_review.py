@@ -30,6 +30,10 @@ _LABEL = ("answer", "id", "number")
 # Signs between a score and its correction.
 _AROUND = " \t-\u2013\u2014:;,|*"
 
+# The number of an answer, its score, and a correction; and where it stands in the text.
+_Entry = tuple[int, float, str]
+_Placed = tuple[int, _Entry]
+
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
@@ -123,7 +127,10 @@ def read_reviews(text: str, ballot: Ballot) -> dict[int, Review]:
     """
     text = after_thinking(text)[-_MAX_READ_CHARS:]
     found: dict[int, Review] = {}
-    for label, score, correction in _from_json(text) or _from_lines(text):
+    # A reviewer may quote what an answer says of scores, in any form, before it gives its own.
+    from_json, rest = _from_json(text)
+    entries = sorted([*from_json, *_from_lines(rest)], key=lambda entry: entry[0])
+    for _, (label, score, correction) in entries:
         if 1 <= label <= len(ballot.order) and 0.0 <= score <= MAX_SCORE:
             kept = correction.strip(_AROUND)[:MAX_CORRECTION_CHARS]
             found[ballot.order[label - 1]] = Review(score, kept)
@@ -140,31 +147,36 @@ def corrections_of(reviews: Reviews, leader_at: int) -> list[str]:
     return [text for text in dict.fromkeys(texts) if text]
 
 
-def _from_lines(text: str) -> list[tuple[int, float, str]]:
-    return [
-        (int(found[1]), float(found[2]), found[3])
-        for line in text.splitlines()
-        if (found := _LINE.match(line)) is not None
-    ]
-
-
-def _from_json(text: str) -> list[tuple[int, float, str]]:
-    """The reviews of the last JSON value in a text that has any."""
-    decoder = json.JSONDecoder()
-    last: list[tuple[int, float, str]] = []
+def _from_lines(text: str) -> list[_Placed]:
+    found = []
     at = 0
+    for line in text.splitlines(keepends=True):
+        if (match := _LINE.match(line.rstrip())) is not None:
+            found.append((at, (int(match[1]), float(match[2]), match[3])))
+        at += len(line)
+    return found
+
+
+def _from_json(text: str) -> tuple[list[_Placed], str]:
+    """The entries of JSON values, and the text with blanks in place of these values."""
+    decoder = json.JSONDecoder()
+    found: list[_Placed] = []
+    rest = text
+    end = 0
     for start in [match.start() for match in re.finditer(r"[\[{]", text)][-_MAX_BRACKETS:]:
-        if start < at:
+        if start < end:
             continue
         try:
-            value, at = decoder.raw_decode(text, start)
+            value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
-        last = _entries(value) or last
-    return last
+        if entries := _entries(value):
+            found += [(start, entry) for entry in entries]
+            rest = rest[:start] + " " * (end - start) + rest[end:]
+    return found, rest
 
 
-def _entries(value: Any) -> list[tuple[int, float, str]]:
+def _entries(value: Any) -> list[_Entry]:
     if isinstance(value, dict):
         inner = next((v for v in value.values() if isinstance(v, list)), None)
         value = [value] if "score" in value else inner

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from service.broker.answer_agreement import after_thinking
-from service.config.recipe_prompts import PLACEHOLDER
+from service.config.recipe_prompts import MARK, PLACEHOLDER
 
 MAX_SHOWN_BYTES = 16_000
 """Most bytes of an answer that are shown to another expert."""
@@ -57,11 +57,10 @@ def filled(
     """Fill a template.
 
     Args:
-        template: A text with the placeholders of `fields`.
+        template: A text with the placeholders of `fields`, and of the mark.
         fields: For each placeholder its texts with their titles.
         new_mark: Draws a mark at random.
     """
     mark = mark_for((text for parts in fields.values() for _, text in parts), new_mark)
-    return PLACEHOLDER.sub(
-        lambda found: fenced(fields[found[1]], mark) if found[1] in fields else found[0], template
-    )
+    values = {name: fenced(parts, mark) for name, parts in fields.items()} | {MARK: mark}
+    return PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), template)
