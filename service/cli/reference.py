@@ -7,6 +7,7 @@ the files with the output of this module, so that they never fall behind the cod
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -135,7 +137,17 @@ def _yaml_default(field: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(str, value))}]"
-    return "{}" if value == {} else str(value) or '""'
+    if isinstance(value, str):
+        return value if _is_plain(value) else json.dumps(value, ensure_ascii=False)
+    return "{}" if value == {} else str(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML reads a text as itself without quotes."""
+    try:
+        return "\n" not in text and yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        return False
 
 
 def metrics_reference() -> str:
