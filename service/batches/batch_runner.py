@@ -72,6 +72,10 @@ _RETRY_S = 0.5
 _LAST_RETRY_S = 10.0
 # The longest wait for charges when the lines of a batch have stopped.
 _DELIVER_S = 3.0
+# How long a batch that failed rests, in polls.
+_PAUSE_POLLS = 5
+# The longest wait for batches when the gateway stops.
+_STOP_S = 5.0
 _EXPIRED = "the batch's time was over before this line was answered"
 
 T = TypeVar("T")
@@ -190,7 +194,10 @@ class BatchRunner:
         await cancel_and_wait(self._looking)
         for job in self._jobs.values():
             job.end(Ending.STOPPED)
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._tasks:
+            _, late = await asyncio.wait([*self._tasks.values()], timeout=_STOP_S)
+            # They wait for a store that is away. What they have written down is enough to go on.
+            await cancel_and_wait(*late)
 
     def wake(self) -> None:
         """Look for batches at once."""
@@ -237,16 +244,25 @@ class BatchRunner:
         except _LostError:
             log.info("batch %s is run by another gateway now", job.batch.id)
         except CoeError as error:
-            # It is leased again after a while, by this gateway or another one.
             log.warning("batch %s stopped: %s", job.batch.id, error.code)
+            await self._pause(job)
         except Exception as error:
             # The text of an error might quote a prompt.
             log.error("batch %s stopped: %s", job.batch.id, _place(error))
+            await self._pause(job)
         finally:
             await cancel_and_wait(renewing)
             with contextlib.suppress(CoeError):
                 if job.why is not Ending.LOST:
                     await self._state.release(self._owner, job.batch.id)
+
+    async def _pause(self, job: _Job) -> None:
+        """Keep a batch that failed for a while, so that it is not tried all the time."""
+        if job.why is Ending.STOPPED:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PAUSE_POLLS * self._poll_s):
+                await asyncio.Event().wait()
 
     async def _renew(self, job: _Job) -> None:
         """Keep the lease, and notice that the batch was cancelled or has expired."""
@@ -683,7 +699,7 @@ async def _until_done(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     while True:
         try:
             return await work()
-        except UnavailableError as error:
+        except (UnavailableError, StorageFullError) as error:
             log.warning("a charge can't be delivered yet: %s", error.code)
             await asyncio.sleep(pause_s)
             pause_s = min(_LAST_RETRY_S, 2 * pause_s)

@@ -69,7 +69,10 @@ ONLY_IN = {
             f"service/gateway/routes/{name}.py"
             for name in (
                 "admin",
+                "batch_plan",
+                "batches",
                 "feedback",
+                "files",
                 "health",
                 "keys",
                 "metrics",

@@ -159,7 +159,7 @@ class World:
     clock: list[float]
     rng: random.Random
     retries: bool = False
-    hurry_s: float = 0.01
+    hurry_s: float = 0.1
 
     async def add_batch(self, batch_id: str) -> BatchRecord:
         lines = []
