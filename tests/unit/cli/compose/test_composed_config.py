@@ -92,12 +92,14 @@ class Case:
             most_slots=3,
         )
         recipes = [Recipe("single", (name,)) for name in experts]
+        recipes.append(self.config.recipes["council"].recipe())
         recipes.append(Recipe("cascade", (names[0], names[1]), (names[2],)))
         rng = np.random.default_rng(seed)
         cells = (4, len(recipes))
         reach = np.zeros((*cells, 4))
         reach[:, :, 0] = 1
         reach[:, -1, :3] = [1, 1, 0.5]
+        reach[:, -2, :3] = 1
         self.problem = Problem(
             categories=("w", "x", "y", "z"),
             recipes=tuple(recipes),
@@ -132,7 +134,7 @@ class Case:
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bool) -> None:
-    shared = merged = pinned = several = adapters = variants = 0
+    shared = merged = pinned = several = adapters = variants = councils = 0
     for seed in range(40):
         case = Case(seed, on_gpu=on_gpu)
         try:
@@ -160,6 +162,10 @@ def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bo
         variants += any(config.experts[name].is_variant for name in used)
         chosen = {r.recipe() for r in config.recipes.values()}
         assert {r for r in found.recipes.values() if r.kind != "single"} <= chosen
+        if any(r.kind == "deliberate" for r in found.recipes.values()):
+            # It keeps its name and settings, and has the qualities of the outcomes.
+            assert config.recipes["council"].quality.keys() == {*case.problem.categories}
+            councils += 1
         for name, expert in config.experts.items():
             column = case.problem.recipes.index(Recipe("single", (name,)))
             for c, category in enumerate(case.problem.categories):
@@ -176,6 +182,7 @@ def test_compose_config_is_accepted_by_the_loader_and_the_memory_plan(on_gpu: bo
     assert shared
     assert adapters
     assert variants
+    assert councils
     assert several or not on_gpu
     assert merged or on_gpu
     assert pinned
