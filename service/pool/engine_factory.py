@@ -211,6 +211,7 @@ class EngineFactory:
             first: The unit that the engine starts with.
             slot: The index of the slot among the pool's; None for a unit's own slot.
         """
+        is_own = slot is None
         slot = self._index_of(first) if slot is None else slot
         settings = self._settings
         if settings.engine == "simulated":
@@ -221,7 +222,8 @@ class EngineFactory:
                 self._simulated_experts, settings.simulated, self._observer, bases
             )
         if (command := self._command_of(first)) is not None:
-            make = self._make_command if command.sleep is None else self._make_sleeping_commands
+            takes_turns = command.sleep is not None and not is_own
+            make = self._make_sleeping_commands if takes_turns else self._make_command
             return LazyEngine(partial(make, first, slot))
         units = self._config.units(self._kind)
         adapters = next((unit[1:] for unit in units if unit[0] == first), ())

@@ -337,6 +337,10 @@ class PoolBuilder:
             return self._make_shared_slot(group)
         settings = self._settings
         (experts,) = group
+        command = self._config.experts[experts[0]].command
+        if command is not None and command.sleep is not None and settings.engine != "simulated":
+            # Only such a slot lets an engine sleep while nobody asks for it.
+            return self._make_shared_slot(group)
         return DedicatedSlot(
             experts,
             partial(self._dedicated_engine, experts[0]),

@@ -123,6 +123,38 @@ async def test_slot_requests_of_all_experts_at_once_are_all_answered() -> None:
     assert found == [" ".join(f"{name}{i}" for i in range(4)) for name in names]
 
 
+@pytest.mark.parametrize("slots", [None, 1])
+@pytest.mark.parametrize("sleeps", [False, True])
+async def test_idle_server_gives_its_memory_back_until_it_is_asked(
+    tmp_path: Path, slots: int | None, sleeps: bool
+) -> None:
+    pids = tmp_path / "pids"
+    more = SLEEP if sleeps else {}
+    experts = {name: expert("--pids", str(pids), **more) for name in ("a", "b")}
+    made = config(experts, slots, swap={"idle_unload_s": 0.3})
+
+    def running() -> int:
+        return len([pid for pid in map(int, pids.read_text().split()) if psutil.pid_exists(pid)])
+
+    async with run_gateway(made) as service:
+        for name in experts:
+            await told(service, name)
+        pool = service.pools["p"].process.pool
+
+        def rests() -> bool:
+            # In one slot the other server sleeps anyhow.
+            states = [state.released for state in pool.snapshot().experts.values()]
+            return any(states) if slots == 1 and sleeps else all(states)
+
+        await until(rests, "the experts rest")
+        # A server that sleeps stays, and the others' processes have ended.
+        await until(lambda: running() == (2 if sleeps else 0), "the processes are as they should")
+        started = len(pids.read_text().split())
+        for name in experts:
+            assert await told(service, name) == " ".join(f"{name}{i}" for i in range(4))
+        assert len(pids.read_text().split()) == started + (0 if sleeps else 2)
+
+
 async def test_server_that_crashes_is_started_again() -> None:
     async with run_gateway(config({"a": expert()})) as service:
         status, _, answer = await service.ask(hello("a", "die"))

@@ -315,6 +315,17 @@ class CommandEngine:
         if self._command.health_timeout_s is not None:
             self._health = asyncio.create_task(self._watch_health(self._command.health_timeout_s))
 
+    @property
+    def can_rest(self) -> bool:
+        """Whether the server has a call for it."""
+        return self._command.sleep is not None
+
+    async def rest(self) -> None:
+        await self.sleep()
+
+    async def resume(self) -> None:
+        await self.wake()
+
     async def _must(self, call: ServerCall) -> None:
         try:
             await self._ask(call.method, call.url, call.timeout_s, call.body.encode())
