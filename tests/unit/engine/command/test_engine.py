@@ -410,11 +410,13 @@ async def test_pool_that_is_killed_takes_its_server_along(tmp_path: Path) -> Non
     pool = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
     )
-    assert pool.stdout is not None
-    assert await pool.stdout.readline() == b"started\n"
-    await until(lambda: len(pids_in(pids)) == 2, "it has forked")
-    pool.kill()
-    await pool.wait()
+    try:
+        assert pool.stdout is not None
+        assert await pool.stdout.readline() == b"started\n"
+        await until(lambda: len(pids_in(pids)) == 2, "it has forked")
+    finally:
+        pool.kill()
+        await pool.wait()
     await until(lambda: not running(pids_in(pids)), "all its processes end")
 
 
