@@ -113,6 +113,8 @@ class BatchCounts:
         prompt_tokens: Tokens of all prompts.
         completion_tokens: Tokens of all answers.
         cost: Units of cost of all lines.
+        cached_tokens: Those of the prompts' tokens that an engine had in its prefix cache.
+        reasoning_tokens: Those of the answers' tokens that were reasoning.
     """
 
     completed: int = 0
@@ -120,6 +122,8 @@ class BatchCounts:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def lines(self) -> int:
@@ -139,6 +143,8 @@ class LineResult:
         prompt_tokens: Tokens of its prompt.
         completion_tokens: Tokens of its answer.
         cost: Its cost, in units of cost.
+        cached_tokens: Those of the prompt's tokens that an engine had in its prefix cache.
+        reasoning_tokens: Those of the answer's tokens that were reasoning.
     """
 
     line: int
@@ -148,6 +154,8 @@ class LineResult:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +273,9 @@ class BatchRecord:
             },
             "usage": {
                 "input_tokens": counts.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": counts.cached_tokens},
                 "output_tokens": counts.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": counts.reasoning_tokens},
                 "total_tokens": counts.prompt_tokens + counts.completion_tokens,
             },
             "metadata": self.metadata,

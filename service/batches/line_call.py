@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -192,7 +192,19 @@ def result_of(
         prompt or 0,
         completion or 0,
         float(cost) if isinstance(cost, (int, float)) else 0.0,
+        _detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
+        _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
     )
+
+
+def _detail(usage: Mapping[str, Any] | None, groups: tuple[str, ...], name: str) -> int:
+    """A count inside a usage's details, in the words of either API; 0 without it."""
+    for group in groups:
+        details = usage.get(group) if usage is not None else None
+        count = details.get(name) if isinstance(details, dict) else None
+        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**31:
+            return count
+    return 0
 
 
 def fault_of(

@@ -250,6 +250,8 @@ class RedisState:
                     "failed": result.failed,
                     "prompt_tokens": result.prompt_tokens,
                     "completion_tokens": result.completion_tokens,
+                    "cached_tokens": result.cached_tokens,
+                    "reasoning_tokens": result.reasoning_tokens,
                     "cost": result.cost,
                     "settles": result.settlements is not None,
                 }
@@ -322,8 +324,16 @@ class RedisState:
 def _batch(found: list[bytes] | None) -> BatchRecord | None:
     if not found:
         return None
-    record, completed, failed, prompt, completion, cost = found
-    counts = BatchCounts(int(completed), int(failed), int(prompt), int(completion), float(cost))
+    record, completed, failed, prompt, completion, cost, cached, reasoning = found
+    counts = BatchCounts(
+        int(completed),
+        int(failed),
+        int(prompt),
+        int(completion),
+        float(cost),
+        int(cached),
+        int(reasoning),
+    )
     return load_batch(record, counts)
 
 

@@ -47,7 +47,8 @@ CREATE TABLE IF NOT EXISTS batches (
     record BLOB NOT NULL, plan BLOB, owner TEXT, leased_until_s REAL NOT NULL DEFAULT 0,
     completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
     prompt_tokens INTEGER NOT NULL DEFAULT 0, completion_tokens INTEGER NOT NULL DEFAULT 0,
-    cost REAL NOT NULL DEFAULT 0
+    cost REAL NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+    reasoning_tokens INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS batches_of_tenant ON batches (tenant, created_s, id);
 CREATE INDEX IF NOT EXISTS open_batches ON batches (open, created_s) WHERE open;
@@ -57,7 +58,9 @@ CREATE TABLE IF NOT EXISTS results (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unsettled ON results (batch, line) WHERE settlements IS NOT NULL;
 """
-_COUNTS = "completed, failed, prompt_tokens, completion_tokens, cost"
+_COUNTS = (
+    "completed, failed, prompt_tokens, completion_tokens, cost, cached_tokens, reasoning_tokens"
+)
 _BATCH = f"record, {_COUNTS}"
 _VERSION = 1
 
@@ -293,13 +296,16 @@ class SqliteState:
             db.execute(
                 "UPDATE batches SET completed = completed + ?, failed = failed + ?, "
                 "prompt_tokens = prompt_tokens + ?, completion_tokens = completion_tokens + ?, "
-                "cost = cost + ? WHERE id = ?",
+                "cost = cost + ?, cached_tokens = cached_tokens + ?, "
+                "reasoning_tokens = reasoning_tokens + ? WHERE id = ?",
                 (
                     len(added) - failed,
                     failed,
                     sum(result.prompt_tokens for result in added),
                     sum(result.completion_tokens for result in added),
                     sum(result.cost for result in added),
+                    sum(result.cached_tokens for result in added),
+                    sum(result.reasoning_tokens for result in added),
                     batch_id,
                 ),
             )

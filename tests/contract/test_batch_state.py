@@ -184,7 +184,7 @@ async def test_first_result_of_a_line_counts_until_the_batch_is_sealed(tried: Tr
     state, made = tried.state, running(batch(1))
     await state.add_batch(batch(1), 2)
     await state.replace(made, b"p")
-    first = LineResult(2, False, b'{"a":1}', b"[1]", 3, 4, 0.25)
+    first = LineResult(2, False, b'{"a":1}', b"[1]", 3, 4, 0.25, 2, 1)
     assert await state.put_results("batch_1", [first, LineResult(0, True, b"{}")]) == {0, 2}
     assert await state.put_results("batch_1", [replace(first, body=b"x")]) == set()
     more = [replace(first, line=1, settlements=None), first]
@@ -193,7 +193,7 @@ async def test_first_result_of_a_line_counts_until_the_batch_is_sealed(tried: Tr
     assert await state.done("batch_1") == {0, 1, 2}
     found = await state.batch("batch_1")
     assert found is not None
-    assert found.counts == BatchCounts(2, 1, 6, 8, 0.5)
+    assert found.counts == BatchCounts(2, 1, 6, 8, 0.5, 4, 2)
     assert await state.unsettled("batch_1") == [(2, b"[1]")]
     await state.mark_settled("batch_1", 2)
     await state.mark_settled("batch_1", 2)

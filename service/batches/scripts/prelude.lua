@@ -17,7 +17,10 @@ local function tenant_key(tenant) return key('open-of:' .. tenant) end
 local files_key, expiry_key, bytes_key = key('files'), key('files-expire'), key('file-bytes')
 local open_key, ended_key = key('open'), key('ended')
 
-local COUNTS = {'completed', 'failed', 'prompt_tokens', 'completion_tokens', 'cost'}
+local COUNTS = {
+  'completed', 'failed', 'prompt_tokens', 'completion_tokens', 'cost', 'cached_tokens',
+  'reasoning_tokens',
+}
 
 -- A batch for the client: its record and its counts.
 local function load_batch(id)

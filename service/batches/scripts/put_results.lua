@@ -1,5 +1,6 @@
 -- Add results of lines; the first one of a line counts, and a sealed batch takes none.
--- args: id, results ({line, failed, prompt_tokens, completion_tokens, cost, settles}).
+-- args: id, results ({line, failed, prompt_tokens, completion_tokens,
+-- cached_tokens, reasoning_tokens, cost, settles}).
 -- ARGV[3], ARGV[4], ...: for each result its body and its settlements. Returns the added lines.
 
 local batch, added = batch_key(args.id), {}
@@ -12,8 +13,11 @@ for i, result in ipairs(args.results) do
     local kind = result.failed and '1' or '0'
     redis.call('ZADD', key('lines:' .. args.id .. ':' .. kind), line, line)
     redis.call('HINCRBY', batch, result.failed and 'failed' or 'completed', 1)
-    redis.call('HINCRBY', batch, 'prompt_tokens', result.prompt_tokens)
-    redis.call('HINCRBY', batch, 'completion_tokens', result.completion_tokens)
+    for _, name in ipairs({
+      'prompt_tokens', 'completion_tokens', 'cached_tokens', 'reasoning_tokens',
+    }) do
+      redis.call('HINCRBY', batch, name, result[name])
+    end
     redis.call('HINCRBYFLOAT', batch, 'cost', result.cost)
     added[#added + 1] = result.line
   end

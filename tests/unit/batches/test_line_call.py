@@ -61,13 +61,22 @@ async def reply_with(status: int, body: bytes) -> LineReply:
     return reply
 
 
-async def test_result_of_an_answer_has_its_usage() -> None:
-    usage = {"prompt_tokens": 3, "completion_tokens": 4, "coe": {"cost": 0.5}}
+@pytest.mark.parametrize("words", [("prompt", "completion"), ("input", "output")])
+async def test_result_of_an_answer_has_its_usage(words: tuple[str, str]) -> None:
+    prompt, answer = words
+    usage = {
+        f"{prompt}_tokens": 3,
+        f"{answer}_tokens": 4,
+        f"{prompt}_tokens_details": {"cached_tokens": 2},
+        f"{answer}_tokens_details": {"reasoning_tokens": 1},
+        "coe": {"cost": 0.5},
+    }
     reply = await reply_with(200, json.dumps({"id": "x", "usage": usage}).encode())
     assert reply.retry_after_s == 7
     result = result_of(5, "mine", "batch_req_1", reply, b"[]")
     assert (result.line, result.failed, result.settlements) == (5, False, b"[]")
     assert (result.prompt_tokens, result.completion_tokens, result.cost) == (3, 4, 0.5)
+    assert (result.cached_tokens, result.reasoning_tokens) == (2, 1)
     assert json.loads(result.body) == {
         "id": "batch_req_1",
         "custom_id": "mine",
