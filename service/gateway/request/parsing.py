@@ -19,7 +19,12 @@ from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
 from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
-from service.gateway.request.thinking_terms import NO_TERMS, ThinkingTerms, thinking_terms
+from service.gateway.request.thinking_terms import (
+    NO_TERMS,
+    ThinkingTerms,
+    fitting_thinking,
+    thinking_terms,
+)
 from service.http.prompt_endpoints import TABLE, Endpoint
 from service.http.token_usage import estimate_tokens
 from service.rpc.call_headers import trace_of
@@ -176,9 +181,11 @@ class InferenceRequest:
         """Limit each answer to this many tokens, on endpoints that have such a limit."""
         names = self._reads.lengths
         given = {name: self.data[name] for name in names if self.data.get(name) is not None}
-        bounds = {name: min(tokens, limit) for name, limit in given.items()} or {names[-1]: tokens}
+        bounds: dict[str, Any] = {name: min(tokens, limit) for name, limit in given.items()}
+        bounds = bounds or {names[-1]: tokens}
         if isinstance(least := self.data.get("min_tokens"), int) and least > tokens:
             bounds["min_tokens"] = tokens
+        bounds |= fitting_thinking(self.data, tokens)
         return replace(
             self,
             data={**self.data, **bounds},

@@ -30,6 +30,8 @@ BUDGET = "thinking_token_budget"
 _TYPES = {"enabled": True, "disabled": False, "adaptive": None}
 _FIELDS = ("reasoning_effort", "thinking", "enable_thinking", BUDGET)
 _NESTED = ("reasoning", "output_config")
+# The least budget that Anthropic's API accepts.
+LEAST_ANTHROPIC = 1024
 # What no model generates; a larger number is a mistake.
 _MOST_TOKENS = 2**31
 
@@ -191,6 +193,20 @@ def _check_room(endpoint: str, data: Mapping[str, Any], said: list[_Said], budge
                 f"`{where}` must be less than `{name}` ({bound}): thinking counts against it",
                 param=where,
             )
+
+
+def fitting_thinking(data: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
+    """Return Anthropic's field for a lower bound of the answer; empty where it fits as it is.
+
+    Anthropic's API refuses a budget that is not less than the bound, or less than 1,024.
+    """
+    thinking = data.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    if not isinstance(thinking, dict) or not isinstance(budget, int) or budget < most_tokens:
+        return {}
+    if most_tokens <= LEAST_ANTHROPIC:
+        return {"thinking": {"type": "disabled"}}
+    return {"thinking": {**thinking, "budget_tokens": most_tokens - 1}}
 
 
 def without_thinking_fields(data: dict[str, Any], *, arguments: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ that its engine or endpoint obeys. A term that it can't obey excludes it from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from service.errors import InvalidRequestError
 from service.gateway.request.thinking_terms import (
     ARGUMENTS,
     BUDGET,
+    LEAST_ANTHROPIC,
     SWITCHES,
     ThinkingTerms,
     without_thinking_fields,
@@ -30,8 +32,6 @@ _COMPLETIONS = "/v1/completions"
 _PARTS = {"minimal": 1 / 8, "low": 1 / 4, "medium": 1 / 2}
 # An expert's own budget leaves this part of the answer's bound for what follows the thinking.
 _ANSWER_PART = 1 / 4
-# The least budget that Anthropic's API accepts.
-_LEAST_ANTHROPIC = 1024
 
 # Who asks for so much is not bounded by what was learned.
 _LONG = ("high", "xhigh", "max")
@@ -79,8 +79,8 @@ class ThinkingWay:
         if terms.budget_tokens is not None and TABLE[endpoint].generates:
             if endpoint not in _BUDGETED[form]:
                 return "is remote, and its endpoint takes no budget of thinking here"
-            if form == "anthropic" and terms.budget_tokens < _LEAST_ANTHROPIC:
-                return f"is remote, and takes budgets of at least {_LEAST_ANTHROPIC} tokens"
+            if form == "anthropic" and terms.budget_tokens < LEAST_ANTHROPIC:
+                return f"is remote, and takes budgets of at least {LEAST_ANTHROPIC} tokens"
             if not self.bounded:
                 return "can't bound its thinking: its pools have no vllm.reasoning_parser"
         unbudgeted = terms.budget_tokens is None and self.budget_tokens is None
@@ -144,7 +144,7 @@ class ThinkingWay:
         if endpoint in _BUDGETED[form]:
             budget = self.budget(terms, most_tokens, learned)
         if form == "anthropic" and budget is not None and terms.budget_tokens is None:
-            budget = max(budget, _LEAST_ANTHROPIC)
+            budget = max(budget, LEAST_ANTHROPIC)
         if endpoint == _COMPLETIONS:
             # There is no template, so that only the prompt can begin to think.
             rest = {name: value for name, value in data.items() if name != BUDGET}
@@ -158,7 +158,8 @@ class ThinkingWay:
                 if endpoint == _RESPONSES:
                     # Those who serve Anthropic's models there take OpenAI's field.
                     return _openai(endpoint, rest, enabled, terms.effort, self.enabled), budget
-                if budget is not None and most_tokens is not None and most_tokens <= budget:
+                room = math.inf if most_tokens is None else most_tokens
+                if budget is not None and not LEAST_ANTHROPIC <= budget < room:
                     enabled, budget = False, None  # the answer has no room for it
                 return _anthropic(endpoint, rest, enabled, terms.effort, budget), budget
             case "openai":

@@ -213,3 +213,28 @@ def test_request_that_says_nothing_stays_as_it_is() -> None:
         request = request_for(path)
         for kind in KINDS:
             assert RequestDefaults(config()).apply(request, kind) is request
+
+
+@pytest.mark.parametrize(
+    ("most", "thinking"),
+    [
+        (8000, {"type": "enabled", "budget_tokens": 4000}),
+        (4000, {"type": "enabled", "budget_tokens": 3999}),
+        (1025, {"type": "enabled", "budget_tokens": 1024}),
+        (1024, {"type": "disabled"}),
+        (1, {"type": "disabled"}),
+    ],
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_bound_that_a_budget_lowers_still_fits_the_thinking(
+    most: int, thinking: dict[str, Any], before: bool
+) -> None:
+    """The gateway's own bounds come before an expert is chosen, and after."""
+    defaults = RequestDefaults(config())
+    request = request_for(MESSAGES, thinking={"type": "enabled", "budget_tokens": 4000})
+    if before:
+        told = defaults.apply(request.at_most(most), "anthropic")
+    else:
+        told = defaults.apply(request, "anthropic").at_most(most)
+    assert told.data["thinking"] == thinking
+    assert told.data["max_tokens"] == most
