@@ -72,8 +72,8 @@ class WeightLayout:
 
     Attributes:
         architecture: The name of the model's class.
-        dtype: The dtype of the weights in the engine.
-        quantization: The method that quantises them, or `none`.
+        dtype: The dtype of the activations, and of weights that are not quantised.
+        quantization: The form of quantised weights (method, bits, groups, exceptions), or `none`.
         eager: Whether the engine runs without captured graphs.
         gpus: GPUs of one engine; 0 on a CPU.
     """

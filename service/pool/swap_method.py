@@ -62,8 +62,8 @@ def layout_of(info: ModelInfo, options: VllmOptions, gpus: float) -> WeightLayou
     online = options.args.get("quantization")
     return WeightLayout(
         architecture=info.architecture,
-        dtype=info.dtype if options.dtype == "auto" else options.dtype,
-        quantization=info.quantization or (str(online) if online else "none"),
+        dtype=info.compute_dtype if options.dtype == "auto" else options.dtype,
+        quantization=info.quantization_form or (str(online) if online else "none"),
         eager=options.enforce_eager,
         gpus=options.engine_gpus if gpus > 0 else 0,
     )

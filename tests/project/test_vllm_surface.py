@@ -174,7 +174,7 @@ OUR_OBJECTS = re.compile(
 )
 TORCH = re.compile(r"(found|parameter|self\._parameter|module\.weight)\.data")
 # Private names that are no attributes of Python objects.
-NO_ATTRIBUTES = {"_model_name_or_path", "_name_or_path"}
+NO_ATTRIBUTES = {"_dynamo", "_model_name_or_path", "_name_or_path", "_torchdynamo"}
 
 
 def _sources() -> Iterator[tuple[Path, ast.Module]]:

@@ -22,16 +22,27 @@ if TYPE_CHECKING:
     from service.engine.swap_proof_store import SwapProofStore
 
 QUICK_S, FULL_S = 180.0, 720.0
+# The names of `random_models.QUANTIZATIONS`, whose module is imported late.
+FORMS = ("gptq", "awq", "fp8", "fp8-block", "int8", "packed")
 
 
 @click.command()
 @click.option("--config", "-c", "path", type=CONFIG, help="Try the experts of this config.")
 @click.option("--quick", is_flag=True, help="Swaps in place only, in at most three minutes.")
 @click.option(
+    "--quantization",
+    "forms",
+    multiple=True,
+    type=click.Choice(FORMS),
+    help="Without a config: try a Llama with weights of this form. It may be repeated.",
+)
+@click.option(
     "--report", is_flag=True, help="Print what an issue report needs, as JSON; try nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
+def doctor(
+    path: Path | None, quick: bool, forms: tuple[str, ...], report: bool, as_json: bool
+) -> None:
     """Prove the methods of swaps on this machine, in at most twelve minutes.
 
     It runs engines on small random models of the config's architectures, compares their answers
@@ -42,6 +53,8 @@ def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
 
     if report and quick:
         raise click.UsageError("--report tries nothing: leave out --quick")
+    if forms and path is not None:
+        raise click.UsageError("--config names the weights: leave out --quantization")
     config = load_config(path) if path is not None else None
     if report:
         from service.cli.doctor.issue_report import report_of
@@ -49,19 +62,21 @@ def doctor(path: Path | None, quick: bool, report: bool, as_json: bool) -> None:
         facts = report_of(config)
         click.echo(json.dumps(facts, indent=2))
         return
-    proofs = _prove_all(config, quick, quiet=as_json)
+    proofs = _prove_all(config, forms, quick, quiet=as_json)
     if as_json:
         from service.engine.swap_proof import proof_to_json
 
         click.echo(json.dumps({"records": [json.loads(proof_to_json(p)) for p in proofs]}))
 
 
-def _prove_all(config: Config | None, quick: bool, *, quiet: bool) -> list[SwapProof]:
+def _prove_all(
+    config: Config | None, forms: Sequence[str], quick: bool, *, quiet: bool
+) -> list[SwapProof]:
     """Try each layout within one time limit, and write its record."""
     from service.engine.swap_proof_store import SwapProofStore, this_machine
     from service.errors import CoeError
 
-    subjects = _subjects(config)
+    subjects = _subjects(config, forms)
     root = config.models_dir if config is not None else None
     store = SwapProofStore(Path(root) if root is not None else None)
     began_s = time.monotonic()
@@ -144,7 +159,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _subjects(config: Config | None) -> list[TrialSubject]:
+def _subjects(config: Config | None, forms: Sequence[str]) -> list[TrialSubject]:
     """Return what to try, and tell what can't be tried.
 
     Raises:
@@ -162,7 +177,8 @@ def _subjects(config: Config | None) -> list[TrialSubject]:
     if config is None:
         if gpus() and not cuda:
             click.echo(f"coe: warning: there is a GPU, and {build} can't use it", err=True)
-        return [default_subject(on_gpu=bool(gpus()) and cuda)]
+        on_gpu = bool(gpus()) and cuda
+        return [default_subject(on_gpu, form) for form in forms or (None,)]
     subjects, unread = subjects_of(config)
     for line in unread:
         click.echo(f"coe: warning: {line}", err=True)

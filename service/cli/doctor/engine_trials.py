@@ -24,7 +24,8 @@ from service.cli.doctor.greedy_answers import (
     judge_answers,
 )
 from service.cli.doctor.memory_bandwidth import memory_bytes_per_s
-from service.cli.doctor.random_models import write_random_model
+from service.cli.doctor.quantised_weights import form_of
+from service.cli.doctor.random_models import exact_folder, write_random_model
 from service.cli.doctor.transformers_reference import reference_scores
 from service.cli.doctor.trial_spec import TrialLog, TrialSpec
 from service.config import MoeCapture, VllmOptions
@@ -154,10 +155,12 @@ async def fresh(spec: TrialSpec, log: TrialLog) -> None:
             await engine.stop()
     log.step("comparing the answers with transformers")
     scores = {
-        name: await asyncio.to_thread(reference_scores, spec.model(name), prompts(), said)
+        name: await asyncio.to_thread(
+            reference_scores, exact_folder(spec.model(name)), prompts(), said
+        )
         for name, said in answers.items()
     }
-    fault = judge_answers({name: [said] for name, said in answers.items()}, scores, {}, spec.dtype)
+    fault = _judge(spec, {name: [said] for name, said in answers.items()}, scores, {})
     if fault is None and are_alike(*answers.values()):
         fault = "the two models answer alike, so that swaps would show nothing"
     log.judged("respawn", fault)
@@ -247,10 +250,12 @@ async def inplace(spec: TrialSpec, log: TrialLog) -> None:
     log.step("comparing the answers")
     if spec.quick:
         scores = {
-            name: await asyncio.to_thread(reference_scores, spec.model(name), prompts(), times[0])
+            name: await asyncio.to_thread(
+                reference_scores, exact_folder(spec.model(name)), prompts(), times[0]
+            )
             for name, times in said.items()
         }
-    fault = judge_answers(said, scores, answers, spec.dtype)
+    fault = _judge(spec, said, scores, answers)
     if fault is None and are_alike(said["one"][0], said["two"][0]):
         fault = "the two models answer alike, so that swaps show nothing"
     log.judged("inplace", fault)
@@ -365,7 +370,7 @@ async def sleep(spec: TrialSpec, log: TrialLog) -> None:
     finally:
         await engines.stop()
     log.step("comparing the answers")
-    log.judged("sleep", judge_answers(said, scores, answers, spec.dtype))
+    log.judged("sleep", _judge(spec, said, scores, answers))
 
 
 # --- steering and capture
@@ -479,6 +484,17 @@ def _options(spec: TrialSpec) -> VllmOptions:
 
 def _share(spec: TrialSpec) -> GpuShare | None:
     return None if spec.on_cpu else _SHARE
+
+
+def _judge(
+    spec: TrialSpec,
+    said: Mapping[str, Sequence[Sequence[GreedyAnswer]]],
+    scores: Mapping[str, Sequence[ReferenceScores]],
+    fresh: Mapping[str, Sequence[GreedyAnswer]],
+) -> str | None:
+    form = form_of(spec.config)
+    rounds = form is not None and form.rounds_activations
+    return judge_answers(said, scores, fresh, spec.dtype, rounds_activations=rounds)
 
 
 def _weight_bytes(folder: Path) -> int:

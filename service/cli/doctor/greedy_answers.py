@@ -13,6 +13,8 @@ from dataclasses import dataclass
 # kernels, and from a reference in float32.
 _TOLERANCES = {"float32": (1e-3, 0.02)}
 _TOLERANCES_OTHER = (0.05, 0.3)
+# From a reference that does not round activations to 8 bits, as the engine's kernels do.
+_ROUNDED = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,10 @@ class ReferenceScores:
     margins: tuple[float, ...]
 
 
-def tolerances(dtype: str) -> tuple[float, float]:
+def tolerances(dtype: str, *, rounds_activations: bool = False) -> tuple[float, float]:
     """Return the tolerances between runs, and from a reference."""
-    return _TOLERANCES.get(dtype, _TOLERANCES_OTHER)
+    between, from_reference = _TOLERANCES.get(dtype, _TOLERANCES_OTHER)
+    return between, _ROUNDED if rounds_activations else from_reference
 
 
 def difference(
@@ -81,6 +84,8 @@ def judge_answers(
     scores: Mapping[str, Sequence[ReferenceScores]],
     fresh: Mapping[str, Sequence[GreedyAnswer]],
     dtype: str,
+    *,
+    rounds_activations: bool = False,
 ) -> str | None:
     """Judge what an engine said of each model, each time that it ran it.
 
@@ -89,12 +94,13 @@ def judge_answers(
         scores: By model, the reference's scores of the answers of `fresh`, or of the first time
             where `fresh` is empty.
         fresh: By model, the answers of an engine that ran this model only. It may be empty.
-        dtype: The dtype of the weights in the engine.
+        dtype: The dtype of the activations in the engine.
+        rounds_activations: Whether its kernels round activations to 8 bits.
 
     Returns:
         The first fault, or None where every answer is as it should be.
     """
-    between, from_reference = tolerances(dtype)
+    between, from_reference = tolerances(dtype, rounds_activations=rounds_activations)
     for model, times in said.items():
         against = "a fresh engine" if fresh else "its first time"
         expected = fresh[model] if fresh else times[0]

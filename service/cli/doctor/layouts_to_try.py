@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.cli.doctor.random_models import LLAMA, MIXTRAL
+from service.cli.doctor.random_models import LLAMA, MIXTRAL, QUANTIZATIONS
 from service.config import Config, VllmOptions
 from service.engine.swap_proof import WeightLayout
 from service.errors import CoeError
 from service.models import ModelInfo, inspect_model
 from service.models.expert_folders import folder_here
 from service.models.model_config import read_json
+from service.models.quantization_form import quantization_form
 from service.pool.swap_method import layout_of
 
 _KV_BYTES = 256 * 1024**2
@@ -44,11 +45,25 @@ class TrialSubject:
     on_cpu: bool
 
 
-def default_subject(on_gpu: bool) -> TrialSubject:
-    """Return a Llama in the usual dtype of a CPU or of a GPU."""
-    options = VllmOptions(dtype="bfloat16" if on_gpu else "float32", enforce_eager=not on_gpu)
-    layout = WeightLayout("LlamaForCausalLM", options.dtype, eager=not on_gpu, gpus=int(on_gpu))
-    return TrialSubject(layout, LLAMA, MIXTRAL, trial_options(options), not on_gpu)
+def default_subject(on_gpu: bool, form: str | None = None) -> TrialSubject:
+    """Return a Llama in the usual dtype of a CPU or of a GPU.
+
+    Args:
+        on_gpu: Whether its engines compute on a GPU.
+        form: A form of quantised weights, one of `QUANTIZATIONS`.
+    """
+    # Kernels of quantised weights take no activations in float32.
+    dtype = "bfloat16" if on_gpu or form is not None else "float32"
+    options = VllmOptions(dtype=dtype, enforce_eager=not on_gpu)
+    config = LLAMA if form is None else {**LLAMA, "quantization_config": QUANTIZATIONS[form]}
+    layout = WeightLayout(
+        "LlamaForCausalLM",
+        options.dtype,
+        quantization_form(config) or "none",
+        eager=not on_gpu,
+        gpus=int(on_gpu),
+    )
+    return TrialSubject(layout, config, MIXTRAL, trial_options(options), not on_gpu)
 
 
 def subjects_of(config: Config) -> tuple[list[TrialSubject], list[str]]:

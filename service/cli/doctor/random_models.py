@@ -62,7 +62,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
         "version": "gemm",
     },
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
-    "fp8 in blocks": {
+    "fp8-block": {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],

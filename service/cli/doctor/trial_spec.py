@@ -20,7 +20,7 @@ class TrialSpec:
         folder: An empty folder for models and findings.
         config: The `config.json` of the architecture, as `random_models.small_config` made it.
         moe_config: The same of a mixture of experts, for steering.
-        dtype: The dtype of the weights.
+        dtype: The dtype of the weights, where they are not quantised.
         options: The pool's `vllm` section as JSON.
         on_cpu: Whether engines compute on the CPU.
         quick: Whether transformers is the only reference, so that no other engine starts.

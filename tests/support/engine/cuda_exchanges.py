@@ -1,8 +1,9 @@
-"""`python -m tests.support.engine.cuda_exchanges FOLDER`: swaps in models built for a GPU.
+"""`python -m tests.support.engine.cuda_exchanges FOLDER [FORM …]`: swaps in models built for a GPU.
 
 For each case a line of JSON. Two experts of an architecture take turns in one model, which must
 then have, tensor by tensor, what vLLM's own loader makes of the expert that runs. Models that are
-quantised while they are loaded keep their weights.
+quantised while they are loaded keep their weights. With forms of quantised weights, the same for a
+Llama and a Mixtral of each form: the layouts are those of `PRETENDED_GPU`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,17 @@ from safetensors.torch import load_file, save_file
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from service.cli.doctor.random_models import (
+    LLAMA,
+    MIXTRAL,
+    QUANTIZATIONS,
+    SMALL,
+    small_config,
+    write_random_model,
+)
 from service.engine.vllm.worker import cuda_runtime
-from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension, tensors_of
+from service.engine.vllm.worker.model_state import ModelState, as_bytes
+from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension
 from tests.support.engine.dense_model import loaded
 
 _SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -80,29 +90,75 @@ class _Worker:
         return made
 
 
+def _quantised(folder: Path, case: str, seed: int) -> Path:
+    kind, form = case.split()
+    given = {"Llama": LLAMA, "Mixtral": MIXTRAL}[kind]
+    config = small_config({**given, "quantization_config": QUANTIZATIONS[form]}, SMALL)
+    write_random_model(folder, config, "bfloat16", seed)
+    return folder
+
+
 def _exchange(case: str, root: Path) -> dict[str, Any]:
-    first, second = (_write(root / f"{case}-{i}", case, i, **EXCHANGED[case]) for i in (0, 1))
+    first, second = (
+        _write(root / f"{case}-{i}", case, i, **EXCHANGED[case])
+        if case in EXCHANGED
+        else _quantised(root / f"{case}-{i}", case, i)
+        for i in (0, 1)
+    )
     one = _Worker(first, root)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
         extension = one.extension(Path(shared))
         fixed = extension.coe_register_initial("a")
-        before = {name: tensor.clone() for name, tensor in tensors_of(one.model).items()}
+        if fixed:
+            return {"fixed": fixed}
+        before = _state(one.model)
         with _watching_config() as seen:
             held = loaded(extension, "b", str(second))
         if held["state"] != "host":
             return {"fixed": fixed, "failed": held}
         done = extension.coe_swap_in("b")
-        expected = tensors_of(_Worker(second, root).model)
-        same = _equal(tensors_of(one.model), expected)
+        expected = _state(_Worker(second, root).model)
+        same = _equal(_state(one.model), expected)
         differs = not _equal(before, expected)
         back = extension.coe_swap_in("a")
         return {
             "fixed": fixed,
             "ok": done["ok"] and back["ok"],
-            "same": same and _equal(tensors_of(one.model), before),
+            "same": same and _equal(_state(one.model), before),
             "differs": differs,
             "sets_no_config": seen == [None],
+            "kernels": _kernels(one.model),
         }
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """All tensors, as bytes, and everything else as text."""
+    found = ModelState.of(model)
+    tensors = {
+        name: (str(tensor.dtype), tensor.stride(), as_bytes(tensor.contiguous()).clone())
+        for name, tensor in (*found.tensors.items(), *found.fixed.items())
+    }
+    return {**tensors, "values": found.values}
+
+
+def _kernels(model: Any) -> list[str]:
+    """The classes that compute with quantised weights and mixtures."""
+    found = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or "Unquantized" in type(method).__name__:
+            continue
+        scheme = getattr(module, "scheme", None)
+        for holder, name in (
+            (method, "kernel"),
+            (method, "fp8_linear"),
+            (scheme, "kernel"),
+            (scheme, "fp8_linear"),
+            (getattr(method, "moe_kernel", None), "fused_experts"),
+        ):
+            if (kernel := getattr(holder, name, None)) is not None:
+                found.add(type(kernel).__name__)
+    return sorted(found)
 
 
 @contextmanager
@@ -122,8 +178,14 @@ def _watching_config() -> Iterator[list[Any]]:
         DefaultModelLoader.get_all_weights = read
 
 
-def _equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in theirs)
+def _equal(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    if mine.keys() != theirs.keys() or mine["values"] != theirs["values"]:
+        return False
+    names = mine.keys() - {"values"}
+    return all(
+        mine[name][:2] == theirs[name][:2] and torch.equal(mine[name][2], theirs[name][2])
+        for name in names
+    )
 
 
 def _keeps(case: str, root: Path) -> dict[str, Any]:
@@ -135,16 +197,17 @@ def _keeps(case: str, root: Path) -> dict[str, Any]:
         return {"fixed": fixed, "ok": extension.coe_swap_in("a")["ok"]}
 
 
-def main(root: Path) -> None:
+def main(root: Path, forms: list[str]) -> None:
     # The models are in the CPU's memory.
     cuda_runtime.torch.cuda.is_available = lambda: False
-    for case in (*EXCHANGED, *FIXED):
+    cases = [f"{kind} {form}" for kind in ("Mixtral", "Llama") for form in forms]
+    for case in cases or (*EXCHANGED, *FIXED):
         try:
-            found = _exchange(case, root) if case in EXCHANGED else _keeps(case, root)
+            found = _keeps(case, root) if case in FIXED else _exchange(case, root)
         except Exception as error:
             found = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": case, **found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

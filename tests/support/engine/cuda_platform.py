@@ -26,16 +26,47 @@ for _name in (
 ):
     sys.modules[_name] = types.ModuleType(_name)
 _OPS = torch.library.Library("_C", "FRAGMENT")
-for _name in (
-    "cutlass_scaled_mm_supports_block_fp8",
-    "cutlass_scaled_mm_supports_fp8",
-    "cutlass_scaled_mm_supports_fp4",
-    "cutlass_group_gemm_supported",
-):
+
+
+def _at_least(least: int) -> Callable[[int], bool]:
+    def supports(capability: int) -> bool:
+        return capability >= least
+
+    return supports
+
+
+# By operation, the least capability of a GPU that has it.
+for _name, _least in {
+    "cutlass_scaled_mm_supports_block_fp8": 90,
+    "cutlass_scaled_mm_supports_fp8": 89,
+    "cutlass_scaled_mm_supports_fp4": 100,
+    "cutlass_group_gemm_supported": 90,
+}.items():
     _OPS.define(f"{_name}(int c) -> bool")
-    _OPS.impl(_name, lambda c: True, "CompositeExplicitAutograd")
+    _OPS.impl(_name, _at_least(_least), "CompositeExplicitAutograd")
 for _name in ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "mul_and_silu"):
     _OPS.define(f"{_name}(Tensor! out, Tensor x) -> ()")
+
+
+def _repacked(
+    packed: torch.Tensor, size_k: int, size_n: int, bits: int, is_8bit: bool
+) -> torch.Tensor:
+    """In place of Marlin's kernel: its shape, and every value of the input elsewhere."""
+    return packed.flatten().flip(0).reshape(size_k // 16, size_n * bits // 2)
+
+
+def _prepacked(packed: torch.Tensor, *_: object) -> torch.Tensor:
+    """In place of Machete's kernel, whose output has the strides of its input."""
+    return packed.flip(0)
+
+
+for _name in ("gptq_marlin_repack", "awq_marlin_repack"):
+    _OPS.define(f"{_name}(Tensor w, SymInt k, SymInt n, int bits, bool is_8bit) -> Tensor")
+    _OPS.impl(_name, _repacked, "CompositeExplicitAutograd")
+_OPS.define(
+    "machete_prepack_B(Tensor B, ScalarType a_type, int b_type_id, ScalarType? s_type) -> Tensor"
+)
+_OPS.impl("machete_prepack_B", _prepacked, "CompositeExplicitAutograd")
 
 import vllm.platforms  # noqa: E402
 from vllm.platforms.cuda import NonNvmlCudaPlatform  # noqa: E402

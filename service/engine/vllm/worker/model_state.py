@@ -35,6 +35,8 @@ _PLAIN_VALUES += (torch.dtype, torch.Size)
 _MODULE_FIELDS = frozenset(vars(torch.nn.Module()))
 # Loaders and places of parameters, which matter while files are read only.
 _READING_FIELDS = frozenset({"weight_loader", "_weight_loader"})
+# Marks that compiling leaves on what a running model computes with.
+_COMPILERS = ("_dynamo", "_torchdynamo")
 # A tensor of such values outside parameters may hold addresses, which must not be copied.
 _ADDRESSES = (torch.int64, torch.uint64)
 _DEEPEST = 24
@@ -130,7 +132,11 @@ class _Walk:
                 self._tensor(_joined(name, key), buffer)
 
     def attributes(self, name: str, module: torch.nn.Module) -> None:
-        own = {key: value for key, value in vars(module).items() if key not in _MODULE_FIELDS}
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in _MODULE_FIELDS and not key.startswith(_COMPILERS)
+        }
         if is_attention(module):
             for key, value in own.items():
                 if isinstance(value, torch.Tensor) and key != "kv_cache":
@@ -209,7 +215,9 @@ class _Walk:
         form = form_of(tensor)
         for key, value in sorted(vars(tensor).items()):
             # Kernels are chosen by flags of parameters.
-            if key not in _READING_FIELDS and isinstance(value, bool | int | float | str):
+            if key in _READING_FIELDS or key.startswith(_COMPILERS):
+                continue
+            if isinstance(value, bool | int | float | str):
                 self.state.values[f"{path}.{key}"] = repr(value)
         if not tensor.numel():
             self.state.values[path] = f"empty, {form}"

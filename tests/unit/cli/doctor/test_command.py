@@ -40,6 +40,32 @@ def prove_with(monkeypatch: pytest.MonkeyPatch, **findings: ProofFinding) -> lis
     return asked
 
 
+def test_doctor_tries_each_form_of_weights_that_is_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.cli.doctor.command import FORMS
+    from service.cli.doctor.random_models import QUANTIZATIONS
+
+    assert tuple(QUANTIZATIONS) == FORMS
+    asked = prove_with(monkeypatch, inplace=PROVEN)
+    options = [option for form in FORMS for option in ("--quantization", form)]
+    done = CliRunner().invoke(cli, ["doctor", "--quick", "--json", *options])
+    assert done.exit_code == 0, done.output
+    layouts = [given["layout"] for given in asked]
+    assert len({layout.quantization for layout in layouts}) == len(FORMS)
+    assert {layout.dtype for layout in layouts} == {"bfloat16"}
+    assert str(layouts[0]).startswith("LlamaForCausalLM bfloat16 gptq, 4 bits, groups of 128 (")
+    assert len(SwapProofStore().all()) == len(FORMS)
+
+
+def test_doctor_refuses_forms_beside_a_config(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "coe.yaml"
+    path.write_text("experts: {}\n")
+    done = CliRunner().invoke(cli, ["doctor", "-c", str(path), "--quantization", "awq"])
+    assert done.exit_code == 2
+    assert "leave out --quantization" in done.stderr
+
+
 def test_doctor_writes_a_record_and_keeps_what_a_quick_run_leaves_out(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,23 @@ def test_layout_is_that_which_a_pool_looks_for(tmp_path: Path) -> None:
     assert layout_of(info, VllmOptions(), 0).dtype == "float32"
 
 
+def test_layout_of_quantised_weights_has_their_form_and_the_dtype_of_activations(
+    tmp_path: Path,
+) -> None:
+    from service.cli.doctor.random_models import QUANTIZATIONS
+    from service.models import ModelInfo, inspect_model
+
+    layouts = set()
+    for number, (name, group) in enumerate((("gptq", 128), ("gptq", 64), ("awq", 128))):
+        form = {**QUANTIZATIONS[name], "group_size": group}
+        base(tmp_path / str(number), quantization_config=form, dtype="float16")
+        info = inspect_model(tmp_path / str(number))
+        assert isinstance(info, ModelInfo)
+        layouts.add(layout_of(info, VllmOptions(), 1))
+    assert len(layouts) == 3, "other kernels need another proof"
+    assert {layout.dtype for layout in layouts} == {"float16"}
+
+
 def test_trial_options_keep_kernels_and_no_text() -> None:
     args = {"quantization": "fp8", "chat_template": "{{ secret }}", "gpu_memory_utilization": 0.9}
     options = VllmOptions(

@@ -55,7 +55,7 @@ def _decode(form: str, parts: dict[str, Any]) -> Any:
         assert parts["weight_shape"].tolist() == [_OUT, _INTO]
         steps = _words(parts["weight_packed"], 4, 1) - 8
         return steps * parts["weight_scale"].float().repeat_interleave(128, 1)
-    if form == "fp8 in blocks":
+    if form == "fp8-block":
         scale = parts["weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
         return parts["weight"].float() * scale
     return parts["weight"].float() * parts["weight_scale"]

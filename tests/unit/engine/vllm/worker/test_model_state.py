@@ -115,6 +115,13 @@ def test_copies_of_all_tensors_make_models_of_one_description_equal() -> None:
     assert same_bytes(live[1].view, other[1].view)
 
 
+def test_marks_of_a_compiler_make_no_difference() -> None:
+    live, other = model(1), model(2)
+    live[0].weight._dynamo_static_input_type = "unguarded"
+    live[1]._torchdynamo_orig_callable = Opaque()
+    ModelState.of(other).check_fits(ModelState.of(live))
+
+
 def _set(path: str, value: Any) -> Callable[[Any], None]:
     def change(made: Any) -> None:
         *parents, name = path.split(".")
