@@ -52,6 +52,7 @@ SOMETIMES = {
     "x-coe-cache",
     "x-coe-cache-similarity",
     "x-coe-session",
+    "x-coe-alias",
 }
 LOCAL = "http://127.0.0.1:8000"
 # Run by the tests' own runner, by `tests/chart` and by whoever builds an image.
@@ -240,6 +241,12 @@ def completed(data: dict[str, Any]) -> dict[str, Any]:
     named = [*data.get("savings", {}).get("against", []), *shadow.get("experts", [])]
     for name in [*named, *([shadow["judge"]] if "judge" in shadow else [])]:
         experts.setdefault(name, {"model": name, "categories": ["general"]})
+    for alias in data.get("aliases", {}).values():
+        # A target, or targets with their weights.
+        to = alias.get("to", alias) if isinstance(alias, dict) else {alias: 1}
+        for name in [to] if isinstance(to, str) else to:
+            if name.partition(":")[0].partition("/")[0] != "auto":
+                experts.setdefault(name, {"model": name, "categories": ["general"]})
     for expert in list(experts.values()):
         if "base" in expert:
             experts.setdefault(expert["base"], {"model": expert["base"], "categories": ["general"]})
