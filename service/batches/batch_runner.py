@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -69,6 +70,12 @@ log = logging.getLogger("coe.batches")
 
 _PAGE = 256
 _RETRY_S = 0.5
+# A line may cost this many times what is expected of it, or this part of what is left, whichever
+# is more: few answers are cut, and those only near the end of the budget.
+_OF_EXPECTED = 4.0
+_OF_LEFT = 64.0
+# Time between two looks at what is left, in s.
+_RESERVE_S = 0.05
 _LAST_RETRY_S = 10.0
 # The longest wait for charges when the lines of a batch have stopped.
 _DELIVER_S = 3.0
@@ -128,7 +135,7 @@ class _Job:
         ending: Set when its lines have to stop.
         why: Why they stop.
         spent: Units of cost of its results so far.
-        under_way: The expected cost of the lines that run now.
+        under_way: The most that the lines that run now may cost.
         calls: The lines that run now.
         background: Charges that are being delivered.
     """
@@ -473,19 +480,18 @@ class BatchRunner:
         batch = job.batch
         name = request_id(batch.id, choice.line)
         line = lines.numbered(choice.line)
-        most = batch.terms.max_cost
-        if most is not None and job.spent + job.under_way + choice.cost > most * (1 + 1e-9):
-            message = f"the batch has used its `max_cost` of {most:g}"
+        may_cost = await self._reserve(job, choice.cost)
+        if may_cost is None:
+            message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
             await self._put(
                 job, fault_of(line.number, line.custom_id, name, "max_cost_reached", message), []
             )
             return
-        job.under_way += choice.cost
         try:
             tries = failures = 0
             while True:
                 tries += 1
-                reply, settlements = await self._try(job, choice, line.body, name)
+                reply, settlements = await self._try(job, choice, line.body, name, may_cost)
                 after = after_reply(
                     reply.status, waits=reply.retry_after_s is not None, failures=failures
                 )
@@ -500,12 +506,39 @@ class BatchRunner:
                 job, result_of(line.number, line.custom_id, name, reply, stored), settlements
             )
         finally:
-            job.under_way -= choice.cost
+            if math.isfinite(may_cost):
+                job.under_way -= may_cost
+
+    @staticmethod
+    async def _reserve(job: _Job, expected: float) -> float | None:
+        """Reserve a part of the batch's `max_cost` for a line.
+
+        The parts of all lines under way are within what is left, and no line may cost more than its
+        own. So the batch never costs more, whatever the lengths of its answers.
+
+        Returns:
+            The most that the line may cost, infinite without `max_cost`; None where too little is
+            left for what is expected of it.
+        """
+        most = job.batch.terms.max_cost
+        if most is None:
+            return math.inf
+        while True:
+            left = most - job.spent - job.under_way
+            needed = _OF_EXPECTED * expected if job.under_way else expected
+            if needed <= left * (1 + 1e-9) and left > 0:
+                may_cost = min(left, max(_OF_EXPECTED * expected, left / _OF_LEFT))
+                job.under_way += may_cost
+                return may_cost
+            if not job.under_way:
+                return None
+            # Lines under way give back what they don't use of theirs.
+            await asyncio.sleep(_RESERVE_S)
 
     async def _try(
-        self, job: _Job, choice: LineChoice, body: dict[str, Any], name: str
+        self, job: _Job, choice: LineChoice, body: dict[str, Any], name: str, may_cost: float
     ) -> tuple[LineReply, list[Settlement]]:
-        """Make a line's request once, in a place of this gateway.
+        """Make a line's request once, in a place of this gateway, for `may_cost` at most.
 
         Returns:
             The reply, and what settles its claims.
@@ -518,6 +551,7 @@ class BatchRunner:
                 {**body, "model": choice.model},
                 name,
                 self._config.line_timeout_s,
+                may_cost,
             )
             try:
                 behalf = OnBehalf[Settlement](self._parts.identify(batch.tenant, batch.key))

@@ -108,12 +108,14 @@ class LineCall:
         body: Its body.
         request_id: Its request id.
         timeout_s: The longest wait for its answer, in s.
+        max_cost: The most that it may cost; the body may set a lower bound itself.
     """
 
     endpoint: str
     body: dict[str, Any]
     request_id: str
     timeout_s: float
+    max_cost: float = math.inf
 
     async def run(self, answer: Endpoint, behalf: OnBehalf[Settlement], send: Send) -> None:
         """Make the request.
@@ -140,6 +142,12 @@ class LineCall:
                 (b"x-coe-deadline-ms", str(max(1, math.ceil(self.timeout_s * 1000))).encode()),
             ],
         }
+        own = self.body.get("coe")
+        bound = own.get("max_cost") if isinstance(own, dict) else None
+        # The header comes before the body, and a bound that is not valid gets the parser's error.
+        valid = bound is None or (isinstance(bound, (int, float)) and bound > self.max_cost)
+        if math.isfinite(self.max_cost) and valid:
+            scope["headers"].append((b"x-coe-max-cost", f"{self.max_cost:.12g}".encode()))
         behalf.put(scope)
         unread = [data]
 

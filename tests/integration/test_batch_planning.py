@@ -105,8 +105,9 @@ async def test_batch_runs_by_its_plan_grouped_and_within_its_budget(tmp_path: Pa
         models = {each["custom_id"]: each["response"]["body"]["model"] for each in answers}
         assert models["c20"] == "named"
         assert {"big", "general"} <= set(models.values())
-        assert len(answers) == 21
-        assert batch.request_counts.failed == 0
+        # The last lines may lack room: a prompt might have a token for each of its bytes.
+        assert 19 <= len(answers) <= 21
+        assert batch.coe["cost"] <= budget
         assert len(list(groupby(sorted(models.values())))) == 3
 
 
@@ -117,3 +118,19 @@ async def test_batch_whose_terms_nothing_keeps_fails_with_the_reason(tmp_path: P
         batch = await ended(api, made.id)
         assert batch.status == "failed"
         assert "cheapest" in batch.errors.data[0].message
+
+
+async def test_batch_never_costs_more_than_its_bound_when_answers_are_long(tmp_path: Path) -> None:
+    given = config(tmp_path)
+    async with run_gateway(given) as s, client(s) as api:
+        # Nothing is known of lengths, and the answers are longer than expected.
+        lines = [whole(i, {**body(i, "general"), "max_tokens": 4000}) for i in range(30)]
+        file = await upload(api, *lines)
+        asked = {"endpoint": CHAT, "input_file_id": file.id, "coe": {"quality": "best"}}
+        async with s.post(asked, "/v1/batches/plan") as reply:
+            expected = (await reply.json())["plan"]["cost"]
+        made = await create(api, file.id, extra_body={"coe": {"max_cost": expected}})
+        batch = await ended(api, made.id)
+        assert batch.status == "completed"
+        assert batch.coe["cost"] <= expected
+        assert batch.request_counts.completed + batch.request_counts.failed == 30

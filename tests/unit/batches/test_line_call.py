@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -139,3 +140,27 @@ async def test_call_is_made_for_its_tenant_in_the_lowest_class() -> None:
     assert seen["body"]["body"] == b'{"model":"m"}'
     assert int(headers[b"content-length"]) == 13
     assert reply.status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "most", "header"),
+    [
+        ({}, 0.5, b"0.5"),
+        ({}, math.inf, None),
+        ({"coe": {"max_cost": 2}}, 0.5, b"0.5"),
+        ({"coe": {"max_cost": 0.1}}, 0.5, None),
+        ({"coe": {"max_cost": "much"}}, 0.5, None),
+    ],
+)
+async def test_call_tells_the_lower_bound_of_cost(
+    body: dict[str, Any], most: float, header: bytes | None
+) -> None:
+    seen: dict[str, Any] = {}
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        seen.update(scope)
+        await send_response(send, 200, [], b"{}")
+
+    call = LineCall("/v1/embeddings", {"model": "m", **body}, "batch_req_1", 2.5, most)
+    await call.run(answer, OnBehalf(NOBODY), LineReply().send)
+    assert dict(seen["headers"]).get(b"x-coe-max-cost") == header

@@ -1,0 +1,1 @@
+"""Whole batches: choices under a budget, order on one engine, and people beside them."""
