@@ -25,8 +25,10 @@ from service.gateway.auth import Authenticator
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request_record import ExpertCall, RequestRecord, Unfinished
+from service.http.on_behalf import OnBehalf
 from service.store.api_keys import digest_of
 from service.store.memory_store import MemoryStore
+from service.store.store_interface import Settlement
 from service.types import Tenant
 
 CHAT = "/v1/chat/completions"
@@ -244,3 +246,38 @@ async def test_admit_reserves_template_tokens_once_they_were_observed() -> None:
         door.asked("/v1/completions", prompt="x", max_tokens=1, messages=None)
     ) as (text, _):
         assert (await door.spent("budget"))[1] == text.body_bytes + 64 + 10
+
+
+async def test_request_on_behalf_leaves_its_settlements_to_the_maker() -> None:
+    door = Door(tokens_per_min=10_000, budget={"amount": 1, "period": "day"})
+    behalf: OnBehalf[Settlement] = OnBehalf(door.tenant)
+    record = RequestRecord(expert="big")
+    async with door.admission.enter({}, record, behalf) as entry:
+        await door.admission.admit(
+            entry, door.asked(max_tokens=5), lambda: [("big",)], lambda: 64.0
+        )
+        assert entry.meter is not None
+        entry.meter.add("big", 7, 3)
+    assert behalf.ended.is_set()
+    spent, reserved = await door.spent("tokens")
+    assert spent == 0
+    assert reserved > 0
+    for settlement in behalf.settlements:
+        await door.ledger.deliver(settlement)
+    assert await door.spent("tokens") == (10, 0)
+    assert (await door.spent("budget"))[1] == 0
+
+
+async def test_request_on_behalf_that_is_refused_ends_without_settlements() -> None:
+    door = Door(requests_per_min=1)
+    for allowed in (True, False):
+        behalf: OnBehalf[Settlement] = OnBehalf(door.tenant)
+        try:
+            async with door.admission.enter({}, RequestRecord(), behalf):
+                assert allowed
+        except RateLimitExceededError:
+            assert not allowed
+        assert behalf.ended.is_set()
+        assert bool(behalf.settlements) == allowed
+        for settlement in behalf.settlements:
+            await door.ledger.deliver(settlement)

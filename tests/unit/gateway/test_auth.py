@@ -336,3 +336,29 @@ def test_new_key_is_unique_long_and_matches_its_digest() -> None:
     made = [new_key() for _ in range(100)]
     assert len({key for _, key, _ in made}) == 100
     assert all(len(key) > 50 and digest == digest_of(key) for _, key, digest in made)
+
+
+async def test_on_behalf_is_the_tenant_while_its_key_is_valid(tmp_path: Path) -> None:
+    book = books(tmp_path)[1]
+    keys = KeyService(book)
+    given = config(tenants={"acme": {"priority": "high"}})
+    authenticator = Authenticator(given, book)
+    await authenticator.look()
+    # No key is needed yet, and none was shown when the work was asked for.
+    assert authenticator.on_behalf(NOBODY.name, "") == NOBODY
+    record, key = await keys.create(WANTED, 100.0)
+    await authenticator.look()
+    tenant = authenticator.on_behalf("acme", record.id)
+    assert tenant == authenticator.identify({b"authorization": f"Bearer {key}".encode()})
+    assert (tenant.name, tenant.key, tenant.priority) == ("acme", record.id, "high")
+    # A rotation keeps the key's id.
+    await keys.rotate(record.id, 200.0, 0.0)
+    await authenticator.look()
+    assert authenticator.on_behalf("acme", record.id).key == record.id
+    for name, key_id in (("other", record.id), ("acme", "nobody"), (NOBODY.name, "")):
+        with pytest.raises(UnauthorizedError):
+            authenticator.on_behalf(name, key_id)
+    await keys.revoke(record.id, 300.0)
+    await authenticator.look()
+    with pytest.raises(UnauthorizedError):
+        authenticator.on_behalf("acme", record.id)
