@@ -148,6 +148,9 @@ class SecondModel:
             if is_deferred_attention_layer(module):
                 run = partial(module.process_weights_after_loading, dtype)
                 turns.take(partial(self._on_device, module, device, shared, run))
+        if device.type != "cpu":
+            # Torch would keep the layers' room, which other engines of the GPU may need.
+            turns.take(torch.cuda.empty_cache)
         self.model.eval()
 
     def _on_device(
