@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -138,6 +138,7 @@ class _Job:
         under_way: The most that the lines that run now may cost.
         calls: The lines that run now.
         background: Charges that are being delivered.
+        returning: By model, lets one line at a time ask for its next turn.
     """
 
     batch: BatchRecord
@@ -147,12 +148,40 @@ class _Job:
     under_way: float = 0.0
     calls: set[asyncio.Task[None]] = field(default_factory=set)
     background: set[asyncio.Task[None]] = field(default_factory=set)
+    returning: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
     def end(self, why: Ending) -> None:
         """Stop its lines; the first reason counts."""
         if not self.ending.is_set():
             self.why = why
             self.ending.set()
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A line's turn. While the line waits for its next try, others have its place.
+
+    Attributes:
+        pace: Gives turns.
+        model: The expert or recipe of the line.
+        held: Whether the line has its turn now.
+    """
+
+    pace: PacesBatches
+    model: str
+    held: bool = True
+
+    def end(self) -> None:
+        """Give the place back, if it is held."""
+        if self.held:
+            self.held = False
+            self.pace.ended(self.model)
+
+    async def again(self, returning: asyncio.Lock) -> None:
+        """Wait for the next turn."""
+        async with returning:
+            await self.pace.turn((self.model,))
+            self.held = True
 
 
 class BatchRunner:
@@ -222,15 +251,23 @@ class BatchRunner:
                     await self._wake.wait()
             self._wake.clear()
             try:
-                while len(self._jobs) < self._config.max_running:
-                    batch = await self._state.lease(self._owner, self._config.lease_s)
-                    if batch is None or batch.id in self._jobs:
-                        break
+                while (batch := await self._lease()) is not None and batch.id not in self._jobs:
                     self._begin(batch)
             except CoeError as error:
                 log.warning("looking for batches failed: %s", error.code)
             except Exception as error:
                 log.error("looking for batches failed: %s", type(error).__name__)
+
+    async def _lease(self) -> BatchRecord | None:
+        """Lease the next batch.
+
+        A batch may take days, so that those of one tenant must not keep others waiting for their
+        end: the first batch of each tenant runs beside any number.
+        """
+        running: set[str] = set()
+        if len(self._jobs) >= self._config.max_running:
+            running = {job.batch.tenant for job in self._jobs.values()}
+        return await self._state.lease(self._owner, self._config.lease_s, running)
 
     def _begin(self, batch: BatchRecord) -> None:
         job = self._jobs[batch.id] = _Job(batch)
@@ -460,14 +497,16 @@ class BatchRunner:
             if not left[model]:
                 del left[model]
 
-            def ended(task: asyncio.Task[None], model: str = model) -> None:
+            turn = _Turn(self._parts.pace, model)
+
+            def ended(task: asyncio.Task[None], turn: _Turn = turn) -> None:
                 job.calls.discard(task)
                 places.release()
-                self._parts.pace.ended(model)
+                turn.end()
                 if not task.cancelled() and (error := task.exception()) is not None:
                     failures.append(error)
 
-            task = asyncio.create_task(self._line(job, lines, choice))
+            task = asyncio.create_task(self._line(job, lines, choice, turn))
             job.calls.add(task)
             task.add_done_callback(ended)
         while job.calls:
@@ -475,7 +514,7 @@ class BatchRunner:
         if failures:
             raise failures[0]
 
-    async def _line(self, job: _Job, lines: InputLines, choice: LineChoice) -> None:
+    async def _line(self, job: _Job, lines: InputLines, choice: LineChoice, turn: _Turn) -> None:
         """Try a line until it has a result."""
         batch = job.batch
         name = request_id(batch.id, choice.line)
@@ -500,7 +539,10 @@ class BatchRunner:
                 failures += after is After.TRY_AGAIN
                 self._later(job, self._release(settlements))
                 self._parts.counted("retried")
+                # Its tenant's limit may be reached for hours, and other tenants' is not.
+                turn.end()
                 await asyncio.sleep(wait_s(tries, reply.retry_after_s, random.random()))
+                await turn.again(job.returning[choice.model])
             stored = dumps(settlements) if settlements else None
             await self._put(
                 job, result_of(line.number, line.custom_id, name, reply, stored), settlements

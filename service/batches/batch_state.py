@@ -6,7 +6,7 @@ anybody, each line's first one counts, and none is accepted once the batch is se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -116,10 +116,17 @@ class BatchState(Protocol):
 
     # --- leases
 
-    async def lease(self, owner: str, lease_s: float) -> BatchRecord | None:
+    async def lease(
+        self, owner: str, lease_s: float, without: Collection[str] = ()
+    ) -> BatchRecord | None:
         """Lease the next batch that has not ended and that nobody holds.
 
         Tenants take turns: first comes the tenant with the fewest leased batches.
+
+        Args:
+            owner: The gateway that leases it.
+            lease_s: How long it is leased, in s.
+            without: Tenants whose batches are left out.
         """
 
     async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,12 @@ class RedisState:
 
     # --- leases
 
-    async def lease(self, owner: str, lease_s: float) -> BatchRecord | None:
-        return _batch(await self._run("lease", owner=owner, lease=lease_s))
+    async def lease(
+        self, owner: str, lease_s: float, without: Collection[str] = ()
+    ) -> BatchRecord | None:
+        return _batch(
+            await self._run("lease", owner=owner, lease=lease_s, without=dict.fromkeys(without, 1))
+        )
 
     async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:
         return _batch(await self._run("renew", id=batch_id, owner=owner, lease=lease_s))

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+import orjson
 
 from service.batches.batch_records import (
     BatchCounts,
@@ -234,17 +236,20 @@ class SqliteState:
 
     # --- leases
 
-    async def lease(self, owner: str, lease_s: float) -> BatchRecord | None:
+    async def lease(
+        self, owner: str, lease_s: float, without: Collection[str] = ()
+    ) -> BatchRecord | None:
         now_s = self._clock()
 
         def take(db: sqlite3.Connection) -> BatchRecord | None:
             row = db.execute(
                 f"SELECT id, {_BATCH} FROM batches AS b WHERE open "
-                "AND (owner IS NULL OR leased_until_s <= ?) ORDER BY ("
+                "AND (owner IS NULL OR leased_until_s <= ?) "
+                "AND tenant NOT IN (SELECT value FROM json_each(?)) ORDER BY ("
                 "  SELECT count(*) FROM batches AS o WHERE o.open AND o.tenant = b.tenant "
                 "  AND o.owner IS NOT NULL AND o.leased_until_s > ?"
                 "), created_s, id LIMIT 1",
-                (now_s, now_s),
+                (now_s, orjson.dumps([*without]).decode(), now_s),
             ).fetchone()
             if row is None:
                 return None

@@ -41,7 +41,11 @@ class BatchesConfig(Section):
         description="Days after which files, and batches that ended, are deleted.",
     )
     max_running: int = Field(
-        4, ge=1, le=1000, description="Batches that a gateway runs at once; others wait."
+        4,
+        ge=1,
+        le=1000,
+        description="Batches that a gateway runs at once; others wait. The first one of each "
+        "tenant does not.",
     )
     max_in_flight: int = Field(
         16, ge=1, le=10_000, description="Requests of batches that a gateway has under way at once."

@@ -214,6 +214,18 @@ async def test_first_result_of_a_line_counts_until_the_batch_is_sealed(tried: Tr
     assert ended.counts == found.counts
 
 
+async def test_lease_leaves_tenants_out(tried: Tried) -> None:
+    state = tried.state
+    for number, tenant in enumerate(("a", "a", "b", 'it\'s "c"')):
+        await state.add_batch(batch(number, tenant), 9)
+    leased = [
+        found and found.tenant
+        for without in (["a", "b"], ["a", "b", 'it\'s "c"'], {"a"}, {"a"}, (), (), ())
+        for found in [await state.lease("me", 10, without)]
+    ]
+    assert leased == ['it\'s "c"', None, "b", None, "a", "a", None]
+
+
 async def test_lease_is_one_owner_s_until_it_ends(tried: Tried) -> None:
     state = tried.state
     await state.add_batch(batch(1), 9)

@@ -1,11 +1,11 @@
 -- Lease the next open batch that nobody holds: that of the tenant with the fewest leased ones.
--- args: owner, lease. Returns the batch, or false.
+-- args: owner, lease, without (tenants that are left out, as keys). Returns the batch, or false.
 
 local held, free = {}, {}
 for _, id in ipairs(redis.call('ZRANGE', open_key, 0, -1)) do
   local tenant = redis.call('HGET', batch_key(id), 'tenant')
   if leased(id) then held[tenant] = (held[tenant] or 0) + 1
-  else free[#free + 1] = {id, tenant} end
+  elseif not args.without[tenant] then free[#free + 1] = {id, tenant} end
 end
 local best
 for _, one in ipairs(free) do

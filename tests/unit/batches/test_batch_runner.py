@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from service.batches import batch_runner
 from service.batches.batch_records import BatchRecord, FileRecord, Status
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
-from service.batches.batch_types import AsWritten, BatchTerms, NoPace
+from service.batches.batch_types import AsWritten, BatchTerms, NoPace, PacesBatches
 from service.batches.file_folder import FileFolder
 from service.batches.sqlite_state import SqliteState
 from service.config import BatchesConfig
@@ -36,7 +37,15 @@ def answers(cost: float = 1.0) -> Reply:
 class Bench:
     """A runner over a folder, with an endpoint that answers by `reply(line, tries)`."""
 
-    def __init__(self, folder: Path, reply: Reply, *, lines: int, in_flight: int = 4) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reply: Reply,
+        *,
+        lines: int,
+        in_flight: int = 4,
+        pace: PacesBatches | None = None,
+    ) -> None:
         self.files = FileFolder(folder / "files")
         self.state = SqliteState(folder / "state.sqlite3")
         self.tries: dict[int, int] = {}
@@ -74,23 +83,24 @@ class Bench:
                 answer,
                 identify,
                 AsWritten(),
-                NoPace(),
+                pace or NoPace(),
                 self.counted.append,
             ),
             max_line_bytes=10_000,
             poll_s=0.01,
         )
 
-    async def run(self, terms: BatchTerms | None = None) -> BatchRecord:
-        """Run a batch to its end."""
-        content = [
-            json.dumps(
-                {"custom_id": f"c{i}", "method": "POST", "url": URL, "body": {"number": i}}
-            ).encode()
-            + b"\n"
+    def content(self) -> bytes:
+        """The input file."""
+        lines = [
+            {"custom_id": f"c{i}", "method": "POST", "url": URL, "body": {"number": i}}
             for i in range(self.lines)
         ]
-        size = await asyncio.to_thread(self.files.write, INPUT, content)
+        return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+    async def run(self, terms: BatchTerms | None = None) -> BatchRecord:
+        """Run a batch to its end."""
+        size = await asyncio.to_thread(self.files.write, INPUT, [self.content()])
         await self.state.add_file(
             FileRecord(INPUT, NOBODY.name, "batch", "x", size, 0, 2**40), None
         )
@@ -189,3 +199,70 @@ async def test_runner_with_a_full_disk_waits_until_there_is_room(
     assert batch.counts.completed == 3
     # A result that could not be stored is kept, and its line does not run again.
     assert bench.tries == {0: 1, 1: 1, 2: 1}
+
+
+class OnePlace:
+    """A pace that lets one line run at a time."""
+
+    def __init__(self) -> None:
+        self.place = asyncio.Semaphore(1)
+
+    async def turn(self, models: Sequence[str]) -> str:
+        await self.place.acquire()
+        return models[0]
+
+    def ended(self, model: str) -> None:
+        self.place.release()
+
+
+async def test_runner_gives_the_place_of_a_line_that_waits_to_others(tmp_path: Path) -> None:
+    good, answered = answers(), []
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        if number == 0 and not answered:
+            return 429, b"{}"
+        answered.append(number)
+        return good(number, tried)
+
+    pace = OnePlace()
+    bench = Bench(tmp_path, reply, lines=2, pace=pace)
+    batch = await bench.run()
+    assert answered == [1, 0]
+    assert batch.counts.completed == 2
+    assert pace.place._value == 1, "each turn was given back once"
+
+
+async def test_runner_runs_a_tenant_s_first_batch_beside_long_ones_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, others = answers(), []
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        # The first tenant's limit is reached for as long as the other one waits.
+        return good(number, tried) if others else (429, b"{}")
+
+    bench = Bench(tmp_path, reply, lines=1)
+    most = BatchesConfig().max_running
+    for number in range(most + 2):
+        waiting = BatchRecord(
+            f"batch_0{number}", "first", "", URL, INPUT, None, BatchTerms(), 0, 2**40
+        )
+        await bench.state.add_batch(waiting, 99)
+    identify = bench.runner._parts.identify
+    seen: list[str] = []
+
+    def noted(tenant: str, key: str) -> Tenant:
+        seen.append(tenant)
+        if tenant == NOBODY.name:
+            others.append(tenant)
+        return identify(tenant, key)
+
+    bench.runner._parts = replace(bench.runner._parts, identify=noted)
+    await asyncio.to_thread(bench.files.write, INPUT, [bench.content()])
+    bench.runner.start()
+    await until(lambda: bench.tries.get(0, 0) > most, "the first tenant's batches run")
+    assert len(bench.runner._jobs) == most
+    monkeypatch.setattr(bench.runner, "start", lambda: None)
+    batch = await bench.run()
+    assert batch.status is Status.COMPLETED
+    assert set(seen) == {"first", NOBODY.name}
