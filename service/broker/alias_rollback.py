@@ -161,8 +161,8 @@ class _Period:
 class SharedTraffic:
     """The outcomes of one alias that shares requests, and its targets that were rolled back.
 
-    Where several tenants use a target, failures of one tenant alone roll nothing back: nobody
-    decides for others by the requests that it sends.
+    Where several tenants use a target, the others have to see it fail as well as the tenant with
+    the most failures: nobody decides for others by the requests that it sends.
 
     Args:
         weights: The weight of each target.
@@ -198,17 +198,28 @@ class SharedTraffic:
         if outcome is AliasOutcome.OK or target == self.baseline or target in self.rolled_back:
             return None
         found = find_fault(self.tally(target), self.tally(self.baseline), self.rule)
-        if found is None or self._by_one_tenant(target, found.reason):
+        if found is None or not self._others_agree(target, found):
             return None
         found = Rollback(found.reason, found.share, found.baseline_share, found.requests, now_s)
         self.rolled_back[target] = found
         return found
 
-    def _by_one_tenant(self, target: str, reason: str) -> bool:
-        """Whether only one of several tenants has met these failures."""
+    def _others_agree(self, target: str, found: Rollback) -> bool:
+        """Whether the share of failures is too great without the tenant that met most of them.
+
+        The bound of confidence is not asked of them, because they may have few requests.
+        """
         tenants = self._by_tenant(target)
-        met = [one for one in tenants.values() if getattr(one, reason)]
-        return len(tenants) > 1 and len(met) == 1
+        if len(tenants) == 1:
+            return True
+        worst = max(tenants, key=lambda name: getattr(tenants[name], found.reason))
+        others = [tally for name, tally in tenants.items() if name != worst]
+        failed = sum(getattr(tally, found.reason) for tally in others)
+        share = failed / sum(tally.requests for tally in others)
+        errors = found.reason == "errors"
+        margin = self.rule.error_margin if errors else self.rule.refusal_margin
+        assert margin is not None
+        return share - found.baseline_share > margin
 
     def _by_tenant(self, target: str) -> dict[str, Tally]:
         found: dict[str, Tally] = {}

@@ -138,6 +138,16 @@ def test_rollback_is_not_for_one_of_several_tenants_to_decide() -> None:
     assert found is not None
     assert found.at_s == 5.0
     assert traffic.rolled_back == {"new": found}
+    # One failure among many good answers is not enough, however often another one fails.
+    busy = SharedTraffic({"old": 9, "new": 1}, RULE)
+    for _ in range(200):
+        busy.record("new", OK, "good", 0.0)
+    assert busy.record("new", ERROR, "good", 0.0) is None
+    assert fail(busy, "bad", 500) is None
+    assert busy.rolled_back == {}
+    for _ in range(20):
+        found = busy.record("new", ERROR, "good", 0.0) or found
+    assert busy.rolled_back == {"new": found}
     # With one tenant alone nobody else is concerned.
     alone = SharedTraffic({"old": 9, "new": 1}, RULE)
     assert fail(alone, "only", RULE.min_requests) is not None
