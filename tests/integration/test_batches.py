@@ -133,8 +133,13 @@ async def test_batch_of_each_endpoint_is_answered(tmp_path: Path) -> None:
     bodies: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": "hello", "max_tokens": 4},
         "/v1/responses": {"input": "hello"},
+        "/v1/embeddings": {"input": ["hello", "there"], "model": "vectors"},
     }
-    async with run_gateway(config(tmp_path)) as s, client(s) as api:
+    experts = {
+        "general": {"model": "m"},
+        "vectors": {"model": "v", "capabilities": ["embeddings"]},
+    }
+    async with run_gateway(config(tmp_path, experts=experts)) as s, client(s) as api:
         for url, body in bodies.items():
             given = {"custom_id": "x", "method": "POST", "url": url}
             file = await upload(api, json.dumps({**given, "body": {"model": "general", **body}}))
