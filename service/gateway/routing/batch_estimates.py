@@ -110,7 +110,9 @@ class BatchEstimator:
                 else:
                     unplanned.append(line)
             await asyncio.sleep(0)
-        return self._together(found, tuple(unplanned))
+        engines = self._engines()
+        # The arrays of many lines take a while to fill.
+        return await asyncio.to_thread(self._together, found, tuple(unplanned), engines)
 
     async def _line(self, endpoint: str, line: BatchLine, tenant: Tenant) -> _Line | LineChoice:
         model = line.body.get("model", AUTO)
@@ -181,9 +183,14 @@ class BatchEstimator:
             return plan.quality
         return auto.estimates.quality[plan.rows]
 
-    def _together(self, found: list[_Line], unplanned: tuple[LineChoice, ...]) -> LineEstimates:
+    def _together(
+        self,
+        found: list[_Line],
+        unplanned: tuple[LineChoice, ...],
+        engines: tuple[Floats, NDArray[np.intp], Floats],
+    ) -> LineEstimates:
         experts, models = len(self._catalog.experts), len(self._models)
-        load_s, weights, speeds = self._engines()
+        load_s, weights, speeds = engines
         lines = len(found)
 
         def table(width: int, rows: list[Floats]) -> Floats:
