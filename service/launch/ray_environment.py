@@ -90,6 +90,8 @@ def every_node(server: ServerConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
         # Serve restarts HAProxy after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
+        # Serve's counters are exported ten times a second by default, by idle processes as well.
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         # An engine core must not outlive the replica that started it.
         "RAY_process_group_cleanup_enabled": "1",
         "RAY_AUTH_MODE": "token",

@@ -34,14 +34,19 @@ def test_role_is_known_by_the_command_line(command: bytes, role: str) -> None:
 def test_usage_adds_the_threads_of_each_process_and_leaves_out_those_that_ended(
     tmp_path: Path,
 ) -> None:
-    for pid, threads in (("7", ("7", "8")), ("9", ("9",))):
+    for pid, threads in (("7", ("7", "8")), ("9", ("9", "10"))):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_bytes(b"ray::ServeReplica:coe:pool-cpu\0\0")
         (tmp_path / pid / "smaps_rollup").write_text("Rss:  2048 kB\nPss:  1024 kB\n")
         for thread in threads:
             place = tmp_path / pid / "task" / thread
             place.mkdir(parents=True)
+            (place / "comm").write_text("client.poll0\n" if thread == "8" else "ray::IDLE\n")
             (place / "schedstat").write_text("1500000000 1 2")
             (place / "status").write_text("Name: x\nvoluntary_ctxt_switches:\t40\n")
     found = usage_of([7, 9, 11], tmp_path)
-    assert found == {"our pool": Usage(2, 4.5, 120, 4 << 20, 2 << 20)}
+    assert found == {
+        "our pool": Usage(2, 1.5, 40, 4 << 20, 2 << 20),
+        # The first thread of each, and one by its name.
+        "our processes: Ray's threads": Usage(0, 4.5, 120),
+    }
