@@ -162,6 +162,10 @@ class MemberCalls:
         """The client's request, as it is sent to one member."""
         return replace(self.request.for_member(0, logprobs=logprobs), request_id=self.next_id())
 
+    def system_bytes(self, expert: str, request: InferenceRequest) -> int:
+        """The bytes of the system prompt that an expert's defaults add to a request."""
+        return self.dispatcher.defaults.system_bytes(request, expert)
+
     async def streamed(self, call: MemberCall, *, deadline_s: float | None = None) -> bool:
         """Stream an expert's answer to the client; False if the call failed before that.
 
@@ -245,6 +249,8 @@ class MemberCalls:
             expected = float(self.selection.request.tokens[column])
             running_s = time.monotonic() - began_s - option.wait_s
             tokens = int(expected * min(1.0, max(0.0, running_s / max(option.answer_s, 1e-3))))
+            if (most := call.request.most_tokens) is not None:
+                tokens = min(tokens, most)  # a review is shorter than an answer
         record = RequestRecord(expert=expert)
         record.calls.append(
             ExpertCall(
@@ -296,20 +302,26 @@ class MemberCalls:
         return answer
 
     def _read(self, answer: MemberAnswer, *, as_json: bool) -> None:
-        try:
-            choice = orjson.loads(answer.body)["choices"][0]
-            message = choice["message"]
-            answer.text = message.get("content") or ""
-            tokens = (choice.get("logprobs") or {}).get("content") or []
-            answer.logprobs = tuple(float(token["logprob"]) for token in tokens)
-        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError, ValueError):
-            if answer.status == 200:
-                answer.error = UnavailableError(
-                    f"expert {answer.expert!r} sent an answer of unknown format"
-                )
+        if answer.status != 200:
             return
-        if choice.get("finish_reason") not in _CUT and not message.get("refusal"):
-            answer.final = final_answer(answer.text, as_json=as_json)
+        try:
+            choices = orjson.loads(answer.body)["choices"]
+            message = choices[0]["message"]
+            text = message.get("content") or ""
+            if not isinstance(text, str) or not all(isinstance(one, dict) for one in choices):
+                raise TypeError("the content is no text")
+            tokens = (choices[0].get("logprobs") or {}).get("content") or []
+            answer.logprobs = tuple(float(token["logprob"]) for token in tokens)
+            comparable = choices[0].get("finish_reason") not in _CUT and not message.get("refusal")
+        # A remote endpoint may send anything, and its fault must not be that of the other members.
+        except (LookupError, TypeError, ValueError, AttributeError):
+            answer.error = UnavailableError(
+                f"expert {answer.expert!r} sent an answer of unknown format"
+            )
+            return
+        answer.text = text
+        if comparable:
+            answer.final = final_answer(text, as_json=as_json)
 
     async def refuse(self) -> None:
         """Send a member's 4xx reply, if there is one.
