@@ -240,8 +240,8 @@ class DeliberationExecutor(MemberCalls):
         prices = [self.cost_model.price(name) for name in experts]
         # A text never has more tokens than bytes.
         prompts = math.fsum(
-            price.prompt * request.most_prompt_tokens / 1e6
-            for price, request in zip(prices, requests, strict=True)
+            price.prompt * (request.most_prompt_tokens + self.system_bytes(name, request)) / 1e6
+            for price, name, request in zip(prices, experts, requests, strict=True)
         )
         per_token = math.fsum(price.completion for price in prices) / 1e6
         left = most - spent - prompts

@@ -82,7 +82,8 @@ class RecruitExecutor(MemberCalls):
             spent = sum(call.cost for answer in self.answers for call in answer.record.calls)
             left = replace(request, max_cost=max(0.0, self.request.max_cost - spent))
             try:
-                request = within_cost(left, (aggregator,), self.cost_model)
+                added = (self.system_bytes(aggregator, left),)
+                request = within_cost(left, (aggregator,), self.cost_model, added_bytes=added)
             except InvalidRequestError:
                 return False
         self._aggregated = 1

@@ -30,6 +30,11 @@ def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> 
         prompt: The prompt for the reviewer.
         most_tokens: The bound of the review.
     """
+    thinking = request.thinking
+    if thinking.budget_tokens is not None:
+        # The client's budget is for an answer. A review that is all thinking tells nothing.
+        least = max(1, min(thinking.budget_tokens, most_tokens // 2))
+        thinking = replace(thinking, budget_tokens=least)
     media = media_parts(request.data)
     content: Any = [{"type": "text", "text": prompt}, *media] if media else prompt
     data: dict[str, Any] = {
@@ -45,6 +50,7 @@ def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> 
         needs=(request.needs - {"json"}) | {"chat"},
         body_bytes=len(orjson.dumps(data)),
         clipped=None,
+        thinking=thinking,
     )
 
 

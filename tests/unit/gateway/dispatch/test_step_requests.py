@@ -88,3 +88,13 @@ def test_shown_bytes_of_bound_what_calls_add(
 
 def test_shown_bytes_of_other_recipes_are_none() -> None:
     assert shown_bytes_of(Recipe("vote", ("a", "b", "c")), 10) == 0
+
+
+@pytest.mark.parametrize(("given_budget", "told"), [(8, 8), (32, 32), (4000, 32)])
+def test_review_request_leaves_room_after_the_client_s_budget_of_thinking(
+    given_budget: int, told: int
+) -> None:
+    asked = request(max_tokens=8000, thinking_token_budget=given_budget)
+    made = review_request(asked, "judge", 64)
+    assert made.thinking.budget_tokens == told
+    assert asked.thinking.budget_tokens == given_budget
