@@ -77,6 +77,22 @@ ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.construct_int
 ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_float)
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """The safe dumper, which also quotes texts that `ConfigLoader` would read as something else."""
+
+    # A text that any of these matches is quoted.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *ConfigLoader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {
+            *yaml.SafeDumper.yaml_implicit_resolvers,
+            *ConfigLoader.yaml_implicit_resolvers,
+        }
+    }
+
+
 def written_at(text: str, place: Sequence[int | str]) -> str | None:
     """Return a value that is not a string as the file has it; None if it can't be found.
 

@@ -532,7 +532,9 @@ def _text(data: Mapping[str, Any], notes: str = "") -> str:
     """Write a config's data as YAML; lists, and objects of numbers, take one line."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    from service.config.strict_yaml_loader import ConfigDumper
+
+    class Dumper(ConfigDumper):
         def represent_sequence(self, tag: str, sequence: Any, flow_style: Any = None) -> Any:
             return super().represent_sequence(tag, sequence, flow_style=True)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.config import Config, load_config, parse_config
 from service.config.model_pin_writer import pin_models
-from service.config.strict_yaml_loader import ConfigLoader
+from service.config.strict_yaml_loader import ConfigDumper, ConfigLoader
 from service.errors import ConfigError
 
 POOLS = "\npools: {cpu: {engine: simulated}}\n"
@@ -145,8 +145,9 @@ def test_parse_boolean_fields_accept_yes_no_on_off(written: str, value: bool) ->
         max_leaves=8,
     )
 )
+@example(["0E0", "1e3", "0o7", "010", "no", "~", ".inf"])
 def test_config_loader_reads_back_what_was_dumped(data: object) -> None:
-    assert yaml.load(yaml.safe_dump(data), ConfigLoader) == data
+    assert yaml.load(yaml.dump(data, Dumper=ConfigDumper), ConfigLoader) == data
 
 
 # --- how editors save
