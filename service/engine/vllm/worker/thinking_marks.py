@@ -22,6 +22,7 @@ def marks_of(config: VllmConfig, model: ModelConfig) -> ReasoningConfig | None:
         model: The config with the tokenizer.
 
     Raises:
+        ValueError: The parser names no marks for this tokenizer.
         Exception: The tokenizer lacks the marks. The message comes from vLLM.
     """
     from vllm.config.reasoning import ReasoningConfig
@@ -35,6 +36,8 @@ def marks_of(config: VllmConfig, model: ModelConfig) -> ReasoningConfig | None:
         reasoning_end_str=known.reasoning_end_str,
     )
     marks.initialize_token_ids(model)
+    if not marks.enabled:
+        raise ValueError("its tokenizer has no marks of thinking, and the running engine's has")
     return marks
 
 
@@ -43,9 +46,9 @@ def use_marks(runner: Any, marks: ReasoningConfig | None) -> None:
 
     Args:
         runner: vLLM's model runner, of either generation.
-        marks: The marks; None leaves it as it is.
+        marks: The marks; None leaves it as it is, and so do those of a parser that names none.
     """
-    if marks is None:
+    if marks is None or not marks.enabled:
         return
     start, end = marks.reasoning_start_token_ids, marks.reasoning_end_token_ids
     if hasattr(runner, "input_batch"):
