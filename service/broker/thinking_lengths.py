@@ -37,6 +37,8 @@ _REMEMBERED = 512
 _FEWEST = 50
 # So many lengths above a quantile are needed, on average.
 _ABOVE = 3.0
+# The greatest length of the ring's type; what an endpoint tells may be greater.
+_MOST_TOKENS = 2**31 - 1
 # A smaller budget would save nothing.
 _LEAST_TOKENS = 16
 # Where the longest lengths are all cut: the factor at which the rest is taken to end.
@@ -139,6 +141,7 @@ class _Samples:
         return min(self._added, _REMEMBERED)
 
     def add(self, tokens: int, *, cut: bool) -> None:
+        tokens = min(tokens, _MOST_TOKENS)
         self._ring[self._added % _REMEMBERED] = -1 - tokens if cut else tokens
         self._added += 1
         self._distribution = None

@@ -107,3 +107,11 @@ def test_budget_follows_new_lengths() -> None:
     for n in range(512):
         lengths.observe("e", "c", 50 if n % 10 else 400, cut=False)
     assert lengths.budget("e", "c", 0.8, DEAR) == 50
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_lengths_of_any_size_that_an_endpoint_tells_are_kept(cut: bool) -> None:
+    lengths = ThinkingLengths()
+    for _ in range(60):
+        lengths.observe("e", "math", 2**31, cut=cut)
+    assert lengths.excess("e", "math", 0) >= 2**31 - 1
