@@ -184,11 +184,13 @@ class Config(Section):
         """Return whether budgets of thinking hold for an expert, wherever it is answered.
 
         vLLM needs to know the marks of thinking, by a parser or by `reasoning_config`. OpenAI's
-        fields have no budget.
+        fields have no budget. A server that a command starts would ignore the field or not.
         """
         remote, owner = self.experts[expert].remote, self.owner_of(expert)
         if remote is not None:
             return remote.thinking_fields != "openai"
+        if self.experts[owner].command is not None:
+            return False
         return all(
             pool.vllm.reasoning_parser is not None or "reasoning_config" in pool.vllm.args
             for pool in self.pools.values()
@@ -528,14 +530,19 @@ def _check_thinking(config: Config) -> None:
         if expert.thinking is None or expert.thinking.bounded is None:
             continue
         if not config.bounds_thinking(name):
-            raise ValueError(
-                f"experts.{name}.thinking.{expert.thinking.bounded}: nothing would keep it; set "
-                + (
-                    "vllm.reasoning_parser of each of its pools"
-                    if expert.remote is None
-                    else f"experts.{config.owner_of(name)}.remote.thinking_fields to anthropic or "
-                    "vllm, if the endpoint takes these"
+            owner = config.owner_of(name)
+            if config.experts[owner].command is not None:
+                advice = "leave it out: the server that a command starts may not know budgets"
+            elif expert.remote is None:
+                advice = "set vllm.reasoning_parser of each of its pools"
+            else:
+                advice = (
+                    f"set experts.{owner}.remote.thinking_fields to anthropic or vllm, if the "
+                    "endpoint takes these"
                 )
+            raise ValueError(
+                f"experts.{name}.thinking.{expert.thinking.bounded}: nothing would keep it; "
+                f"{advice}"
             )
 
 

@@ -58,12 +58,14 @@ class ThinkingWay:
         enabled: Whether it thinks; None where each request says.
         budget_tokens: Most tokens of thinking of each answer; None without a bound.
         bounded: Whether the engines of its pools can end its thinking.
+        by_command: Whether a command starts its server.
     """
 
     form: Form = "local"
     enabled: bool | None = None
     budget_tokens: int | None = None
     bounded: bool = True
+    by_command: bool = False
 
     def form_on(self, endpoint: str) -> Form:
         """The form on an endpoint. Messages has one form at all endpoints but ours."""
@@ -81,6 +83,8 @@ class ThinkingWay:
                 return "is remote, and its endpoint takes no budget of thinking here"
             if form == "anthropic" and terms.budget_tokens < LEAST_ANTHROPIC:
                 return f"is remote, and takes budgets of at least {LEAST_ANTHROPIC} tokens"
+            if self.by_command:
+                return "can't bound its thinking: a command starts its server"
             if not self.bounded:
                 return "can't bound its thinking: its pools have no vllm.reasoning_parser"
         unbudgeted = terms.budget_tokens is None and self.budget_tokens is None
@@ -143,7 +147,8 @@ class ThinkingWay:
         budget = None
         if endpoint in _BUDGETED[form]:
             budget = self.budget(terms, most_tokens, learned)
-        if form == "anthropic" and budget is not None and terms.budget_tokens is None:
+        if form == "anthropic" and budget is not None:
+            # A request's own budget is no smaller, or it would have been refused.
             budget = max(budget, LEAST_ANTHROPIC)
         if endpoint == _COMPLETIONS:
             # There is no template, so that only the prompt can begin to think.
@@ -265,6 +270,7 @@ def _way(config: Config, name: str) -> ThinkingWay:
         None if own is None else own.enabled,
         None if own is None else own.budget_tokens,
         expert.remote is not None or config.bounds_thinking(name),
+        config.experts[config.owner_of(name)].command is not None,
     )
 
 

@@ -95,3 +95,13 @@ def test_thinking_that_can_not_be_is_refused(experts: str, said: str) -> None:
 def test_bounds_thinking_needs_a_parser_in_every_pool(pools: dict[str, Any], bounded: bool) -> None:
     whole = config(pools, other={"model": "n"}, v={"base": "base", "thinking": True})
     assert whole.bounds_thinking("base") is whole.bounds_thinking("v") is bounded
+
+
+def test_bounds_thinking_of_a_server_by_command_is_unknown() -> None:
+    command = {"command": {"run": ["x", "{port}"], "memory_bytes": 1}}
+    whole = config(PARSER, far=command, v={"base": "far", "thinking": True})
+    assert whole.bounds_thinking("base")
+    assert not whole.bounds_thinking("far")
+    assert not whole.bounds_thinking("v")
+    with pytest.raises(ValueError, match="the server that a command starts may not know"):
+        config(PARSER, far={**command, "thinking": {"budget_tokens": 9}})

@@ -41,6 +41,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
 KINDS: dict[str, dict[str, Any]] = {
     "parsed": {"model": "m"},
     "unparsed": {"model": "n"},
+    "command": {"command": {"run": ["x", "{port}"], "memory_bytes": 1}},
     "openai": {"remote": {"url": "http://a", "model": "x"}},
     "anthropic": {"remote": {"url": "http://b", "model": "x", "thinking_fields": "anthropic"}},
     "vllm": {"remote": {"url": "http://c", "model": "x", "thinking_fields": "vllm"}},
@@ -49,6 +50,7 @@ REMOTE = ", and its endpoint takes no budget of thinking here"
 # What an expert of each kind is told, or why it can't be asked, where its config says nothing.
 SWITCHES = {"enable_thinking": True, "thinking": True}
 NO_PARSER = "can't bound its thinking: its pools have no vllm.reasoning_parser"
+BY_COMMAND = "can't bound its thinking: a command starts its server"
 OFF = {"thinking": {"type": "disabled"}}
 ADAPTIVE = {"thinking": {"type": "adaptive"}}
 ENABLED = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
@@ -59,7 +61,7 @@ TOLD: dict[tuple[str, str], dict[str, dict[str, Any] | str]] = {
         "low": low,
         "2000": {"chat_template_kwargs": SWITCHES, "thinking_token_budget": 2000},
     }
-    for kind in ("parsed", "unparsed", "vllm")
+    for kind in ("parsed", "unparsed", "command", "vllm")
     for path, off, low in (
         (CHAT, {"reasoning_effort": "none"}, {"reasoning_effort": "low"}),
         (RESPONSES, {"reasoning": {"effort": "none"}}, {"reasoning": {"effort": "low"}}),
@@ -68,6 +70,7 @@ TOLD: dict[tuple[str, str], dict[str, dict[str, Any] | str]] = {
 }
 for where in (CHAT, RESPONSES, MESSAGES):
     TOLD["unparsed", where] = {**TOLD["unparsed", where], "2000": NO_PARSER}
+    TOLD["command", where] = {**TOLD["command", where], "2000": BY_COMMAND}
 TOLD["vllm", RESPONSES]["2000"] = "is remote" + REMOTE
 TOLD["openai", CHAT] = {
     "off": {"reasoning_effort": "none"},
@@ -99,7 +102,11 @@ for kind in ("openai", "anthropic", "vllm"):
 def config(**more: Any) -> Config:
     experts = {name: {**kind, **more} for name, kind in KINDS.items()}
     pools = {
-        "a": {"engine": "vllm", "experts": ["parsed"], "vllm": {"reasoning_parser": "qwen3"}},
+        "a": {
+            "engine": "vllm",
+            "experts": ["parsed", "command"],
+            "vllm": {"reasoning_parser": "qwen3"},
+        },
         "b": {"engine": "vllm", "experts": ["unparsed"]},
     }
     return Config.model_validate({"experts": experts, "pools": pools})
@@ -112,7 +119,7 @@ def request_for(path: str, **data: Any) -> InferenceRequest:
 
 def has_template(kind: str, path: str) -> bool:
     """Whether the chat template gets arguments."""
-    return kind in ("parsed", "unparsed") or (kind == "vllm" and path != MESSAGES)
+    return kind in ("parsed", "unparsed", "command") or (kind == "vllm" and path != MESSAGES)
 
 
 def outcome(config: Config, expert: str, request: InferenceRequest) -> dict[str, Any] | str:
@@ -194,6 +201,37 @@ def test_own_budget_is_parted_by_effort_and_leaves_room_for_the_answer(
     data = {"reasoning_effort": effort, "max_tokens": bound}
     told = RequestDefaults(whole).apply(request_for(CHAT, **data), "e")
     assert told.data["thinking_token_budget"] == told.thinking_budget == budget
+
+
+@pytest.mark.parametrize("own", [1, 500, 2000, 8000])
+@pytest.mark.parametrize("effort", [None, "minimal", "low", "max"])
+@pytest.mark.parametrize("given", [None, 1024, 3000])
+@pytest.mark.parametrize("bound", [None, 600, 1024, 1025, 1500, 4000, 30_000])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_anthropic_endpoint_gets_no_budget_that_it_refuses(
+    own: int, effort: str | None, given: int | None, bound: int | None, path: str
+) -> None:
+    remote = {"url": "http://b", "model": "x", "thinking_fields": "anthropic"}
+    expert = {"remote": remote, "thinking": {"budget_tokens": own}}
+    whole = Config.model_validate({"experts": {"e": expert}})
+    data: dict[str, Any] = {} if effort is None else {"output_config": {"effort": effort}}
+    if given is not None:
+        data["thinking"] = {"type": "enabled", "budget_tokens": given}
+    asked = request_for(path, **data)
+    if bound is not None:
+        # As a bound of the cost lowers it.
+        asked = asked.at_most(bound)
+    told = RequestDefaults(whole).apply(asked, "e")
+    thinking = told.data["thinking"]
+    if thinking["type"] == "disabled":
+        assert told.thinking_budget is None
+        assert bound is not None
+        assert bound <= 1024 or (given is not None and bound <= given)
+        return
+    assert thinking["budget_tokens"] == told.thinking_budget
+    assert thinking["budget_tokens"] >= 1024
+    assert told.most_tokens is None or thinking["budget_tokens"] < told.most_tokens
+    assert given is None or thinking["budget_tokens"] <= given
 
 
 def test_clients_budget_and_the_configs_the_smaller_counts() -> None:
