@@ -215,7 +215,7 @@ class SharedTraffic:
         worst = max(tenants, key=lambda name: getattr(tenants[name], found.reason))
         others = [tally for name, tally in tenants.items() if name != worst]
         failed = sum(getattr(tally, found.reason) for tally in others)
-        share = failed / sum(tally.requests for tally in others)
+        share: float = failed / sum(tally.requests for tally in others)
         errors = found.reason == "errors"
         margin = self.rule.error_margin if errors else self.rule.refusal_margin
         assert margin is not None
