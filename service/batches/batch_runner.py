@@ -20,10 +20,10 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
@@ -41,7 +41,7 @@ from service.batches.batch_records import (
 from service.batches.batch_state import BatchState
 from service.batches.batch_types import LineChoice, PacesBatches, PlansBatches
 from service.batches.file_folder import FileFolder, storage_error
-from service.batches.input_lines import InputIndex, InputLines, LineFault, read_index
+from service.batches.input_lines import CheckLine, InputIndex, InputLines, LineFault, read_index
 from service.batches.line_call import (
     After,
     Endpoint,
@@ -192,6 +192,7 @@ class BatchRunner:
         config: The section `batches`.
         parts: What it works with.
         max_line_bytes: The longest line of an input file.
+        check_line: Checks each line of an input file before it is parsed.
         clock: Returns seconds since 1970.
         poll_s: How often it looks for batches, in s.
     """
@@ -203,6 +204,7 @@ class BatchRunner:
         parts: BatchRunnerParts,
         *,
         max_line_bytes: int,
+        check_line: CheckLine | None = None,
         clock: Callable[[], float] = time.time,
         poll_s: float = 1.0,
     ) -> None:
@@ -211,6 +213,7 @@ class BatchRunner:
         self._parts = parts
         self._state = parts.state
         self._max_line_bytes = max_line_bytes
+        self._check_line = check_line
         self._clock = clock
         self._poll_s = poll_s
         self._slots = asyncio.Semaphore(config.max_in_flight)
@@ -359,6 +362,7 @@ class BatchRunner:
                 batch.endpoint,
                 max_lines=self._config.max_lines,
                 max_line_bytes=self._max_line_bytes,
+                check=self._check_line,
             )
         except FileNotFoundError:
             if not path.parent.is_dir():
@@ -382,10 +386,12 @@ class BatchRunner:
             await self._run_lines(job, index, lines)
         if job.why is Ending.EXPIRED and not job.batch.ended:
             done = await self._state.done(job.batch.id)
-            overdue = (
-                LineFault(line.number, line.custom_id, "batch_expired", _EXPIRED) for line in lines
-            )
-            await self._put_faults(job, chain(index.faults, overdue), done)
+            await self._put_faults(job, index.faults, done)
+            left = (number for number in index.numbers if number not in done)
+            for group in _groups(left, _PAGE):
+                # The lines are read again for their names, and may be large.
+                overdue = await asyncio.to_thread(_overdue, lines, group)
+                await self._put_faults(job, overdue, done)
 
     async def _run_lines(self, job: _Job, index: InputIndex, lines: InputLines) -> None:
         """Run the lines that have no result yet, until all have one or the batch has to stop."""
@@ -397,7 +403,8 @@ class BatchRunner:
         job.spent = job.batch.counts.cost
         await self._put_faults(job, index.faults, done)
         try:
-            await self._unless_ending(job, self._launch(job, lines, _load_plan(stored), done))
+            left = await asyncio.to_thread(_lines_left, stored, done)
+            await self._unless_ending(job, self._launch(job, lines, left))
         finally:
             await cancel_and_wait(*job.calls)
             # What is not delivered by then is settled by whoever goes on.
@@ -428,7 +435,7 @@ class BatchRunner:
             lambda batch: batch.enter(
                 Status.IN_PROGRESS, self._clock(), total=index.total, planned=planned
             ),
-            _dump_plan(plan.choices),
+            await asyncio.to_thread(_dump_plan, plan.choices),
         )
         return job.batch.status is Status.IN_PROGRESS
 
@@ -473,17 +480,18 @@ class BatchRunner:
                 self._parts.counted("failed")
 
     async def _launch(
-        self, job: _Job, lines: InputLines, choices: Iterator[LineChoice], done: set[int]
+        self, job: _Job, lines: InputLines, left: dict[str, deque[LineChoice]]
     ) -> None:
         """Start line after line, and wait for the last.
 
         The lines of one model start in the plan's order. Those of a later model may start before,
         where the pace finds its expert resident and the earlier one's busy.
+
+        Args:
+            job: The batch.
+            lines: Its lines.
+            left: By model, the lines without a result, in the plan's order.
         """
-        left: dict[str, deque[LineChoice]] = {}
-        for choice in choices:
-            if choice.line not in done:
-                left.setdefault(choice.model, deque()).append(choice)
         # A line keeps its place while it waits for its next try, so that few lines wait at once.
         places = asyncio.Semaphore(self._config.max_in_flight)
         failures: list[BaseException] = []
@@ -788,6 +796,13 @@ async def _deliver(store: Store, settlement: Settlement) -> None:
         log.error("settlement of a line failed: %s", error.code)
 
 
+def _overdue(lines: InputLines, numbers: Sequence[int]) -> list[LineFault]:
+    return [
+        LineFault(number, lines.numbered(number).custom_id, "batch_expired", _EXPIRED)
+        for number in numbers
+    ]
+
+
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while group := list(islice(iterator, size)):
@@ -798,8 +813,13 @@ def _dump_plan(choices: tuple[LineChoice, ...]) -> bytes:
     return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens] for c in choices])
 
 
-def _load_plan(data: bytes) -> Iterator[LineChoice]:
-    return (LineChoice(*choice) for choice in orjson.loads(data))
+def _lines_left(plan: bytes, done: set[int]) -> dict[str, deque[LineChoice]]:
+    """By model, the lines of a plan that have no result yet, in its order."""
+    left: dict[str, deque[LineChoice]] = {}
+    for choice in (LineChoice(*given) for given in orjson.loads(plan)):
+        if choice.line not in done:
+            left.setdefault(choice.model, deque()).append(choice)
+    return left
 
 
 def _place(error: BaseException) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ class BatchService:
         self._stop_lines = stop_lines
         self._clock = clock
         self._sweeping: asyncio.Task[None] | None = None
+        # Bytes of uploads under way, by tenant.
+        self._arriving: Counter[str] = Counter()
 
     def start(self) -> None:
         """Start to delete what has expired."""
@@ -91,16 +95,41 @@ class BatchService:
 
     # --- files
 
-    async def check_room(self, tenant: Tenant, size: int = 0) -> None:
-        """Check that a tenant may add a file of this size, before it is read.
+    @asynccontextmanager
+    async def arriving(self, tenant: Tenant) -> AsyncIterator[Callable[[int], None]]:
+        """Count what a tenant uploads at once, so that it can't fill the disk before it is refused.
+
+        Yields:
+            A function to call with the number of each further bytes, before they are written. It
+            raises InvalidRequestError where there is no room for them.
 
         Raises:
-            InvalidRequestError: Its files would be too many bytes.
+            InvalidRequestError: The tenant's files are too many bytes.
             StoreUnavailableError: The state can't be read.
         """
-        most = self.config.tenant_bytes
-        if size > most or await self._state.file_bytes(tenant.name) + size > most:
+        stored = await self._check_room(tenant)
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            if stored + self._arriving[tenant.name] + size > self.config.tenant_bytes:
+                raise self._no_room()
+            self._arriving[tenant.name] += size
+            own += size
+
+        try:
+            yield take
+        finally:
+            self._arriving[tenant.name] -= own
+            if not self._arriving[tenant.name]:
+                del self._arriving[tenant.name]
+
+    async def _check_room(self, tenant: Tenant) -> int:
+        """The bytes of a tenant's files. Raises InvalidRequestError where they are too many."""
+        stored = await self._state.file_bytes(tenant.name)
+        if stored > self.config.tenant_bytes:
             raise self._no_room()
+        return stored
 
     def begin_file(self) -> PartialFile:
         """Begin to write a file; it blocks. Raises StorageFullError, StoreUnavailableError."""
@@ -205,6 +234,7 @@ class BatchService:
 
         Raises:
             InvalidRequestError: A field is not valid.
+                The tenant's files are too many bytes for further output.
             UnknownModelError: The tenant has no such input file.
             RateLimitExceededError: The tenant has too many batches under way.
         """
@@ -238,6 +268,8 @@ class BatchService:
                 f"the purpose of `input_file_id` must be {PURPOSE!r}, not {file.purpose!r}",
                 param="input_file_id",
             )
+        # Output files are written whatever their size.
+        await self._check_room(tenant)
         now_s = int(self._clock())
         batch = BatchRecord(
             new_batch_id(),

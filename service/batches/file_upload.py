@@ -109,6 +109,7 @@ async def read_upload(
     *,
     max_file_bytes: int,
     stall_timeout_s: float,
+    take: Callable[[int], None] | None = None,
 ) -> tuple[UploadForm, PartialFile]:
     """Read an upload. The caller has to keep or discard the file.
 
@@ -118,6 +119,8 @@ async def read_upload(
         begin: Begins a file; it is called in a thread.
         max_file_bytes: The largest file.
         stall_timeout_s: The longest wait for the next bytes, in s.
+        take: Called with the number of further bytes before they are written; raises where there
+            is no room for them.
 
     Raises:
         UnsupportedMediaTypeError: The body is no form.
@@ -153,7 +156,7 @@ async def read_upload(
     )
     partial = await asyncio.to_thread(begin)
     try:
-        more = True
+        more, received = True, 0
         while more:
             try:
                 async with asyncio.timeout(stall_timeout_s):
@@ -165,11 +168,17 @@ async def read_upload(
             if message["type"] != "http.request":
                 raise ClientDisconnectedError
             more = message.get("more_body", False)
+            body = message.get("body", b"")
+            received += len(body)
+            if received > max_file_bytes + _FORM_BYTES:
+                raise too_large(max_file_bytes)
             try:
-                parser.write(message.get("body", b""))
+                parser.write(body)
             except FormParserError:
                 raise InvalidRequestError("the form can't be understood") from None
             if len(parts.pending) >= _FLUSH_BYTES or (not more and parts.pending):
+                if take is not None:
+                    take(len(parts.pending))
                 await asyncio.to_thread(partial.write, bytes(parts.pending))
                 parts.pending.clear()
         if not parts.ended:

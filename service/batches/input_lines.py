@@ -10,7 +10,7 @@ import hashlib
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +19,10 @@ import orjson
 
 from service.batches.batch_records import InputError
 from service.batches.batch_types import BatchLine
+from service.errors import InvalidRequestError
+
+CheckLine = Callable[[bytes], None]
+"""Checks a line before it is parsed. Raises InvalidRequestError."""
 
 _MOST_ERRORS = 20
 _MAX_ID = 512
@@ -75,7 +79,14 @@ class _LineError(Exception):
         self.custom_id = custom_id
 
 
-def read_index(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int) -> InputIndex:
+def read_index(
+    path: Path,
+    endpoint: str,
+    *,
+    max_lines: int,
+    max_line_bytes: int,
+    check: CheckLine | None = None,
+) -> InputIndex:
     """Read a file's lines, and check each. It blocks.
 
     Args:
@@ -83,11 +94,24 @@ def read_index(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int
         endpoint: The endpoint that every line has to be for.
         max_lines: The most lines that a batch may have.
         max_line_bytes: The longest line.
+        check: Checks each line before it is parsed.
     """
     index = InputIndex()
     seen: set[bytes] = set()
+    empty = 0
     for number, offset, line in _lines(path, max_line_bytes):
         if line is not None and not line.strip():
+            empty += 1
+            # Millions of them would keep a core busy for minutes.
+            if empty > max_lines:
+                index.errors.append(
+                    InputError(
+                        "too_many_lines",
+                        f"a batch may have {max_lines} empty lines at most",
+                        number + 1,
+                    )
+                )
+                return index
             continue
         if index.total == max_lines:
             index.errors.append(
@@ -99,6 +123,8 @@ def read_index(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int
         try:
             if line is None:
                 raise _LineError("line_too_long", f"it is longer than {max_line_bytes} bytes")
+            if check is not None:
+                check(line)
             custom_id, _ = _parse(line, endpoint)
             digest = hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=12)
             if digest.digest() in seen:
@@ -109,6 +135,9 @@ def read_index(path: Path, endpoint: str, *, max_lines: int, max_line_bytes: int
             index.numbers.append(number)
             index.offsets.append(offset)
             index.sizes.append(len(line))
+        except InvalidRequestError as error:
+            message = f"line {number + 1}: {error.message}"
+            index.faults.append(LineFault(number, None, "invalid_line", message))
         except _LineError as error:
             message = f"line {number + 1}: {error}"
             index.faults.append(LineFault(number, error.custom_id, error.code, message))

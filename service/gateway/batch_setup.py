@@ -68,6 +68,10 @@ class CurrentGateway:
         found = self._current().authenticator.on_behalf(tenant, key)
         return replace(found, priority=BATCH)
 
+    def check_line(self, line: bytes) -> None:
+        """Check a line of an input file before it is parsed. Raises InvalidRequestError."""
+        self._current().services.intake.check_shape(line, wrapped=1)
+
     async def plan(
         self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
     ) -> BatchPlan:
@@ -125,6 +129,7 @@ class GatewayBatches:
                 lambda result: registry.add(metric_declarations.BATCH_LINES, 1, result),
             ),
             max_line_bytes=config.server.max_body_bytes,
+            check_line=gateway.check_line,
         )
         self.service = BatchService(
             given, self._state, folder, self._runner.wake, self._runner.cancel

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ async def test_bad_lines_are_error_lines_and_others_run(tmp_path: Path) -> None:
         line(102, model="nobody"),
         line(103, messages="x"),
     ]
+    # It would take a gigabyte as objects.
+    bad.insert(8, line(104, prompt=["LISTS"]).replace('"LISTS"', "[]," * 600_000 + "[]"))
     codes = [
         "invalid_json_line",
         "invalid_line",
@@ -173,21 +176,22 @@ async def test_bad_lines_are_error_lines_and_others_run(tmp_path: Path) -> None:
         "duplicate_custom_id",
         "invalid_body",
         "invalid_body",
+        "invalid_line",
     ]
     async with run_gateway(config(tmp_path)) as s, client(s) as api:
         file = await upload(api, line(0), *bad, "", line(1))
         batch = await ended(api, (await create(api, file.id)).id)
         assert batch.status == "completed"
         counts = batch.request_counts
-        assert (counts.total, counts.completed, counts.failed) == (12, 2, 10)
+        assert (counts.total, counts.completed, counts.failed) == (13, 2, 11)
         good = await read(api, batch.output_file_id)
         assert [each["custom_id"] for each in good] == ["c0", "c1"]
         faults = await read(api, batch.error_file_id)
         assert [each["error"]["code"] for each in faults if each["error"]] == codes
-        for number, each in enumerate(faults[:8], start=2):
+        for number, each in enumerate(faults[:9], start=2):
             assert each["response"] is None
             assert each["error"]["message"].startswith(f"line {number}: ")
-        unknown, wrong = faults[8:]
+        unknown, wrong = faults[9:]
         assert unknown["response"]["status_code"] == 404
         assert unknown["response"]["body"]["error"]["code"] == "model_not_found"
         assert wrong["response"]["status_code"] == 400
@@ -331,6 +335,47 @@ async def test_uploads_are_bounded_and_leave_nothing_behind(tmp_path: Path) -> N
         async with s.client.post(s.url + "/v1/files", data=b"{", headers={}) as reply:
             assert reply.status == 415
         assert len(list((tmp_path / "batches/files").iterdir())) == 1
+
+
+async def test_uploads_at_once_keep_to_the_tenant_s_bytes(tmp_path: Path) -> None:
+    most = 700_000
+    given = with_keys(tmp_path, batches={"max_file_bytes": most, "tenant_bytes": most})
+    folder = tmp_path / "batches/files"
+    piece, go_on = b"x" * 300_000, asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + piece
+        await go_on.wait()
+
+    async with run_gateway(given) as s, client(s, OTHER) as other:
+        headers = {
+            "authorization": f"Bearer {KEY}",
+            "content-type": "multipart/form-data; boundary=b",
+        }
+        posts = [
+            asyncio.create_task(s.client.post(s.url + "/v1/files", data=slow(), headers=headers))
+            for _ in range(5)
+        ]
+        try:
+            await until(lambda: sum(post.done() for post in posts) == 3, "three have no room")
+            refused = [await (await post).json() for post in posts if post.done()]
+            assert {each["error"]["code"] for each in refused} == {"storage_quota_exceeded"}
+            assert sum(path.stat().st_size for path in folder.iterdir()) <= most
+            # It is the tenant's own room.
+            await other.files.create(file=("x", piece), purpose="batch")
+        finally:
+            go_on.set()
+            for reply in await asyncio.gather(*posts):
+                reply.release()
+
+
+async def test_outputs_beyond_the_tenant_s_bytes_end_further_batches(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path, batches={"tenant_bytes": 1500})) as s, client(s) as api:
+        file = await upload(api, line(0), *("{" for _ in range(10)))
+        await ended(api, (await create(api, file.id)).id)
+        with pytest.raises(openai.BadRequestError) as full:
+            await create(api, file.id)
+        assert full.value.code == "storage_quota_exceeded"
 
 
 async def test_line_over_a_limit_waits_and_comes_again(tmp_path: Path) -> None:

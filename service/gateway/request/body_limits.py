@@ -94,25 +94,30 @@ class RequestLimitChecker:
                 f"the headers have {size} bytes; at most {most.max_header_bytes} are allowed"
             )
 
-    def shape(self, raw: bytes) -> None:
+    def shape(self, raw: bytes, wrapped: int = 0) -> None:
         """Check the depth and the number of values of a body before it is parsed.
+
+        Args:
+            raw: The body.
+            wrapped: The levels of JSON around it that are not its own, as in a line of a batch.
 
         Raises:
             InvalidRequestError: The body is nested too deep, or has too many values.
         """
         most = self._limits
+        deepest, values = most.max_json_depth + wrapped, most.max_json_values + 8 * wrapped
         opened = raw.count(b"[") + raw.count(b"{")
-        if opened <= most.max_json_depth and raw.count(b",") + opened <= most.max_json_values:
+        if opened <= deepest and raw.count(b",") + opened <= values:
             return
         bare = _STRING.sub(b"", raw)
         count = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
-        if count > most.max_json_values:
+        if count > values:
             raise InvalidRequestError(
                 f"the body has about {count} values; at most {most.max_json_values} are allowed"
             )
         turns = _TURN[np.frombuffer(bare.translate(None, _NO_BRACKETS), np.uint8)]
         depth = int(turns.cumsum(dtype=np.int64).max(initial=0))
-        if depth > most.max_json_depth:
+        if depth > deepest:
             raise InvalidRequestError(
                 f"the body is nested {depth} levels deep; at most {most.max_json_depth} are allowed"
             )

@@ -96,6 +96,18 @@ class RequestIntake:
         self._limits.fields(request.data)
         return request
 
+    def check_shape(self, raw: bytes, wrapped: int = 0) -> None:
+        """Check the depth and the number of values of JSON before it is parsed.
+
+        Args:
+            raw: The JSON.
+            wrapped: The levels of JSON around a body, as in a line of a batch.
+
+        Raises:
+            InvalidRequestError: It is nested too deep, or has too many values.
+        """
+        self._limits.shape(raw, wrapped)
+
     async def _run_guard(self, request: InferenceRequest) -> GuardResult:
         try:
             result = await self._guard.check(request)

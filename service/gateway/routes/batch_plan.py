@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import orjson
@@ -28,6 +29,8 @@ _MOST_BUDGETS = 20
 async def plan_batch(request: Request, services: Services, tenant: CountedTenant) -> Response:
     """Forecast a batch by its terms, and for several budgets."""
     raw = await read_body(request.receive, services.config.server.max_body_bytes)
+    # A body of a line is inside of `requests` and of the line.
+    await asyncio.to_thread(services.intake.check_shape, raw, 3)
     try:
         body = await asyncio.to_thread(orjson.loads, raw)
     except orjson.JSONDecodeError as error:
@@ -103,6 +106,7 @@ async def _from_file(
         endpoint,
         max_lines=config.batches.max_lines,
         max_line_bytes=config.server.max_body_bytes,
+        check=partial(services.intake.check_shape, wrapped=1),
     )
     if index.errors:
         raise InvalidRequestError(index.errors[0].message, param="input_file_id")

@@ -32,29 +32,30 @@ async def upload(
     request: Request, services: Services, batches: BatchEndpoints, tenant: CountedTenant
 ) -> Response:
     """Keep a file for a batch."""
-    await batches.check_room(tenant)
-    form, partial = await read_upload(
-        request.receive,
-        headers_of(request),
-        batches.begin_file,
-        max_file_bytes=batches.config.max_file_bytes,
-        stall_timeout_s=services.config.server.limits.body_timeout_s,
-    )
-    try:
-        given = {
-            name: form.fields[f"expires_after[{name}]"]
-            for name in ("anchor", "seconds")
-            if f"expires_after[{name}]" in form.fields
-        }
-        file = await batches.add_file(
-            tenant,
-            partial,
-            filename=form.filename or "file",
-            purpose=form.fields.get("purpose"),
-            lives_s=expires_after(given or None, "expires_after"),
+    async with batches.arriving(tenant) as take:
+        form, partial = await read_upload(
+            request.receive,
+            headers_of(request),
+            batches.begin_file,
+            max_file_bytes=batches.config.max_file_bytes,
+            stall_timeout_s=services.config.server.limits.body_timeout_s,
+            take=take,
         )
-    finally:
-        await asyncio.shield(asyncio.to_thread(partial.discard))
+        try:
+            given = {
+                name: form.fields[f"expires_after[{name}]"]
+                for name in ("anchor", "seconds")
+                if f"expires_after[{name}]" in form.fields
+            }
+            file = await batches.add_file(
+                tenant,
+                partial,
+                filename=form.filename or "file",
+                purpose=form.fields.get("purpose"),
+                lives_s=expires_after(given or None, "expires_after"),
+            )
+        finally:
+            await asyncio.shield(asyncio.to_thread(partial.discard))
     return json_response(file.to_json())
 
 

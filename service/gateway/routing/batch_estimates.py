@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import orjson
@@ -36,6 +37,8 @@ _POOL_START_S = 60.0
 # Characters of a prompt's beginning by which prompts are compared.
 _BEGINNING = 4096
 _NEVER = np.inf
+# Larger lines are parsed in a thread.
+_LARGE_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class BatchEstimator:
         found: list[_Line] = []
         unplanned: list[LineChoice] = []
         for start in range(0, len(lines), _AT_ONCE):
-            some = [lines[i] for i in range(start, min(start + _AT_ONCE, len(lines)))]
+            # They are read from a file, and may have megabytes.
+            some = await asyncio.to_thread(lines.__getitem__, slice(start, start + _AT_ONCE))
             made = await asyncio.gather(*(self._line(endpoint, line, tenant) for line in some))
             for line in made:
                 if isinstance(line, _Line):
@@ -121,7 +125,8 @@ class BatchEstimator:
         )
         try:
             raw = orjson.dumps(line.body)
-            request = self._intake.parse(endpoint, raw, {}, tenant)
+            parse = partial(self._intake.parse, endpoint, raw, {}, tenant)
+            request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
             request = self._defaults.apply(request, request.model)
             plan = await self._planner.plan_by_all_stages(request)
             return self._figures(line.number, request, plan)

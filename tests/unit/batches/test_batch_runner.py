@@ -216,7 +216,8 @@ class OnePlace:
 
 
 async def test_runner_gives_the_place_of_a_line_that_waits_to_others(tmp_path: Path) -> None:
-    good, answered = answers(), []
+    good = answers()
+    answered: list[int] = []
 
     def reply(number: int, tried: int) -> tuple[int, bytes]:
         if number == 0 and not answered:
@@ -235,7 +236,8 @@ async def test_runner_gives_the_place_of_a_line_that_waits_to_others(tmp_path: P
 async def test_runner_runs_a_tenant_s_first_batch_beside_long_ones_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, others = answers(), []
+    good = answers()
+    others: list[str] = []
 
     def reply(number: int, tried: int) -> tuple[int, bytes]:
         # The first tenant's limit is reached for as long as the other one waits.

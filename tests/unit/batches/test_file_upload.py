@@ -153,3 +153,10 @@ async def test_client_that_leaves_or_stalls_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(RequestTimeoutError):
         await read(stalls)
     assert names(tmp_path) == []
+
+
+async def test_upload_with_more_bytes_than_a_form_needs_is_refused(tmp_path: Path) -> None:
+    body = form(part("file", b"abc", "x")) + b"\r\n" * 50_000
+    with pytest.raises(BodyTooLargeError):
+        await upload(tmp_path, body, list(range(0, len(body), 1000)))
+    assert names(tmp_path) == []

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.batches.input_lines import InputLines, read_index
+from service.errors import InvalidRequestError
 
 URL = "/v1/embeddings"
 MOST = 200
@@ -75,3 +76,23 @@ def test_read_index_more_lines_than_allowed_is_an_error_of_the_file(
     assert [error.code for error in index.errors] == (["too_many_lines"] if count > 3 else [])
     if count > 3:
         assert index.errors[0].line == 7
+
+
+def test_read_index_many_empty_lines_are_an_error_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(line("a") + b"\n" + b"\n" * 10**6)
+    index = read_index(path, URL, max_lines=3, max_line_bytes=MOST)
+    assert [(error.code, error.line) for error in index.errors] == [("too_many_lines", 5)]
+
+
+def test_read_index_parses_no_line_that_the_check_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(line("a") + b"\n" + line("b", input="[[[") + b"\n" + line("c"))
+
+    def check(text: bytes) -> None:
+        if b"[[[" in text:
+            raise InvalidRequestError("the body is nested too deep")
+
+    index = read_index(path, URL, max_lines=9, max_line_bytes=MOST, check=check)
+    assert [*index.numbers] == [0, 2]
+    assert [fault.message for fault in index.faults] == ["line 2: the body is nested too deep"]
