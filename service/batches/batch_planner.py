@@ -9,6 +9,8 @@ alike one after another, so that the prefix cache of the engine holds their begi
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -26,11 +28,16 @@ from service.broker.batch_knapsack import (
     least_cost,
     solve,
 )
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, RateLimitExceededError
 from service.types import Tenant
 
 # The budgets of a curve, as parts of the way from the least cost to the cost of the best quality.
 _CURVE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+
+# Forecasts of one tenant that may wait at once, with the one that is made.
+_MOST_ASKED = 8
+# The longest time for the points of a curve, in s; those that are left are left out then.
+_CURVE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,8 +154,11 @@ class BatchPlanner:
 
     def __init__(self, estimator: EstimatesLines) -> None:
         self._estimator = estimator
-        # Forecasts cost seconds of a core, so that one is made at a time.
-        self._forecasting = asyncio.Semaphore(1)
+        # Forecasts cost seconds of a core, so that one is made at a time. Those of one tenant have
+        # a queue of their own, so that others wait for one of them at most.
+        self._forecasting = asyncio.Lock()
+        self._queues: dict[str, asyncio.Lock] = {}
+        self._asked: Counter[str] = Counter()
 
     async def plan(
         self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
@@ -191,9 +201,24 @@ class BatchPlanner:
             tenant: The tenant whose batch it is.
             budgets: The budgets of the curve; without any, budgets from the least possible cost to
                 that of the best quality.
+
+        Raises:
+            RateLimitExceededError: The tenant has asked for too many forecasts at once.
         """
-        async with self._forecasting:
-            return await self._forecast(endpoint, lines, terms, tenant, budgets)
+        name = tenant.name
+        if self._asked[name] >= _MOST_ASKED:
+            raise RateLimitExceededError(
+                f"this tenant may ask for {_MOST_ASKED} forecasts of batches at once",
+                retry_after_s=5.0,
+            )
+        self._asked[name] += 1
+        try:
+            async with self._queues.setdefault(name, asyncio.Lock()), self._forecasting:
+                return await self._forecast(endpoint, lines, terms, tenant, budgets)
+        finally:
+            self._asked[name] -= 1
+            if not self._asked[name]:
+                del self._asked[name], self._queues[name]
 
     async def _forecast(
         self,
@@ -213,7 +238,10 @@ class BatchPlanner:
             problem = str(_infeasible_error(error, found))
         curve = []
         free = replace(terms, max_cost=None, quality=None)
+        end_s = time.monotonic() + _CURVE_S
         for budget in budgets or await asyncio.to_thread(_budgets, found, free):
+            if time.monotonic() > end_s:
+                break
             try:
                 point = await asyncio.to_thread(_forecast, found, replace(free, max_cost=budget))
             except BatchInfeasibleError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -11,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.batches.batch_planner import BatchPlanner, LineEstimates, run_order, runs_at_once
-from service.batches.batch_types import BatchTerms, LineChoice
+from service.batches.batch_types import BatchLine, BatchTerms, LineChoice
 from service.broker.batch_knapsack import BatchOptions
-from service.errors import InvalidRequestError
-from service.types import NOBODY
+from service.errors import InvalidRequestError, RateLimitExceededError
+from service.types import NOBODY, Tenant
 
 NEVER = np.inf
 
@@ -171,3 +173,28 @@ def test_run_order_variants_of_one_base_stand_together() -> None:
 def test_runs_at_once(load_s, weights, fits) -> None:
     calls = np.array([[1.0, 0.3]])
     assert runs_at_once(calls, np.array(load_s), np.array(weights)).tolist() == [fits]
+
+
+async def test_forecasts_of_tenants_take_turns_and_are_bounded() -> None:
+    order: list[str] = []
+
+    class Noted(Fixed):
+        async def estimate(
+            self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+        ) -> LineEstimates:
+            order.append(tenant.name)
+            await asyncio.sleep(0)
+            return self.found
+
+    planner = BatchPlanner(Noted(replace(estimates(), numbers=np.array([], dtype=np.intp))))
+    many, one = Tenant("many"), Tenant("one")
+
+    async def ask(tenant: Tenant) -> None:
+        await planner.forecast("/x", [], BatchTerms(), tenant)
+
+    asked = [asyncio.create_task(ask(many)) for _ in range(9)] + [asyncio.create_task(ask(one))]
+    made = await asyncio.gather(*asked, return_exceptions=True)
+    refused = [each for each in made if each is not None]
+    assert [type(each) for each in refused] == [RateLimitExceededError]
+    assert order == ["many", "one", *["many"] * 7]
+    await ask(many)
