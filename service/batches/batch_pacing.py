@@ -93,18 +93,18 @@ class _Slot:
 
 
 class BatchPacer:
-    """Lets the lines of one gateway's batches start.
+    """Lets the lines of one gateway's batches start. It outlives the gateway's configs.
 
     Args:
         views: Returns the state of every pool.
-        members: By name of a recipe, the experts that it asks first.
+        members: Returns by name of a recipe of the present config the experts that it asks first.
         clock: Returns seconds.
     """
 
     def __init__(
         self,
         views: Callable[[], Sequence[PoolView]],
-        members: Mapping[str, tuple[str, ...]],
+        members: Callable[[], Mapping[str, tuple[str, ...]]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._views = views
@@ -112,6 +112,8 @@ class BatchPacer:
         self._clock = clock
         # This gateway's lines under way, by expert.
         self._own: Counter[str] = Counter()
+        # By model, the experts of each line that has its turn: a recipe may change meanwhile.
+        self._held: dict[str, list[tuple[str, ...]]] = {}
         self._memory: dict[tuple[str | None, int], _SlotMemory] = {}
         self._changed = asyncio.Event()
 
@@ -126,7 +128,9 @@ class BatchPacer:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._changed.wait()
-        self._own.update(self._experts(model))
+        experts = self._experts(model)
+        self._own.update(experts)
+        self._held.setdefault(model, []).append(experts)
         return model
 
     def next_model(self, models: Sequence[str]) -> str | None:
@@ -145,12 +149,14 @@ class BatchPacer:
         return None
 
     def _experts(self, model: str) -> tuple[str, ...]:
-        return self._members.get(model, (model,))
+        return self._members().get(model, (model,))
 
     def ended(self, model: str) -> None:
         """Free the place of a line that had its turn."""
-        for expert in self._experts(model):
-            self._own[expert] = max(0, self._own[expert] - 1)
+        if held := self._held.get(model):
+            self._own.subtract(held.pop())
+            if not held:
+                del self._held[model]
         self._changed.set()
 
     def _slots(self, views: Sequence[PoolView], expert: str) -> list[_Slot]:

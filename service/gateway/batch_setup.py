@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from service.batches.batch_pacing import BatchPacer
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_service import BatchService
 from service.batches.batch_state import BatchState
@@ -58,6 +59,11 @@ class CurrentGateway:
 
     def __init__(self, current: Callable[[], ConfiguredGateway]) -> None:
         self._current = current
+        # A line that waits for its turn during a reload goes on with the pools and recipes of the
+        # config that is in force then, beside the lines that began before.
+        self._pacer = BatchPacer(
+            lambda: current().dispatcher.views(), lambda: current().batch_members
+        )
 
     async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer a line's request."""
@@ -80,11 +86,11 @@ class CurrentGateway:
 
     async def turn(self, models: Sequence[str]) -> str:
         """Wait until a line for one of these models may start, and return the model."""
-        return await self._current().batch_pace.turn(models)
+        return await self._pacer.turn(models)
 
     def ended(self, model: str) -> None:
         """Free the place of a line that has ended."""
-        self._current().batch_pace.ended(model)
+        self._pacer.ended(model)
 
 
 class GatewayBatches:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from random import random
 from typing import Any
 
-from service.batches.batch_pacing import BatchPacer
 from service.batches.batch_planner import BatchPlanner
 from service.batches.batch_service import BatchService
-from service.batches.batch_types import PacesBatches, PlansBatches
+from service.batches.batch_types import PlansBatches
 from service.broker.limit_and_budget_ledger import Ledger
 from service.broker.savings import Saving, SavingsTotal
 from service.config import Config
@@ -238,10 +237,10 @@ class ConfiguredGateway:
             batch_planner=planner,
         )
         self.batch_planner: PlansBatches = planner
-        self.batch_pace: PacesBatches = BatchPacer(
-            self.dispatcher.views,
-            {name: recipe.recipe().members for name, recipe in config.recipes.items()},
-        )
+        # By recipe, the experts that it asks first.
+        self.batch_members: Mapping[str, tuple[str, ...]] = {
+            name: recipe.recipe().members for name, recipe in config.recipes.items()
+        }
         self.inference = InferenceEndpoint(self._inference_handler())
         self.events = EventStream(
             config,

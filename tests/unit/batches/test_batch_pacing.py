@@ -36,7 +36,7 @@ class Stage:
         return [PoolView("boot", snapshot, 0.0, {})]
 
     def pacer(self) -> BatchPacer:
-        return BatchPacer(self.views, {"both": ("warm", "cold")}, lambda: self.now_s)
+        return BatchPacer(self.views, lambda: {"both": ("warm", "cold")}, lambda: self.now_s)
 
 
 async def started(pacer: BatchPacer, model: str) -> int:
