@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -151,7 +152,7 @@ class _Walk:
 
     def _visit(self, path: str, value: object, depth: int) -> None:
         if isinstance(value, _PLAIN_VALUES):
-            self.state.values[path] = f"{value!r:.200}"
+            self.state.values[path] = _told(value, 200)
         elif isinstance(value, torch.device):
             pass  # a model on the host is compared with one on a GPU
         elif isinstance(value, enum.Enum | type):
@@ -173,7 +174,7 @@ class _Walk:
         if isinstance(value, Mapping):
             self.state.values[path] = f"{len(value)} items"
             for key in sorted(value, key=repr):
-                self._visit(f"{path}[{key!r:.80}]", value[key], depth)
+                self._visit(f"{path}[{_told(key, 80)}]", value[key], depth)
         elif isinstance(value, set | frozenset):
             self.state.values[path] = repr(sorted(map(repr, value)))
         elif isinstance(value, list | tuple):
@@ -194,7 +195,16 @@ class _Walk:
                     self._visit(f"{path}<{index}>", cell.cell_contents, depth)
                 except ValueError:
                     self.state.values[f"{path}<{index}>"] = "an empty cell"
-        elif isinstance(value, types.BuiltinFunctionType | types.ModuleType):
+            for name in ("__defaults__", "__kwdefaults__"):
+                if (defaults := getattr(value, name)) is not None:
+                    self._visit(f"{path}.{name}", defaults, depth)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self.state.values[path] = f"{value.__name__}"
+            # A function of an extension has its module there, or a capsule with its own record.
+            bound = getattr(value, "__self__", None)
+            if not isinstance(bound, types.ModuleType) and type(bound).__name__ != "PyCapsule":
+                self._visit(f"{path}.self", bound, depth)
+        elif isinstance(value, types.ModuleType):
             self.state.values[path] = f"{value.__name__}"
         elif kind.startswith(_OPEN):
             self.state.values[path] = f"a {kind}"
@@ -358,6 +368,15 @@ def _is_shared(value: object) -> bool:
 
 def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _told(value: object, most_chars: int) -> str:
+    """Return a value as text, with a digest in the place of what is left out."""
+    text = repr(value)
+    if len(text) <= most_chars:
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    return f"{text[:most_chars]}… ({digest})"
 
 
 def _joined(name: str, key: str) -> str:

@@ -60,6 +60,20 @@ def _closing_over(scale: Any) -> Callable[[], Any]:
     return closed
 
 
+def _defaulting(scale: Any) -> Callable[[], Any]:
+    def defaulting(scale: Any = scale) -> Any:
+        return scale
+
+    return defaulting
+
+
+def _named(scale: Any) -> Callable[[], Any]:
+    def named(*, scale: Any = scale) -> Any:
+        return scale
+
+    return named
+
+
 def layer(seed: int) -> Any:
     """A quantised linear layer: a transposed weight, its scale, a view of it, and hidden values."""
     chance = torch.Generator().manual_seed(seed)
@@ -130,6 +144,44 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         setattr(made, name, value)
 
     return change
+
+
+@pytest.mark.parametrize("long", ["x" * 300, b"x" * 300, 10**300])
+def test_long_values_and_keys_count_to_their_end(long: Any) -> None:
+    other_end = long + 1 if isinstance(long, int) else long[:-1] + long[:1].upper()
+    live, held = model(1), model(2)
+    for made, value in ((live, long), (held, other_end)):
+        made[0].quant_method.kernel.blob = value
+        made[0].quant_method.kernel.by_name = {long: 1, other_end: 2}
+    with pytest.raises(ValueError, match=r"kernel\.blob is .* and .* in the running"):
+        ModelState.of(held).check_fits(ModelState.of(live))
+    names = [path for path in ModelState.of(live).values if "kernel.by_name[" in path]
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "where"),
+    [
+        (_defaulting, ".__defaults__[0]"),
+        (_named, ".__kwdefaults__['scale']"),
+        (lambda scale: scale.mul, ".self"),
+        (lambda scale: {"a": scale}.get, ".self['a']"),
+    ],
+)
+def test_tensors_that_functions_hold_are_copied(call: Callable[[Any], Any], where: str) -> None:
+    made = model(1)
+    scale = torch.ones(2)
+    made[0].quant_method.call = call(scale)
+    path = f"0:quant_method.call{where}"
+    state = ModelState.of(made)
+    assert state.tensors[path].data_ptr() == scale.data_ptr()
+    assert path in state.hidden
+
+
+def test_functions_of_extensions_and_of_torch_are_no_closed_objects() -> None:
+    made = model(1)
+    made[0].quant_method.functions = [torch.mm, torch.nn.functional.silu, math.sqrt, torch.relu]
+    ModelState.of(made).check_open()
 
 
 @pytest.mark.parametrize(
