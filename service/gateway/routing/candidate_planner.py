@@ -151,6 +151,8 @@ class CandidatePlanner:
 
         Raises what `plan` raises.
         """
+        if request.model in self._named:
+            return 1.0  # it recruits the best few, and the bound is one for the best alone
         if session.state.open and session.last is not None and session.certain:
             return 0.0  # the expert is locked, and the prompt has nothing of the user's
         quality = self._quality_model.quality_by_category(first, request.tenant.name)

@@ -159,6 +159,28 @@ async def test_encoder_is_asked_only_where_categories_in_doubt_have_different_ex
         assert router.encoder_count("ok") == (2 if asked == "ok" else 1)
 
 
+@pytest.mark.parametrize("own", [None, frozenset({"law", "food"})])
+async def test_encoder_is_asked_who_is_recruited_of_experts_that_auto_leaves_out(
+    folder: Path, own: frozenset[str] | None
+) -> None:
+    panel = {"kind": "recruit", "recruit": {"k": 2, "among": ["law", "food"]}}
+    experts = {name: {"model": "m", "auto": False} for name in ("law", "food")}
+    settings = Config.model_validate(
+        {
+            "experts": {"general": {"model": "m", "categories": ["general"]}, **experts},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "router": with_encoder(folder),
+            "recipes": {"panel": panel},
+        }
+    )
+    async with running(settings) as router:
+        asked = ask("sue lawyer patent", "panel")
+        asked = replace(asked, tenant=replace(asked.tenant, experts=own))
+        plan = await router.setup.planner.plan_by_all_stages(asked)
+        assert plan.recruitable is not None
+        assert router.encoder_count("ok") == 1
+
+
 async def test_encoder_is_not_asked_while_a_tool_call_locks_the_expert(folder: Path) -> None:
     turn = SessionTurn("", "law", "law", "law", None, 10, 0.0, ("call",), (("law", 1.0),))
     session = SessionLookup(
