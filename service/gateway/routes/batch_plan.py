@@ -15,7 +15,7 @@ from service.batches.batch_records import ENDPOINTS, PURPOSE
 from service.batches.batch_types import BatchLine, parse_terms
 from service.batches.input_lines import InputLines, read_index
 from service.errors import InvalidRequestError
-from service.gateway.dependencies import CountedTenant, Services, json_response
+from service.gateway.dependencies import CountedTenant, Services, headers_of, json_response
 from service.http.asgi_helpers import read_body
 from service.types import Tenant
 
@@ -28,7 +28,13 @@ _MOST_BUDGETS = 20
 @router.post("/v1/batches/plan")
 async def plan_batch(request: Request, services: Services, tenant: CountedTenant) -> Response:
     """Forecast a batch by its terms, and for several budgets."""
-    raw = await read_body(request.receive, services.config.server.max_body_bytes)
+    server = services.config.server
+    raw = await read_body(
+        request.receive,
+        server.max_body_bytes,
+        declared=headers_of(request).get(b"content-length", b""),
+        timeout_s=server.limits.body_timeout_s,
+    )
     # A body of a line is inside of `requests` and of the line.
     await asyncio.to_thread(services.intake.check_shape, raw, 3)
     try:

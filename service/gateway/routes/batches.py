@@ -6,7 +6,13 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequestError
-from service.gateway.dependencies import BatchEndpoints, CountedTenant, json_response
+from service.gateway.dependencies import (
+    BatchEndpoints,
+    CountedTenant,
+    Services,
+    headers_of,
+    json_response,
+)
 from service.gateway.list_pages import page_of, to_list
 from service.http.asgi_helpers import read_body
 
@@ -19,10 +25,15 @@ _USUAL_BATCHES = 20
 
 @router.post("/v1/batches")
 async def create_batch(
-    request: Request, batches: BatchEndpoints, tenant: CountedTenant
+    request: Request, services: Services, batches: BatchEndpoints, tenant: CountedTenant
 ) -> Response:
     """Create a batch from a file of requests."""
-    raw = await read_body(request.receive, _MAX_BODY_BYTES)
+    raw = await read_body(
+        request.receive,
+        _MAX_BODY_BYTES,
+        declared=headers_of(request).get(b"content-length", b""),
+        timeout_s=services.config.server.limits.body_timeout_s,
+    )
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
