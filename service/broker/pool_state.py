@@ -199,8 +199,14 @@ class _PoolRow:
             return
         if delta is not None and delta.before is last and self._keeps_structure(snapshot, delta):
             keys = delta.changed
+            # A table may have entries of an expert that the pool does not have (any more).
             touched = {
-                table: [*keys.get(table, ()), *delta.removed.get(table, ())] for table in _TABLES
+                table: [
+                    name
+                    for name in (*keys.get(table, ()), *delta.removed.get(table, ()))
+                    if name in self._at
+                ]
+                for table in _TABLES
             }
             if snapshot.draining == last.draining and not any(touched.values()):
                 return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,9 +31,12 @@ speeds = st.builds(Speed, seconds, seconds, seconds)
 
 @st.composite
 def snapshots(draw: st.DrawFn) -> Snapshot:
-    """A pool with some experts, each of them in a slot, with or without queue and speed."""
+    """A pool with some experts, each of them in a slot, with or without queue and speed.
+
+    A table may have entries of experts that the pool does not have.
+    """
     experts = draw(st.dictionaries(names, states))
-    held = st.sampled_from(sorted(experts)) if experts else st.nothing()
+    held = names if draw(st.booleans()) else st.nothing()
     return Snapshot(
         "boot",
         "cpu",
@@ -45,7 +50,21 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     )
 
 
-@given(st.lists(snapshots(), min_size=1, max_size=8), st.booleans())
+@st.composite
+def histories(draw: st.DrawFn) -> list[Snapshot]:
+    """Snapshots of a pool that keeps its experts and slots, so that rows change in place."""
+    found = [draw(snapshots())]
+    for _ in range(draw(st.integers(1, 6))):
+        last, now = found[-1], draw(snapshots())
+        experts = {
+            name: replace(now.experts.get(name, state), slot=state.slot)
+            for name, state in last.experts.items()
+        }
+        found.append(replace(now, experts=experts, capacity=last.capacity, shares=last.shares))
+    return found
+
+
+@given(st.one_of(st.lists(snapshots(), min_size=1, max_size=8), histories()), st.booleans())
 def test_row_that_follows_snapshots_equals_the_last_snapshots_row(
     given_states: list[Snapshot], over_the_wire: bool
 ) -> None:
