@@ -306,6 +306,9 @@ class PoolLink:
                 await self._read_snapshots()
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 log.debug("snapshot stream of %s: %r", self.address.url, error)
+            except Exception:
+                # A pool that nobody follows would be lost until its process ends.
+                log.exception("a snapshot of %s could not be taken over", self.address.name)
             if self.snapshot is not None:
                 self._silent_since_s = self.received_s
             self.snapshot = None

@@ -59,6 +59,26 @@ async def never_answers(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.sleep(60)
 
 
+async def test_link_follows_on_after_a_listener_that_failed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def tells_one_snapshot(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": encode(snapshot_of(a=8), None)})
+
+    async with serving(tells_one_snapshot) as pool, linked(pool.url) as link:
+        heard: list[int] = []
+
+        def listener(boot: str, snapshot: Snapshot, delta: object) -> None:
+            heard.append(snapshot.seq)
+            raise KeyError(boot)
+
+        link._received = listener
+        await until(lambda: len(heard) > 1, "another stream was read")
+        assert link.follows
+    assert "could not be taken over" in caplog.text
+
+
 async def test_unseen_after_calls_that_never_connected_is_empty() -> None:
     async with linked(nobody_s_address()) as link:
         for _ in range(40):
