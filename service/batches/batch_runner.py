@@ -39,7 +39,13 @@ from service.batches.batch_records import (
     request_id,
 )
 from service.batches.batch_state import BatchState
-from service.batches.batch_types import LineChoice, PacesBatches, PlansBatches
+from service.batches.batch_types import (
+    LineChoice,
+    ModelOf,
+    PacesBatches,
+    PlansBatches,
+    as_planned,
+)
 from service.batches.file_folder import FileFolder, storage_error
 from service.batches.input_lines import CheckLine, InputIndex, InputLines, LineFault, read_index
 from service.batches.line_call import (
@@ -114,6 +120,7 @@ class BatchRunnerParts:
         planner: Plans batches.
         pace: Lets lines start.
         counted: Called with each result that was stored, and why it ended: for metrics.
+        model_of: Returns the model that a line is sent to.
     """
 
     state: BatchState
@@ -124,6 +131,7 @@ class BatchRunnerParts:
     planner: PlansBatches
     pace: PacesBatches
     counted: Callable[[str], None]
+    model_of: ModelOf = as_planned
 
 
 @dataclass(slots=True)
@@ -178,7 +186,9 @@ class _Turn:
             self.pace.ended(self.model)
 
     async def again(self, returning: asyncio.Lock) -> None:
-        """Wait for the next turn."""
+        """Wait for the next turn, where the place was given back."""
+        if self.held:
+            return
         async with returning:
             await self.pace.turn((self.model,))
             self.held = True
@@ -526,8 +536,9 @@ class BatchRunner:
         """Try a line until it has a result."""
         batch = job.batch
         name = request_id(batch.id, choice.line)
-        line = lines.numbered(choice.line)
-        may_cost = await self._reserve(job, choice.cost)
+        # A line may have megabytes.
+        line = await asyncio.to_thread(lines.numbered, choice.line)
+        may_cost = await self._reserve(job, choice.cost, turn)
         if may_cost is None:
             message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
             await self._put(
@@ -560,7 +571,7 @@ class BatchRunner:
                 job.under_way -= may_cost
 
     @staticmethod
-    async def _reserve(job: _Job, expected: float) -> float | None:
+    async def _reserve(job: _Job, expected: float, turn: _Turn) -> float | None:
         """Reserve a part of the batch's `max_cost` for a line.
 
         The parts of all lines under way are within what is left, and no line may cost more than its
@@ -579,10 +590,16 @@ class BatchRunner:
             if needed <= left * (1 + 1e-9) and left > 0:
                 may_cost = min(left, max(_OF_EXPECTED * expected, left / _OF_LEFT))
                 job.under_way += may_cost
+                try:
+                    await turn.again(job.returning[turn.model])
+                except BaseException:
+                    job.under_way -= may_cost
+                    raise
                 return may_cost
             if not job.under_way:
                 return None
-            # Lines under way give back what they don't use of theirs.
+            # Lines under way give back what they don't use of theirs, perhaps in hours.
+            turn.end()
             await asyncio.sleep(_RESERVE_S)
 
     async def _try(
@@ -595,19 +612,21 @@ class BatchRunner:
         """
         batch, reply = job.batch, LineReply()
         async with self._slots:
+            try:
+                tenant = self._parts.identify(batch.tenant, batch.key)
+            except CoeError as error:
+                reply.refuse(error)
+                return reply, []
+            behalf = OnBehalf[Settlement](tenant)
+            model = self._parts.model_of(body.get("model", "auto"), choice.model, tenant)
             # The batch's own end stops its lines, so that it bounds no choice of an expert.
             call = LineCall(
                 batch.endpoint,
-                {**body, "model": choice.model},
+                {**body, "model": model},
                 name,
                 self._config.line_timeout_s,
                 may_cost,
             )
-            try:
-                behalf = OnBehalf[Settlement](self._parts.identify(batch.tenant, batch.key))
-            except CoeError as error:
-                reply.refuse(error)
-                return reply, []
             try:
                 await call.run(self._parts.answer, behalf, reply.send)
             except asyncio.CancelledError:

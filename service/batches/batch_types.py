@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,6 +127,15 @@ class PacesBatches(Protocol):
         Args:
             model: The expert or recipe that the line was sent to.
         """
+
+
+ModelOf = Callable[[object, str, Tenant], str]
+"""Returns the model that a line is sent to, by what it names and by its plan."""
+
+
+def as_planned(_named: object, planned: str, _tenant: Tenant) -> str:
+    """Send each line to the model of its plan."""
+    return planned
 
 
 class NoPace:

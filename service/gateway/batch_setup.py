@@ -78,6 +78,17 @@ class CurrentGateway:
         """Check a line of an input file before it is parsed. Raises InvalidRequestError."""
         self._current().services.intake.check_shape(line, wrapped=1)
 
+    def model_of(self, named: object, planned: str, tenant: Tenant) -> str:
+        """The model that a line is sent to.
+
+        It is that of its plan, unless its expert is gone meanwhile, its key may use it no more, or
+        the alias that the line names has been rolled back from it. Then the line is routed anew.
+        """
+        if not isinstance(named, str):
+            return planned
+        still = self._current().aliases.still_answers(named, planned, tenant)
+        return planned if still else named
+
     async def plan(
         self, endpoint: str, lines: Sequence[BatchLine], terms: BatchTerms, tenant: Tenant
     ) -> BatchPlan:
@@ -133,6 +144,7 @@ class GatewayBatches:
                 gateway,
                 gateway,
                 lambda result: registry.add(metric_declarations.BATCH_LINES, 1, result),
+                gateway.model_of,
             ),
             max_line_bytes=config.server.max_body_bytes,
             check_line=gateway.check_line,

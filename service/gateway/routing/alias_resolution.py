@@ -69,6 +69,19 @@ class AliasResolution:
             alias=AliasChoice(alias, target, resolved.shared_by),
         )
 
+    def still_answers(self, name: str, target: str, tenant: Tenant) -> bool:
+        """Whether what was chosen for a request some time ago may answer it now.
+
+        Args:
+            name: The model that the request names.
+            target: The expert or recipe that was chosen for it.
+            tenant: The tenant whose request it is, with its key.
+        """
+        if target not in self._experts or not self._may_ask(tenant, target):
+            return False
+        found = self._table.find(name)
+        return found is None or target not in self._left_out(found[1].shared_by)
+
     def exact(self, tenant: Tenant) -> Iterator[tuple[str, ResolvedAlias]]:
         """Yield the aliases without `*` that a tenant may use, with the targets it may use."""
         for name, resolved in self._table.exact.items():

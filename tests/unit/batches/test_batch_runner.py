@@ -14,7 +14,14 @@ import pytest
 from service.batches import batch_runner
 from service.batches.batch_records import BatchRecord, FileRecord, Status
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
-from service.batches.batch_types import AsWritten, BatchTerms, NoPace, PacesBatches
+from service.batches.batch_types import (
+    AsWritten,
+    BatchPlan,
+    BatchTerms,
+    LineChoice,
+    NoPace,
+    PacesBatches,
+)
 from service.batches.file_folder import FileFolder
 from service.batches.sqlite_state import SqliteState
 from service.config import BatchesConfig
@@ -268,3 +275,56 @@ async def test_runner_runs_a_tenant_s_first_batch_beside_long_ones_of_another(
     batch = await bench.run()
     assert batch.status is Status.COMPLETED
     assert set(seen) == {"first", NOBODY.name}
+
+
+async def test_runner_sends_a_line_to_what_its_plan_is_worth_now(tmp_path: Path) -> None:
+    bench, models = Bench(tmp_path, answers(), lines=2), []
+    answer = bench.runner._parts.answer
+
+    async def noted(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        models.append(json.loads(message["body"])["model"])
+
+        async def again() -> Any:
+            return message
+
+        await answer(scope, again, send)
+
+    bench.runner._parts = replace(
+        bench.runner._parts,
+        answer=noted,
+        model_of=lambda named, planned, tenant: f"{named} not {planned} of {tenant.name}",
+    )
+    await bench.run()
+    assert models == [f"auto not auto of {NOBODY.name}"] * 2
+
+
+async def test_runner_gives_the_place_of_a_line_that_waits_for_cost_to_others(
+    tmp_path: Path,
+) -> None:
+    good = answers(1.0)
+    answered: list[int] = []
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        # The first line has all that is left of the cost, and waits until another batch has run.
+        if number == 0 and pace.place.locked() and tried < 20:
+            return 429, b"{}"
+        answered.append(number)
+        return good(number, tried)
+
+    pace = OnePlace()
+    bench = Bench(tmp_path, reply, lines=2, pace=pace)
+    planned = BatchPlan(
+        tuple(LineChoice(n, "auto", 0.0, 9.0, 0.0) for n in range(2)), 0.0, 18.0, 0.0
+    )
+
+    class Planned(AsWritten):
+        async def plan(self, *_: Any) -> BatchPlan:
+            return planned
+
+    bench.runner._parts = replace(bench.runner._parts, planner=Planned())
+    running = asyncio.create_task(bench.run(BatchTerms(max_cost=10.0)))
+    await until(lambda: bench.tries.get(0, 0) > 3, "the first line comes again")
+    # It could not where the second line, which waits for its cost, had the only place.
+    await running
+    assert answered[0] == 0

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from service.broker.pool_state import PoolView
+from service.config import Config
 from service.gateway.batch_setup import CurrentGateway
+from service.gateway.routing.alias_resolution import AliasResolution
 from service.rpc.snapshot import ExpertState, Snapshot
-from service.types import Residency
+from service.types import NOBODY, Residency, Tenant
 
 
 def gateway(**members: tuple[str, ...]) -> Any:
@@ -42,3 +44,38 @@ async def test_line_that_waits_for_its_turn_during_a_reload_gets_it() -> None:
     async with asyncio.timeout(5):
         for _ in range(2):
             assert await batches.turn(["warm"]) == "warm"
+
+
+def test_line_whose_plan_no_longer_holds_is_routed_anew() -> None:
+    expert = {"model": "x/y"}
+    config = Config.model_validate(
+        {
+            "experts": {"old": expert, "new": expert},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "recipes": {"both": {"kind": "cascade", "members": ["old"], "later": ["new"]}},
+            "aliases": {"chat": {"old": 9, "new": 1}},
+        }
+    )
+    rolled_back: set[str] = set()
+    aliases = AliasResolution(config, lambda alias: rolled_back if alias == "chat" else ())
+    batches = CurrentGateway(lambda: SimpleNamespace(aliases=aliases))  # type: ignore[arg-type, return-value]
+    old_only = Tenant("t", experts=frozenset({"old"}))
+
+    def cases() -> list[str]:
+        return [
+            batches.model_of("auto", "new", NOBODY),
+            batches.model_of("auto", "both", NOBODY),
+            batches.model_of("auto", "both", old_only),
+            batches.model_of("auto", "new", old_only),
+            batches.model_of("auto", "removed", NOBODY),
+            batches.model_of("removed", "removed", NOBODY),
+            batches.model_of("chat", "new", NOBODY),
+            batches.model_of("chat", "old", NOBODY),
+            batches.model_of(3, "auto", NOBODY),
+        ]
+
+    after = ["new", "both", "auto", "auto", "auto", "removed", "new", "old", "auto"]
+    assert cases() == after
+    rolled_back.add("new")
+    after[6] = "chat"
+    assert cases() == after
