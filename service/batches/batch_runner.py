@@ -55,6 +55,7 @@ from service.batches.line_call import (
     LineReply,
     after_reply,
     fault_of,
+    has_deadline,
     result_of,
     wait_s,
 )
@@ -551,7 +552,10 @@ class BatchRunner:
                 tries += 1
                 reply, settlements = await self._try(job, choice, line.body, name, may_cost)
                 after = after_reply(
-                    reply.status, waits=reply.retry_after_s is not None, failures=failures
+                    reply.status,
+                    waits=reply.retry_after_s is not None,
+                    failures=failures,
+                    own_deadline=has_deadline(line.body),
                 )
                 if after is After.FINISHED:
                     break

@@ -69,7 +69,7 @@ class LineReply:
         return float(given) if given.isdigit() else None
 
 
-def after_reply(status: int, *, waits: bool, failures: int) -> After:
+def after_reply(status: int, *, waits: bool, failures: int, own_deadline: bool = False) -> After:
     """Decide what follows a reply. Pure.
 
     A line may be repeated safely, because only the try whose result is stored is charged.
@@ -78,7 +78,10 @@ def after_reply(status: int, *, waits: bool, failures: int) -> After:
         status: The HTTP status; 0 for a reply that was cut off.
         waits: Whether the reply says when to come again.
         failures: How many replies of the line failed before, without having to wait.
+        own_deadline: Whether the line's body sets a deadline, which then was too short.
     """
+    if status == 504 and own_deadline:
+        return After.FINISHED
     if status in (503, 504) or (status == 429 and waits):
         return After.WAIT
     if status == 0 or (status >= 500 and status != 507):
@@ -99,6 +102,12 @@ def wait_s(tries: int, retry_after_s: float | None, jitter: float) -> float:
     return min(60.0, wait) * (0.75 + 0.25 * jitter)
 
 
+def has_deadline(body: Mapping[str, Any]) -> bool:
+    """Whether the body of a line sets the deadline of its request."""
+    own = body.get("coe")
+    return isinstance(own, dict) and own.get("deadline_ms") is not None
+
+
 @dataclass(frozen=True, slots=True)
 class LineCall:
     """A line as a request.
@@ -107,7 +116,7 @@ class LineCall:
         endpoint: Its path.
         body: Its body.
         request_id: Its request id.
-        timeout_s: The longest wait for its answer, in s.
+        timeout_s: The longest wait for its answer, in s, where the body sets no deadline.
         max_cost: The most that it may cost; the body may set a lower bound itself.
     """
 
@@ -139,9 +148,11 @@ class LineCall:
                 (b"content-length", str(len(data)).encode()),
                 (b"x-request-id", self.request_id.encode()),
                 (b"x-coe-priority", b"low"),
-                (b"x-coe-deadline-ms", str(max(1, math.ceil(self.timeout_s * 1000))).encode()),
             ],
         }
+        if not has_deadline(self.body):
+            deadline_ms = max(1, math.ceil(self.timeout_s * 1000))
+            scope["headers"].append((b"x-coe-deadline-ms", str(deadline_ms).encode()))
         own = self.body.get("coe")
         bound = own.get("max_cost") if isinstance(own, dict) else None
         # The header comes before the body, and a bound that is not valid gets the parser's error.

@@ -44,6 +44,27 @@ from service.types import NOBODY
 )
 def test_after_reply(status: int, waits: bool, failures: int, after: After) -> None:
     assert after_reply(status, waits=waits, failures=failures) is after
+    own = after_reply(status, waits=waits, failures=failures, own_deadline=True)
+    # A deadline of the line's own would be too short again.
+    assert own is (After.FINISHED if status == 504 else after)
+
+
+@pytest.mark.parametrize(
+    ("coe", "deadline"),
+    [({"deadline_ms": 70}, None), ({"deadline_ms": "x"}, None), ({"deadline_ms": None}, b"2500"),
+     ({"max_cost": 1}, b"2500"), ([], b"2500")],
+)  # fmt: skip
+async def test_call_leaves_a_deadline_of_its_body_in_force(
+    coe: object, deadline: bytes | None
+) -> None:
+    seen: dict[bytes, bytes] = {}
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        seen.update(scope["headers"])
+
+    call = LineCall("/v1/embeddings", {"coe": coe}, "batch_req_1", 2.5)
+    await call.run(answer, OnBehalf(NOBODY), LineReply().send)
+    assert seen.get(b"x-coe-deadline-ms") == deadline
 
 
 def test_wait_grows_to_a_minute_and_keeps_to_what_the_reply_says() -> None:
