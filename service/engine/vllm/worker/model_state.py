@@ -85,6 +85,18 @@ class ModelState:
         for path, kind in self.closed.items():
             raise ValueError(f"{path} is a {kind}, which may hold weights that can't be seen")
 
+    def digest(self) -> bytes:
+        """Return a digest of what `check_fits` wants equal, for models of other processes."""
+        found = hashlib.blake2b(digest_size=16)
+        for path in sorted(self.values):
+            found.update(f"{path}\0{self.values[path]}\0".encode("utf-8", "replace"))
+        whole = {path: self.tensors[path] for path in self.hidden} | self.fixed
+        for path in sorted(whole):
+            if path in self.fixed or whole[path].dtype in _ADDRESSES:
+                found.update(f"{path}\0{form_of(whole[path])}\0".encode())
+                found.update(as_bytes(whole[path].detach().cpu().contiguous()).numpy().tobytes())
+        return found.digest()
+
     def check_fits(self, live: ModelState) -> None:
         """Check that copies of this model's tensors make a running model equal to this one.
 

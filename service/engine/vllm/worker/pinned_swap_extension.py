@@ -124,6 +124,8 @@ class PinnedExtension(SwapExtension):
     _coe_graph_steering: GraphSteering | str | None = None
     # The state of a running model whose weights were changed after loading; None for plain models.
     _coe_live_state: ModelState | None = None
+    # What else such a model computes with. A file fits only models of the same.
+    _coe_form = b""
     # Why the running model's weights can't be replaced, or an empty string.
     _coe_fixed = ""
     # Set by vLLM's worker.
@@ -147,9 +149,13 @@ class PinnedExtension(SwapExtension):
         return place
 
     def _coe_path(self, expert: str, tensors: Mapping[str, Tensor]) -> Path:
-        """Return the path of an expert's file. Each rank and each layout has its own file."""
+        """Return the path of an expert's file. Each rank and each layout has its own file.
+
+        Quantised weights have one for each form of models, too: who maps a file can't check whether
+        its weights fit, because it doesn't see the model that they come from.
+        """
         header, _, _ = layout_of(tensors)
-        layout = hashlib.blake2b(header, digest_size=8).hexdigest()
+        layout = hashlib.blake2b(header + self._coe_form, digest_size=8).hexdigest()
         ranks = world_size(self.vllm_config)
         prefix, _ = self._coe_place(expert)
         return Path(f"{prefix}-{self.rank}of{ranks}-{layout}{SUFFIX}")
@@ -180,7 +186,7 @@ class PinnedExtension(SwapExtension):
                 # Before any other expert runs, and after graphs were captured.
                 live = ModelState.of(model)
                 live.check_open()
-                self._coe_live_state = live
+                self._coe_live_state, self._coe_form = live, live.digest()
         except ValueError as error:
             self._coe_fixed = str(error)
             held = PinnedWeights({})  # nothing is ever written into them

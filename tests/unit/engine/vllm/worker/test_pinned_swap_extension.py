@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from service.engine.vllm.worker.swap_extension import SwapExtension  # noqa: E402
 from tests.support.engine import dense_model, fake_cuda  # noqa: E402
 from tests.support.engine.dense_model import Attention, loaded, loads  # noqa: E402
 
@@ -77,6 +78,53 @@ def test_pinned_weights_engines_of_a_pool_map_one_file(
     assert second.coe_evict("b")
     assert not second.coe_evict("a")
     assert "the weights of 'b' are not held" in second.coe_swap_in("b")["error"]
+
+
+class Fp8LinearMethod(dense_model.UnquantizedLinearMethod):
+    """Named as vLLM's, with a number that its kernel was made with."""
+
+    def __init__(self, input_scale: float) -> None:
+        self.input_scale = input_scale
+
+    def apply(self, layer: Any, rows: Any) -> Any:
+        return rows * self.input_scale @ layer.weight.T
+
+
+Fp8LinearMethod.__module__ = "vllm.model_executor.fake"
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor of the engine", "hidden integers"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_pinned_weights_of_a_model_of_another_form_are_not_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fits: bool
+) -> None:
+    """The engine that made the file had started with it, so that nobody has compared the two."""
+
+    def quantised(seed: int, value: float) -> Any:
+        made = dense_model.dense_model(seed)
+        for i in range(3):
+            made[i].quant_method = Fp8LinearMethod(value if kind == "number" else 1.0)
+        if kind == "tensor of the engine":
+            made[3].scale.fill_(value)
+        if kind == "hidden integers":
+            made[0].quant_method.table = torch.tensor([int(8 * value)])
+        return made
+
+    first = dense_model.extension(quantised(1, 0.5), tmp_path)
+    second = dense_model.extension(quantised(2, 0.5 if fits else 0.25), tmp_path)
+    assert first.coe_register_initial("a") == second.coe_register_initial("b") == ""
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError("they were compared")
+
+    monkeypatch.setattr(SwapExtension, "_coe_prepare_load", lambda *_: refuse)
+    # A load stores what the engine was started with.
+    assert loaded(first, "c")["reason"] == "ValueError: they were compared"
+    result = loaded(second, "a")
+    if fits:
+        assert result["state"] == "host"
+    else:
+        assert result["reason"] == "ValueError: they were compared"
 
 
 def test_pinned_weights_file_differs_by_rank_and_layout(tmp_path: Path) -> None:
