@@ -53,7 +53,7 @@ class LineEstimates:
         load_s: (P, E), time until each engine can answer for each expert, in s; infinite where it
             never can.
         weights: (E,), the expert on whose weights each expert runs.
-        prompts: (L,), the prompts as texts, whose beginnings are compared.
+        prompts: (L,), texts that begin alike where the prompts do.
         unplanned: Lines that no model can answer, or that are not valid. They run as they are, so
             that each gets its own error.
     """
@@ -370,7 +370,7 @@ def run_order(
     Args:
         first: (L,), the expert that each line asks first.
         work_s: (L,), time of an engine for each line, in s.
-        prompts: (L,), the prompts.
+        prompts: (L,), texts that begin alike where the prompts do.
         load_s: (P, E), time to load, in s.
         weights: (E,), the expert on whose weights each expert runs.
 
