@@ -175,6 +175,8 @@ class SwappingVllmEngine(VllmEngine):
         self._frontends: dict[str, _Frontend] = {}
         # The versions of the files that each expert's weights were read from.
         self._versions: dict[str, str] = {}
+        # The same of what the workers hold or still load, also where the load was given up.
+        self._begun: dict[str, str] = {}
         self._own_digest = ""
         self._broken: str | None = None
         # The expert whose weights are in the model, or None where a check of them failed.
@@ -243,7 +245,7 @@ class SwappingVllmEngine(VllmEngine):
         ]
         own = merged is not None or self._first in plain
         adopted = self._first if own else next(iter(plain), "")
-        self._versions[adopted] = before
+        self._versions[adopted] = self._begun[adopted] = before
         self._running = adopted
         await self._share_weights(adopted)
         if why := await self.worker_rpc("coe_register_initial", adopted):
@@ -282,7 +284,8 @@ class SwappingVllmEngine(VllmEngine):
             self._versions[expert] = f"{base}-{rules}"
             await self._load_frontend_or_evict(expert, source)
             return LoadResult(int(size), time.monotonic() - began_s)
-        version = await self._version_of(source)
+        # The workers go on with what an earlier call has begun, from the files of that time.
+        version = self._begun.setdefault(expert, await self._version_of(source))
         await self._share_weights(expert)
         await self.worker_rpc(
             "coe_load_to_host", expert, source.folder, source.adapter, source.strength
@@ -292,6 +295,7 @@ class SwappingVllmEngine(VllmEngine):
             await asyncio.sleep(self._poll_s)
             result = await self.worker_rpc("coe_load_result", expert)
         if result["state"] != "host":
+            self._begun.pop(expert, None)
             await self._release_weights(expert)
             reason = result.get("reason", "its weights went away while they were loaded")
             raise ExpertFailedError(
@@ -381,7 +385,8 @@ class SwappingVllmEngine(VllmEngine):
         await super().run(request, send)
 
     async def evict(self, expert: str, *, for_next: bool = False) -> None:
-        await self.worker_rpc("coe_evict", expert, for_next)
+        if await self.worker_rpc("coe_evict", expert, for_next):
+            self._begun.pop(expert, None)
         await self._release_weights(expert)
 
     async def _version_of(self, source: Weights) -> str:

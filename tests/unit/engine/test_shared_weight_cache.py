@@ -20,6 +20,7 @@ class Workers(SwappingVllmEngine):
 
     calls: list[tuple[Any, ...]]
     broken = False
+    fails_once = False
 
     def is_there(self) -> bool:
         """Whether the file is."""
@@ -39,8 +40,11 @@ class Workers(SwappingVllmEngine):
         if method == "coe_load_result":
             if self.broken:
                 return {"state": "failed", "reason": "no room"}
+            if self.fails_once:
+                self.fails_once = False
+                raise ExpertFailedError("the call was lost")
             return {"state": "host", "host_bytes": 58, "fill_s": 0.1, "stall_s": 0.0}
-        return None
+        return True if method == "coe_evict" else None
 
     async def _load_frontend(self, expert: str, source: Weights) -> None:
         """Nobody is answered here."""
@@ -92,6 +96,40 @@ async def test_weight_cache_failed_load_holds_nothing(tmp_path: Path) -> None:
     clock.now_s += KEEP_EVICTED_S
     cache.sweep()
     assert not made.is_there()
+    await made.stop()
+    cache.close()
+
+
+@pytest.mark.parametrize("lost", ["a call", "the folder"])
+async def test_load_that_was_given_up_is_no_load_of_the_files_that_came_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """The workers have it, or will, and say of it what they say of a load of the new files."""
+    cache = SharedWeightCache(None, root=tmp_path)
+    model = Path(a_model(tmp_path / "m"))
+    made = engine(str(model), cache)
+    if lost == "a call":
+        made.fails_once = True
+        with pytest.raises(ExpertFailedError, match="was lost"):
+            await made.load_to_host("b")
+    else:
+        told = iter([await made._version_of(made._weights["b"])])
+
+        async def once(source: Weights) -> str:
+            for version in told:
+                return version
+            raise ExpertFailedError("the files can't be read")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(made, "_version_of", once)
+            with pytest.raises(ExpertFailedError, match="can't be read"):
+                await made.load_to_host("b")
+    (model / "config.json").write_text('{"another": "model"}')
+    with pytest.raises(ExpertFailedError, match="changed while they were loaded"):
+        await made.load_to_host("b")
+    assert made.calls[-1][0] == "coe_evict"
+    await made.load_to_host("b")
+    assert made._versions["b"] == await made._version_of(made._weights["b"])
     await made.stop()
     cache.close()
 
