@@ -19,8 +19,9 @@ import logging
 import math
 import random
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -90,6 +91,10 @@ _DELIVER_S = 3.0
 _PAUSE_POLLS = 5
 # The longest wait for batches when the gateway stops.
 _STOP_S = 5.0
+# The most lines of a model that wait at once; more of them do not start meanwhile.
+_MOST_WAITING = 4
+# Time between two looks whether lines still wait, in s.
+_LOOK_S = 0.05
 _EXPIRED = "the batch's time was over before this line was answered"
 
 T = TypeVar("T")
@@ -147,10 +152,13 @@ class _Job:
         under_way: The most that the lines that run now may cost.
         calls: The lines that run now.
         background: Charges that are being delivered.
+        places: One for each line that may run at once.
         returning: By model, lets one line at a time ask for its next turn.
+        waiting: By model, lines that wait for their next try or their part of the cost.
     """
 
     batch: BatchRecord
+    places: asyncio.Semaphore
     ending: asyncio.Event = field(default_factory=asyncio.Event)
     why: Ending = Ending.FINISHED
     spent: float = 0.0
@@ -158,6 +166,7 @@ class _Job:
     calls: set[asyncio.Task[None]] = field(default_factory=set)
     background: set[asyncio.Task[None]] = field(default_factory=set)
     returning: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    waiting: Counter[str] = field(default_factory=Counter)
 
     def end(self, why: Ending) -> None:
         """Stop its lines; the first reason counts."""
@@ -168,31 +177,46 @@ class _Job:
 
 @dataclass(slots=True)
 class _Turn:
-    """A line's turn. While the line waits for its next try, others have its place.
+    """A line's turn, with its place among the batch's lines under way.
+
+    While the line waits, for its next try or its part of the cost, others have its places.
 
     Attributes:
+        job: The line's batch.
         pace: Gives turns.
         model: The expert or recipe of the line.
         held: Whether the line has its turn now.
     """
 
+    job: _Job
     pace: PacesBatches
     model: str
     held: bool = True
 
     def end(self) -> None:
-        """Give the place back, if it is held."""
+        """Give the places back, if they are held."""
         if self.held:
             self.held = False
+            self.job.places.release()
             self.pace.ended(self.model)
 
-    async def again(self, returning: asyncio.Lock) -> None:
-        """Wait for the next turn, where the place was given back."""
-        if self.held:
-            return
-        async with returning:
-            await self.pace.turn((self.model,))
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Give the places back while the body runs, and wait for the next turn then."""
+        self.end()
+        self.job.waiting[self.model] += 1
+        try:
+            yield
+            await self.job.places.acquire()
+            try:
+                async with self.job.returning[self.model]:
+                    await self.pace.turn((self.model,))
+            except BaseException:
+                self.job.places.release()
+                raise
             self.held = True
+        finally:
+            self.job.waiting[self.model] -= 1
 
 
 class BatchRunner:
@@ -284,7 +308,7 @@ class BatchRunner:
         return await self._state.lease(self._owner, self._config.lease_s, running)
 
     def _begin(self, batch: BatchRecord) -> None:
-        job = self._jobs[batch.id] = _Job(batch)
+        job = self._jobs[batch.id] = _Job(batch, asyncio.Semaphore(self._config.max_in_flight))
         task = self._tasks[batch.id] = asyncio.create_task(self._run(job))
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -503,24 +527,25 @@ class BatchRunner:
             lines: Its lines.
             left: By model, the lines without a result, in the plan's order.
         """
-        # A line keeps its place while it waits for its next try, so that few lines wait at once.
-        places = asyncio.Semaphore(self._config.max_in_flight)
         failures: list[BaseException] = []
         while left:
-            await places.acquire()
-            model = await self._parts.pace.turn(tuple(left))
+            # An expert that can't be asked now must not hold up the lines of others.
+            models = [model for model in left if job.waiting[model] < _MOST_WAITING]
+            if not models:
+                await asyncio.sleep(_LOOK_S)
+                continue
+            await job.places.acquire()
+            model = await self._parts.pace.turn(models)
+            turn = _Turn(job, self._parts.pace, model)
             if failures:
-                self._parts.pace.ended(model)
+                turn.end()
                 break
             choice = left[model].popleft()
             if not left[model]:
                 del left[model]
 
-            turn = _Turn(self._parts.pace, model)
-
             def ended(task: asyncio.Task[None], turn: _Turn = turn) -> None:
                 job.calls.discard(task)
-                places.release()
                 turn.end()
                 if not task.cancelled() and (error := task.exception()) is not None:
                     failures.append(error)
@@ -563,9 +588,8 @@ class BatchRunner:
                 self._later(job, self._release(settlements))
                 self._parts.counted("retried")
                 # Its tenant's limit may be reached for hours, and other tenants' is not.
-                turn.end()
-                await asyncio.sleep(wait_s(tries, reply.retry_after_s, random.random()))
-                await turn.again(job.returning[choice.model])
+                async with turn.paused():
+                    await asyncio.sleep(wait_s(tries, reply.retry_after_s, random.random()))
             stored = dumps(settlements) if settlements else None
             await self._put(
                 job, result_of(line.number, line.custom_id, name, reply, stored), settlements
@@ -594,17 +618,12 @@ class BatchRunner:
             if needed <= left * (1 + 1e-9) and left > 0:
                 may_cost = min(left, max(_OF_EXPECTED * expected, left / _OF_LEFT))
                 job.under_way += may_cost
-                try:
-                    await turn.again(job.returning[turn.model])
-                except BaseException:
-                    job.under_way -= may_cost
-                    raise
                 return may_cost
             if not job.under_way:
                 return None
             # Lines under way give back what they don't use of theirs, perhaps in hours.
-            turn.end()
-            await asyncio.sleep(_RESERVE_S)
+            async with turn.paused():
+                await asyncio.sleep(_RESERVE_S)
 
     async def _try(
         self, job: _Job, choice: LineChoice, body: dict[str, Any], name: str, may_cost: float

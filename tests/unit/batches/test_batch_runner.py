@@ -52,6 +52,7 @@ class Bench:
         lines: int,
         in_flight: int = 4,
         pace: PacesBatches | None = None,
+        models: Sequence[str] = ("auto",),
     ) -> None:
         self.files = FileFolder(folder / "files")
         self.state = SqliteState(folder / "state.sqlite3")
@@ -60,6 +61,7 @@ class Bench:
         self.counted: list[str] = []
         self.refusal: CoeError | None = None
         self.lines = lines
+        self.models = models
         running = 0
 
         async def answer(scope: Any, receive: Any, send: Any) -> None:
@@ -68,7 +70,7 @@ class Bench:
             self.most = max(self.most, running)
             number = json.loads((await receive())["body"])["number"]
             self.tries[number] = self.tries.get(number, 0) + 1
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)
             status, body = reply(number, self.tries[number])
             running -= 1
             if status == 0:
@@ -97,10 +99,14 @@ class Bench:
             poll_s=0.01,
         )
 
+    def body(self, number: int) -> dict[str, Any]:
+        """The body of a line."""
+        return {"number": number, "model": self.models[number % len(self.models)]}
+
     def content(self) -> bytes:
         """The input file."""
         lines = [
-            {"custom_id": f"c{i}", "method": "POST", "url": URL, "body": {"number": i}}
+            {"custom_id": f"c{i}", "method": "POST", "url": URL, "body": self.body(i)}
             for i in range(self.lines)
         ]
         return "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -328,3 +334,24 @@ async def test_runner_gives_the_place_of_a_line_that_waits_for_cost_to_others(
     # It could not where the second line, which waits for its cost, had the only place.
     await running
     assert answered[0] == 0
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 8])
+async def test_runner_lets_lines_of_other_models_run_while_those_of_one_wait(
+    tmp_path: Path, in_flight: int
+) -> None:
+    good = answers()
+    answered: list[int] = []
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        # The first model can't answer before all lines of the other one have their answers.
+        if number % 2 == 0 and len(answered) < 20:
+            return 503, b"{}"
+        answered.append(number)
+        return good(number, tried)
+
+    bench = Bench(tmp_path, reply, lines=40, in_flight=in_flight, models=("down", "up"))
+    batch = await bench.run()
+    assert batch.counts.completed == 40
+    assert [number % 2 for number in answered] == [1] * 20 + [0] * 20
+    assert bench.most <= in_flight
