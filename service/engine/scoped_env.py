@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 WITHHELD = object()
@@ -62,15 +62,32 @@ def scoped_env(name: str, value: str | object | None) -> Iterator[None]:
             _turn.notify_all()
 
 
-def secret_variables(named: Collection[str] = ()) -> list[str]:
-    """Return the sorted names of this process's variables that hold keys or passwords.
+def whole_environment() -> dict[str, str]:
+    """Return this process's environment as it is outside of all contexts of `scoped_env`.
+
+    Other threads may be inside, for as long as an engine starts.
+    """
+    with _turn:
+        env = dict(os.environ)
+        for name, (_, found, _) in _inside.items():
+            env.pop(name, None)
+            if found is not None:
+                env[name] = found
+    return env
+
+
+def secret_variables(
+    named: Collection[str] = (), env: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the sorted names of variables that hold keys or passwords.
 
     Args:
         named: The names of further secret variables, whose names do not show this.
+        env: The environment; None for this process's as it is now.
     """
     return sorted(
         name
-        for name, value in os.environ.items()
+        for name, value in (os.environ if env is None else env).items()
         if name in named or _is_secret(name.upper(), value)
     )
 

@@ -23,7 +23,7 @@ from service.engine.command.server_log import last_lines, log_path
 from service.engine.engine_interface import EngineObserver, SwappingEngine
 from service.engine.gpu_share import GpuShare
 from service.engine.lazy_engine import LazyEngine
-from service.engine.scoped_env import secret_variables
+from service.engine.scoped_env import whole_environment
 from service.engine.shared_weight_cache import SharedWeightCache, remove_dead_folders
 from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleeping_engines import Sleeper, SleepingEngines
@@ -367,9 +367,8 @@ class EngineFactory:
         expert = config.experts[name]
         command = expert.command
         assert command is not None
-        secret_names = secret_variables(config.key_variables)
         devices = self._devices_of(self._gpu_share((name,), slot))
-        env, secrets = server_environment(command, secret_names, devices)
+        env, secrets = server_environment(command, config.key_variables, devices)
         endpoints = command.endpoints or default_endpoints(expert.capabilities)
         return CommandEngine(name, command, endpoints, env, secrets, self._log_folder())
 
@@ -404,7 +403,9 @@ class EngineFactory:
         command = self._command_of(expert)
         if command is None:
             return None
-        secrets = [os.environ.get(name, "") for name in command.secret_env]
+        # While another engine starts, this process's own environment lacks its keys.
+        env = whole_environment()
+        secrets = [env[name] for name in command.secret_env if name in env]
         path = log_path(self._log_folder(), expert)
         return last_lines(path, lines, secrets, earlier=True)
 

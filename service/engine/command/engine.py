@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -33,6 +32,7 @@ from service.engine.engine_interface import (
     Send,
     SwapResult,
 )
+from service.engine.scoped_env import secret_variables, whole_environment
 from service.errors import (
     EngineDeadError,
     EngineRestartingError,
@@ -505,13 +505,15 @@ def default_endpoints(capabilities: Collection[str]) -> frozenset[str]:
 
 
 def server_environment(
-    command: CommandConfig, secret_names: Collection[str], devices: str | None = None
+    command: CommandConfig, named: Collection[str], devices: str | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """Return the environment of a server from this process's.
 
+    Another engine may start meanwhile, whose environment this process then has in parts.
+
     Args:
         command: The command.
-        secret_names: Variables of this process that hold keys.
+        named: Variables of this process that hold keys, beside those whose names show it.
         devices: The value of CUDA_VISIBLE_DEVICES; None leaves it as it is.
 
     Returns:
@@ -520,13 +522,14 @@ def server_environment(
     Raises:
         ExpertFailedError: A variable of `secret_env` is not set.
     """
+    whole = whole_environment()
     for name in command.secret_env:
-        if not os.environ.get(name):
+        if not whole.get(name):
             raise ExpertFailedError(
                 f"the environment variable {name} of its secret_env is not set", retry_after_s=60
             )
-    withheld = {*secret_names, *_OURS} - set(command.secret_env)
-    env = {name: value for name, value in os.environ.items() if name not in withheld}
+    withheld = {*secret_variables(named, whole), *_OURS} - set(command.secret_env)
+    env = {name: value for name, value in whole.items() if name not in withheld}
     if devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = devices
-    return env, [os.environ[name] for name in command.secret_env]
+    return env, [whole[name] for name in command.secret_env]

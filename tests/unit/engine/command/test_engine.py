@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from service.engine.command.engine import (
     server_environment,
 )
 from service.engine.engine_interface import EngineRequest, Message
+from service.engine.scoped_env import scoped_env, without_secrets
 from service.errors import (
     CoeError,
     EngineDeadError,
@@ -315,6 +316,20 @@ def test_server_environment_has_no_other_keys(monkeypatch: pytest.MonkeyPatch) -
     assert "VLLM_LOGGING_CONFIG_PATH" not in env
     assert env["CUDA_VISIBLE_DEVICES"] == "1,2"
     assert secrets == ["value of A_TOKEN"]
+
+
+@pytest.mark.parametrize("other", [without_secrets, lambda: scoped_env("A_SWITCH", "on")])
+def test_server_environment_does_not_depend_on_an_engine_that_starts_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, other: Callable[[], AbstractContextManager[None]]
+) -> None:
+    for name in ("A_TOKEN", "B_TOKEN"):
+        monkeypatch.setenv(name, f"value of {name}")
+    config = CommandConfig(run=command(), memory_bytes=1, secret_env=("A_TOKEN",))
+    alone = server_environment(config, [])
+    with other():
+        same = server_environment(config, []) == alone
+    assert same  # a failure must not print the environment
+    assert "B_TOKEN" not in alone[0]
 
 
 async def test_start_port_taken_by_another_process_tries_another_port(
