@@ -510,7 +510,8 @@ class Pool:
             if self._observer is not None:
                 self._observer.ended(call, reply.times(), fault)
         self._prefixes.record(call.prefix, call.expert, time.monotonic())
-        reply.report(self._latencies.setdefault(held, ExpertLatency()), call.prompt_tokens)
+        latency = self._latencies.setdefault(held, ExpertLatency())
+        reply.report(latency, call.prompt_tokens, call.places)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Return the prompt and answer tokens of a call that its gateway has abandoned.

@@ -100,7 +100,7 @@ class TimedSend:
             self._swap_s,
         )
 
-    def report(self, latency: ExpertLatency, prompt_tokens: int) -> None:
+    def report(self, latency: ExpertLatency, prompt_tokens: int, sequences: int = 1) -> None:
         """Report the speed of the answer to its expert's latency."""
         if self._timer is not None:
-            latency.learn(self._timer, prompt_tokens, alone=self._stay.alone)
+            latency.learn(self._timer, prompt_tokens, sequences, alone=self._stay.alone)

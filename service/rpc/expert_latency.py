@@ -228,17 +228,20 @@ class ExpertLatency:
     usual: LatencyEstimator = field(default_factory=LatencyEstimator)
     idle: LatencyEstimator = field(default_factory=LatencyEstimator)
 
-    def learn(self, timer: ResponseTimer, prompt_tokens: int, *, alone: bool) -> None:
+    def learn(
+        self, timer: ResponseTimer, prompt_tokens: int, sequences: int = 1, *, alone: bool
+    ) -> None:
         """Learn from an answer.
 
         Args:
             timer: Has timed it.
             prompt_tokens: Length of the prompt.
+            sequences: Number of sequences that the engine computed together for it.
             alone: Whether the request had the engine to itself.
         """
-        timer.report(self.usual, prompt_tokens)
+        timer.report(self.usual, prompt_tokens, sequences)
         if alone:
-            timer.report(self.idle, prompt_tokens)
+            timer.report(self.idle, prompt_tokens, sequences)
 
 
 class ResponseTimer:
@@ -283,8 +286,11 @@ class ResponseTimer:
         """Tokens so far: the chunks of a stream, or the usage of a whole answer."""
         return self.chunks if self._streams else _answer_tokens(self._body)
 
-    def report(self, estimator: LatencyEstimator, prompt_tokens: int) -> None:
-        """Add the measurement to the estimator, if the answer was successful."""
+    def report(self, estimator: LatencyEstimator, prompt_tokens: int, sequences: int = 1) -> None:
+        """Add the measurement to the estimator, if the answer was successful.
+
+        The tokens of several sequences come at the same time, so that each waits for its own only.
+        """
         if not self._good:
             return
         if self._streams:
@@ -293,10 +299,11 @@ class ResponseTimer:
             took_s = self._last_s - self.first_s
             # One client that reads slowly must not make the expert slow for all others.
             counts = between > 0 and self.held_s <= _MOST_HELD * took_s
-            chunk_s = took_s / between if counts else 0.0
+            chunk_s = took_s * sequences / between if counts else 0.0
             estimator.streamed(prompt_tokens, self.first_s - self.began_s, chunk_s, self._last_s)
             return
         tokens = _answer_tokens(self._body)
+        tokens = -(-tokens // sequences)
         estimator.whole(prompt_tokens, self._last_s - self.began_s, tokens, self._last_s)
 
 

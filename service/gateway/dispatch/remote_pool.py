@@ -154,7 +154,7 @@ class RemotePool:
         finally:
             self.tickets.served(ticket, watch.tokens())
             self._release(engine)
-        self.latency.learn(watch, ticket.tokens, alone=stay.alone)
+        self.latency.learn(watch, ticket.tokens, ticket.places, alone=stay.alone)
 
     def _release(self, engine: Engine) -> None:
         """Record the end of a request, and stop a replaced engine after its last request."""

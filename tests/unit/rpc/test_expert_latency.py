@@ -167,3 +167,25 @@ def test_latency_of_an_idle_engine_is_not_learned_beside_others() -> None:
         latency.learn(timer, 10, alone=alone)
     assert latency.idle.speed(30.0).first_s == pytest.approx(0.1)
     assert latency.usual.speed(30.0).first_s > 1.0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("sequences", [1, 3, 8])
+def test_latency_of_a_token_is_the_same_for_several_answers_at_once(
+    streams: bool, sequences: int
+) -> None:
+    latency, timer = ExpertLatency(), ResponseTimer(0.0)
+    kind = b"text/event-stream" if streams else b"application/json"
+    head = {"status": 200, "headers": [(b"content-type", kind)]}
+    if streams:
+        timer.on_bytes({"type": "http.response.start", **head}, 0.0)
+        for i in range(100 * sequences + 2):
+            body = {"type": "http.response.body", "body": b"x"}
+            timer.on_bytes(body, 2.0 * i / (100 * sequences + 1))
+    else:
+        usage = f'{{"usage": {{"completion_tokens": {100 * sequences}}}}}'.encode()
+        timer.on_bytes({"type": "http.response.start", **head}, 2.0)
+        timer.on_bytes({"type": "http.response.body", "body": usage}, 2.0)
+    latency.learn(timer, 10, sequences, alone=True)
+    for one in (latency.usual, latency.idle):
+        assert one.speed(2.0).chunk_s == pytest.approx(0.02, rel=0.05)
