@@ -20,7 +20,15 @@ from tests.support.shared_slot_simulation import EXPERTS, SIZE, Stage, World, on
 IDLE_S = 0.3
 
 
-async def tell(stage: Stage, seed: int, rough: float, length: int) -> list[str]:
+class Ending(Stage):
+    finally_resting = False
+    has_engine = True
+    final_states: Any = None
+    # An operator's word goes before the policy.
+    told_to_sleep = False
+
+
+async def tell(stage: Ending, seed: int, rough: float, length: int) -> list[str]:
     """Requests, pauses, operations and faults, drawn from a seed; return each request's end."""
     draw = random.Random(seed)
     slot, clients = stage.slot, []
@@ -41,7 +49,9 @@ async def tell(stage: Stage, seed: int, rough: float, length: int) -> list[str]:
         elif kind < 0.6:
             act: Any
             if draw.random() < 0.5:
-                act = slot.release(draw.choice([None, "host", "disk"]))
+                kept: Keep | None = draw.choice([None, "host", "disk"])
+                stage.told_to_sleep |= kept == "host"
+                act = slot.release(kept)
             else:
                 act = slot.operate(draw.choice(["unload", "load", "evict", "unload"]), expert)
             releases.append(asyncio.create_task(act))
@@ -55,6 +65,7 @@ async def tell(stage: Stage, seed: int, rough: float, length: int) -> list[str]:
     await asyncio.sleep(100)
     stage.finally_resting = slot.resting or slot.state == "asleep"
     stage.has_engine = slot.engine is not None
+    stage.told_to_sleep &= slot.state == "asleep"
     stage.final_states = slot.states()
     if stage.finally_resting:
         # It comes back for whoever asks, however long it was away.
@@ -64,12 +75,6 @@ async def tell(stage: Stage, seed: int, rough: float, length: int) -> list[str]:
     await asyncio.gather(supervisor, return_exceptions=True)
     assert {*slot.queues().values()} == {Queue()}
     return ends
-
-
-class Ending(Stage):
-    finally_resting = False
-    has_engine = True
-    final_states: Any = None
 
 
 def play(
@@ -109,7 +114,7 @@ def test_idle_slot_answers_everybody_and_ends_without_an_engine(
     assert stage.finally_resting
     states = stage.final_states
     assert all(state.state is not Residency.DEVICE for state in states.values())
-    assert not (stage.has_engine and keep == "disk")
+    assert not (stage.has_engine and keep == "disk") or stage.told_to_sleep
     if not stage.has_engine:
         assert {state.state for state in states.values()} == {Residency.DISK}
         assert all(state.released and state.eta_s >= 0 for state in states.values())
@@ -163,6 +168,35 @@ def test_pinned_unit_keeps_the_engine_and_refuses_a_release() -> None:
             assert await stage.slot.release("host")
             assert stage.slot.states()["b"].state is Residency.HOST
             assert await stage.ask("b") == "ok"
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_engine_that_an_operator_wakes_is_not_released_meanwhile(keep: Keep, steps: int) -> None:
+    async def whole() -> None:
+        clock = FastTime(asyncio.get_running_loop())
+        with pytest.MonkeyPatch.context() as patch:
+            on_clock(patch, lambda: clock.now_s)
+            slot = (stage := Ending(World(None, lambda: clock.now_s))).slot
+            supervisor = asyncio.create_task(slot.supervise(asyncio.Lock()))
+            assert await stage.ask("a") == "ok"
+            await slot.release("host")
+            await slot.operate("load", "a")
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            with pytest.raises(ConflictError):
+                await slot.release(keep)
+            await asyncio.sleep(5)
+            assert not slot.resting
+            assert slot.engine is not None
+            assert slot.states()["a"].state is Residency.DEVICE
+            # It can be given back once it is awake.
+            await slot.release(keep)
+            assert slot.states()["a"].released
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
 

@@ -130,6 +130,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._refuted = refuted
         self._weights = HostWeights(guess, units[0].name, self)
         self._state = SlotState.STARTING
+        # Whether a sleeping engine is being woken.
+        self._wakes = False
         # The event wakes the controller before its next tick.
         self._wake = asyncio.Event()
         # The times when the running unit began to run, and when the gate closed for another unit.
@@ -548,6 +550,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return "requests run or wait"
         weights = self._weights
         settled = self._state in (SlotState.SERVING, SlotState.ASLEEP)
+        if self._state is SlotState.ASLEEP and (self._wakes or self._wanted.is_set()):
+            return "weights are being moved"
         if self._engine is None or not settled or not weights.is_idle or self._retired:
             return "weights are being moved"
         return None
@@ -649,11 +653,14 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 self._run_unit(before)
             return awake
         began_s = time.monotonic()
+        self._wakes = True
         try:
             await engine.resume()
         except CoeError as error:
             self._weights.record_engine_death(before, error)
             return False
+        finally:
+            self._wakes = False
         swap_s = time.monotonic() - began_s
         self._record_swap(Swap(before, "sleep", IDLE, began_s, swap_s))
         self._run_unit(before)
