@@ -27,6 +27,7 @@ from service.gateway.request_record import CallRole, ExpertCall, RequestRecord
 from service.gateway.response_send import NoAnswerError, ResponseSend
 from service.gateway.routing.route_plan import RoutePlan
 from service.http.asgi_helpers import send_response
+from service.http.token_usage import estimate_tokens
 from service.types import MAX_LATER, Recipe
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # Finish reasons of incomplete answers. Incomplete answers can't be compared.
 _CUT = frozenset({"length", "content_filter"})
+# Where an answer has its thoughts; some endpoints send them under both names.
+_THOUGHTS = ("reasoning", "reasoning_content")
 # Time for sending an answer before the deadline.
 _SEND_S = 0.05
 
@@ -54,6 +57,7 @@ class MemberAnswer:
         status: The HTTP status; 0 if the call failed.
         body: The whole reply; empty if the call failed.
         text: The text of the answer.
+        text_bytes: The bytes of that and of its thoughts.
         final: The final answer in the text; None if it has none that can be compared.
         logprobs: (tokens,), log probabilities of the answer's tokens.
         error: The error; None if the call succeeded.
@@ -64,6 +68,7 @@ class MemberAnswer:
     status: int = 0
     body: bytes = b""
     text: str = ""
+    text_bytes: int = 0
     final: FinalAnswer | None = None
     logprobs: tuple[float, ...] = ()
     error: CoeError | None = None
@@ -299,6 +304,8 @@ class MemberCalls:
             return answer
         answer.status, answer.body = buffer.status, buffer.body
         self._read(answer, as_json="json" in call.request.needs)
+        if answer.ok:
+            _estimate_uncounted(answer, call.request)
         return answer
 
     def _read(self, answer: MemberAnswer, *, as_json: bool) -> None:
@@ -320,6 +327,9 @@ class MemberCalls:
             )
             return
         answer.text = text
+        given = (message.get(name) for name in _THOUGHTS)
+        thoughts = next((one for one in given if isinstance(one, str)), "")
+        answer.text_bytes = len((text + thoughts).encode("utf-8", "replace"))
         if comparable:
             answer.final = final_answer(text, as_json=as_json)
 
@@ -375,6 +385,16 @@ class MemberCalls:
 
     async def _answer(self, status: int, content_type: bytes, body: bytes) -> None:
         await send_response(self.reply, status, [(b"content-type", content_type)], body)
+
+
+def _estimate_uncounted(answer: MemberAnswer, request: InferenceRequest) -> None:
+    """Count an answer without usage by its size. An answer must not be free for that."""
+    for call in answer.record.calls[-1:]:
+        if call.prompt_tokens is None:
+            call.prompt_tokens, call.estimated = request.prompt_tokens, True
+        if call.completion_tokens is None:
+            call.completion_tokens = max(1, estimate_tokens(answer.text_bytes))
+            call.estimated = True
 
 
 def _without_additions(data: dict[str, Any], request: InferenceRequest) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from service.broker.token_prices import Price
 from service.gateway.dispatch.deliberation import DeliberationExecutor
 from service.gateway.dispatch.member_calls import MemberCall, MemberCalls
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.request_record import RequestRecord
+from service.gateway.request_record import ExpertCall, RequestRecord
 from service.http.asgi_helpers import send_response
 
 SYSTEM_BYTES = 4000
@@ -39,6 +39,8 @@ def calls(
     async def dispatch(_: Any, __: Any, send: Any, *more: Any) -> None:
         if reply is None:
             await asyncio.sleep(60)
+        send.expert_call = ExpertCall("e", Price(1, 1))
+        send.record.calls.append(send.expert_call)
         await send_response(send, 200, [(b"content-type", b"application/json")], reply or b"")
 
     option = SimpleNamespace(wait_s=0.0, answer_s=1e-6)
@@ -100,6 +102,30 @@ async def test_ask_reads_a_member_s_answer() -> None:
     assert answer.ok
     assert answer.text == "#### 4"
     assert answer.final is not None
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens", "estimated"),
+    [
+        ({}, (None, 25 + 10), True),
+        ({"usage": {"prompt_tokens": 7}}, (7, 25 + 10), True),
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 0}}, (7, 0), False),
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 9}}, (7, 9), False),
+    ],
+)
+async def test_ask_a_member_without_usage_is_charged_by_its_answer_s_size(
+    usage: dict[str, Any], tokens: tuple[int | None, int], estimated: bool
+) -> None:
+    message = {"content": "x" * 100, "reasoning": "y" * 40, "reasoning_content": "y" * 40}
+    reply = {"choices": [{"message": message, "finish_reason": "stop"}], **usage}
+    asked = calls(json.dumps(reply).encode(), request())
+    answer = await asked.ask(MemberCall("e", asked.request))
+    [call] = answer.record.calls
+    prompt, completion = tokens
+    assert call.prompt_tokens == (asked.request.prompt_tokens if prompt is None else prompt)
+    assert call.completion_tokens == completion
+    assert call.estimated is estimated
+    assert call.cost > 0
 
 
 async def test_together_call_cut_short_has_no_more_tokens_than_it_could_have() -> None:
