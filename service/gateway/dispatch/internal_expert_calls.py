@@ -24,13 +24,21 @@ class BufferedSend:
 
     def __init__(self) -> None:
         self.status = 0
-        self.body = b""
+        # Bytes that are added to bytes would be copied anew for each piece.
+        self._parts: list[bytes] = []
+
+    @property
+    def body(self) -> bytes:
+        """The body so far."""
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         else:
-            self.body += message.get("body", b"")
+            self._parts.append(message.get("body", b""))
 
 
 @dataclass(frozen=True, slots=True)
