@@ -528,7 +528,7 @@ class BatchRunner:
             left: By model, the lines without a result, in the plan's order.
         """
         failures: list[BaseException] = []
-        while left:
+        while left and not failures:
             # An expert that can't be asked now must not hold up the lines of others.
             models = [model for model in left if job.waiting[model] < _MOST_WAITING]
             if not models:
@@ -553,8 +553,9 @@ class BatchRunner:
             task = asyncio.create_task(self._line(job, lines, choice, turn))
             job.calls.add(task)
             task.add_done_callback(ended)
-        while job.calls:
-            await asyncio.wait(set(job.calls))
+        # Other lines may wait for hours.
+        while job.calls and not failures:
+            await asyncio.wait(set(job.calls), return_when=asyncio.FIRST_COMPLETED)
         if failures:
             raise failures[0]
 

@@ -16,6 +16,7 @@ from service.batches.batch_records import BatchRecord, FileRecord, Status
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_types import (
     AsWritten,
+    BatchLine,
     BatchPlan,
     BatchTerms,
     LineChoice,
@@ -23,6 +24,7 @@ from service.batches.batch_types import (
     PacesBatches,
 )
 from service.batches.file_folder import FileFolder
+from service.batches.input_lines import InputLines
 from service.batches.sqlite_state import SqliteState
 from service.config import BatchesConfig
 from service.errors import CoeError, StorageFullError, UnauthorizedError
@@ -355,3 +357,30 @@ async def test_runner_lets_lines_of_other_models_run_while_those_of_one_wait(
     assert batch.counts.completed == 40
     assert [number % 2 for number in answered] == [1] * 20 + [0] * 20
     assert bench.most <= in_flight
+
+
+async def test_runner_begins_anew_where_a_line_can_t_be_read_while_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = answers()
+    answered: list[int] = []
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        if number == 0 and not answered:
+            return 429, b"{}"
+        answered.append(number)
+        return good(number, tried)
+
+    numbered = InputLines.numbered
+    failed: list[int] = []
+
+    def faulty(lines: InputLines, number: int) -> BatchLine:
+        if number == 1 and len(failed) < 2:
+            failed.append(number)
+            raise OSError("the disk is away")
+        return numbered(lines, number)
+
+    monkeypatch.setattr(InputLines, "numbered", faulty)
+    batch = await Bench(tmp_path, reply, lines=2).run()
+    assert batch.counts.completed == 2
+    assert failed == [1, 1]
