@@ -58,6 +58,8 @@ _POLL_TIMEOUT_S = 10.0
 _HEALTH_EVERY_S = 5.0
 # A server's end and the loss of its connections reach us in either order.
 _END_NOTICED_S = 0.25
+# Streams of chat and of completions end with it.
+_LAST_EVENT = b"data: [DONE]"
 _LINES_TOLD, _CHARS_TOLD = 8, 1200
 # A vLLM of ours reads these. They would make another one load modules that it lacks.
 _OURS = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_RPC_BASE_PATH", "OMP_NUM_THREADS")
@@ -407,18 +409,25 @@ class CommandEngine:
         if reply.error is not None:
             await self._refuse(*reply.error, request.expert, reply)
 
-    async def _why_lost(self, error: OSError) -> str:
+    async def _why_ended(self) -> str | None:
+        """Why the engine is dead, once the server's end would have been noticed; None if not."""
         if self._process is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_END_NOTICED_S):
                     await self._process.ended.wait()
-        return self.failure() or f"the connection to its server was lost ({type(error).__name__})"
+        return self.failure()
+
+    async def _why_lost(self, error: OSError) -> str:
+        return (
+            await self._why_ended()
+            or f"the connection to its server was lost ({type(error).__name__})"
+        )
 
     async def _pass_on(self, answer: HttpReply, send: DeferredStartSend, expert: str) -> None:
         """Pass an answer on as it comes.
 
         Raises:
-            EngineDeadError: The answer has no end, or a line without one.
+            EngineDeadError: The answer has no end, or a line without one, or was cut off.
         """
         content_type = answer.headers.get("content-type", "application/json")
         status = answer.status
@@ -429,10 +438,14 @@ class CommandEngine:
         if status >= 400 or not content_type.startswith("text/event-stream"):
             most = _ERROR_BYTES if status >= 400 else _ANSWER_BYTES
             body = await self._whole(answer, most, expert)
+            is_json = status < 400 and content_type.startswith("application/json")
+            if is_json and _ends_with_connection(answer) and not _is_json(body):
+                raise EngineDeadError(f"the server of {expert!r} cut its answer off")
             await send(body_message(body if status >= 400 else rename_reply(body, expert)))
             return
         lines = LineBuffer()
         held = 0
+        done = False
         while piece := await answer.body.read(_PIECE_BYTES):
             self._alive_s = time.monotonic()
             whole = lines.take(piece, ends=False)
@@ -440,8 +453,17 @@ class CommandEngine:
             if held > _LINE_BYTES:
                 raise EngineDeadError(f"the server of {expert!r} sent a line without an end")
             if whole:
+                done = _LAST_EVENT in whole
                 await send(body_message(self._named(whole, expert), more=True))
-        await send(body_message(self._named(lines.take(b"", ends=True), expert)))
+        rest = lines.take(b"", ends=True)
+        if _ends_with_connection(answer) and not done and _LAST_EVENT not in rest:
+            # The end of a server that dies looks like the end of such an answer.
+            if rest:
+                await send(body_message(self._named(rest, expert), more=True))
+                rest = b""
+            if (why := await self._why_ended()) is not None:
+                raise EngineDeadError(f"the engine of expert {expert!r} died: {why}")
+        await send(body_message(self._named(rest, expert)))
         if not send.started and send.error is None:
             raise EngineDeadError(f"the server of {expert!r} sent an empty answer")
 
@@ -492,6 +514,20 @@ class CommandEngine:
             return orjson.dumps({**data, "model": self._model})
         except orjson.JSONEncodeError:
             raise InvalidRequestError("the body is nested too deep") from None
+
+
+def _ends_with_connection(answer: HttpReply) -> bool:
+    """Whether nothing but the end of the connection tells where an answer ends."""
+    chunked = "chunked" in answer.headers.get("transfer-encoding", "")
+    return not chunked and "content-length" not in answer.headers
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def default_endpoints(capabilities: Collection[str]) -> frozenset[str]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -35,6 +36,7 @@ from service.errors import (
     InvalidRequestError,
     OverCapacityError,
 )
+from service.rpc.http_connections import HttpConnections
 from tests.support.foreign_server import command
 from tests.support.polling import until
 
@@ -210,6 +212,52 @@ async def test_run_idle_connection_that_the_server_closes_is_replaced(
     async with started(make(tmp_path, name="e2")) as engine:
         with pytest.raises(EngineDeadError, match="connection to its server was lost"):
             await ask(engine, chat("close", "e2", stream=stream))
+
+
+EVENT = b'data: {"model": "m", "choices": [{"delta": {"content": "x"}}]}\n\n'
+WHOLE = b'{"model": "m", "choices": []}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "dies", "whole"),
+    [
+        (b"application/json", WHOLE, False, True),
+        (b"application/json", WHOLE[:-3], True, False),
+        (b"application/json", WHOLE[:-3], False, False),
+        (b"text/event-stream", EVENT + b"data: [DONE]\n\n", False, True),
+        (b"text/event-stream", EVENT + b"data: [DONE]\n\n", True, True),
+        (b"text/event-stream", EVENT, False, True),
+        (b"text/event-stream", EVENT, True, False),
+        (b"text/event-stream", EVENT + EVENT[:20], True, False),
+    ],
+)
+async def test_run_answer_without_a_length_that_a_dying_server_cuts_off_is_no_answer(
+    tmp_path: Path, kind: bytes, body: bytes, dies: bool, whole: bool
+) -> None:
+    process: Any = SimpleNamespace(status=None, ended=asyncio.Event())
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\ncontent-type: " + kind + b"\r\n\r\n" + body)
+        await writer.drain()
+        if dies:
+            process.status = -signal.SIGKILL
+            process.ended.set()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        engine = make(tmp_path)
+        port = server.sockets[0].getsockname()[1]
+        engine._connections, engine._process = HttpConnections("127.0.0.1", port, 5.0), process
+        answers = ask(engine, chat("hello", stream=kind.startswith(b"text")))
+        try:
+            if whole:
+                assert (await answers).status == 200
+            else:
+                with pytest.raises(EngineDeadError, match=r"cut its answer off|SIGKILL"):
+                    await answers
+        finally:
+            engine._connections.close()
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"3"])
