@@ -10,6 +10,7 @@ import orjson
 from service.broker.peer_review import MAX_CORRECTION_CHARS
 from service.broker.prompt_fences import shown_bytes
 from service.gateway.request.conversation_text import media_parts, with_last_message
+from service.gateway.request.conversation_turns import TurnState
 from service.gateway.request.parsing import InferenceRequest
 from service.types import Recipe
 
@@ -51,6 +52,8 @@ def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> 
         body_bytes=len(orjson.dumps(data)),
         clipped=None,
         thinking=thinking,
+        # Its prompt is no turn of the conversation, and leaves nothing of it in a prefix cache.
+        turn=TurnState(),
     )
 
 

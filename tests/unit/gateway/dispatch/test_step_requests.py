@@ -18,6 +18,7 @@ from service.gateway.dispatch.step_requests import (
     shown_bytes_of,
 )
 from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.routing.prefix_affinity import PrefixAffinity, prefix_of
 from service.types import Recipe
 
 COUNCIL = RecipeConfig.model_validate({"kind": "deliberate", "members": list("abc")}).recipe()
@@ -38,6 +39,22 @@ def test_review_request_has_nothing_of_the_client_s_body() -> None:
     assert made.needs == {"chat"}
     assert made.most_tokens == 64
     assert made.most_prompt_tokens >= len("judge")
+
+
+def test_review_request_is_no_turn_that_a_prefix_cache_has() -> None:
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "?"},
+    ]
+    asked = request(messages=turns)
+    affinity = PrefixAffinity()
+    affinity.record_answer(request(messages=turns[:1]), "e", "boot")
+    assert affinity.hint(asked) is not None
+    made = review_request(asked, "judge", 64)
+    assert affinity.hint(made) is None
+    assert prefix_of(asked)
+    assert not prefix_of(made)
 
 
 def test_review_request_keeps_images() -> None:
