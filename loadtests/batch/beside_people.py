@@ -63,7 +63,7 @@ class BatchBesidePeople:
         self._policy = SwapPolicy()
         self._view: list[PoolView] = []
         self._seen_s = -1.0
-        self._pacer = BatchPacer(self._views, dict, lambda: self._now_s)
+        self._pacer = BatchPacer(self._views, dict, 10**6, lambda: self._now_s)
         # By arrival, the time to the whole answer.
         self.took: list[tuple[float, float]] = []
         self.busy_s = self.batch_end_s = self.batch_busy_s = 0.0

@@ -83,7 +83,7 @@ async def by_plan(engine: SharedEngine, config: Config, lines: list[Ask]) -> tup
         )
         return [PoolView("b", snapshot, 0.0, {})]
 
-    pacer = BatchPacer(views, dict)
+    pacer = BatchPacer(views, dict, 10**6)
     left: dict[str, deque[Ask]] = {}
     for line in lines:
         left.setdefault(line.expert, deque()).append(line)

@@ -6,10 +6,10 @@ starts where all of this holds:
 - Nobody waits in the slot.
 - There is room in the engine's batch, beside as many requests of people as ran there at once in
   the last half minute, and one more. So the next person starts at once.
-- The expert is resident, or no earlier expert of the plan is in the slot. Then a few lines wait in
-  the pool, which swaps for them only where people don't need the running expert
-  (`service/pool/swap_planner.py`). Meanwhile lines for the resident expert go on, whatever their
-  place in the plan is: they need no load.
+- The expert is resident, or no earlier expert of the plan is in the slot. Then a few lines, and at
+  most half of those that the gateway has under way, wait in the pool, which swaps for them only
+  where people don't need the running expert (`service/pool/swap_planner.py`). Meanwhile lines for
+  the resident expert go on, whatever their place in the plan is: they need no load.
 
 Where an engine takes one request at a time, a line runs while it is idle, and a person waits for
 the rest of that line at most.
@@ -98,6 +98,7 @@ class BatchPacer:
     Args:
         views: Returns the state of every pool.
         members: Returns by name of a recipe of the present config the experts that it asks first.
+        most: Lines of all batches that the gateway has under way at once.
         clock: Returns seconds.
     """
 
@@ -105,10 +106,12 @@ class BatchPacer:
         self,
         views: Callable[[], Sequence[PoolView]],
         members: Callable[[], Mapping[str, tuple[str, ...]]],
+        most: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._views = views
         self._members = members
+        self._most = most
         self._clock = clock
         # This gateway's lines under way, by expert.
         self._own: Counter[str] = Counter()
@@ -143,7 +146,11 @@ class BatchPacer:
         claimed: set[tuple[str | None, int]] = set()
         for model in models:
             slots = {expert: self._slots(views, expert) for expert in self._experts(model)}
-            if all(self._may_start(expert, held, claimed) for expert, held in slots.items()):
+            may_wait = self._may_wait(views)
+            if all(
+                self._may_start(expert, held, claimed, may_wait=may_wait)
+                for expert, held in slots.items()
+            ):
                 return model
             claimed.update(slot.place for held in slots.values() for slot in held)
         return None
@@ -166,8 +173,27 @@ class BatchPacer:
             self._remember(slot, now_s)
         return slots
 
+    def _may_wait(self, views: Sequence[PoolView]) -> bool:
+        """Whether one more line may wait for an expert that is not resident.
+
+        Half of the lines under way may, so that they never hold up those that can be answered.
+        """
+        resident = {
+            name
+            for view in views
+            for name, state in view.snapshot.experts.items()
+            if state.state is Residency.DEVICE
+        }
+        waiting = sum(count for name, count in self._own.items() if name not in resident)
+        return waiting < max(1, self._most // 2)
+
     def _may_start(
-        self, expert: str, slots: Sequence[_Slot], claimed: set[tuple[str | None, int]]
+        self,
+        expert: str,
+        slots: Sequence[_Slot],
+        claimed: set[tuple[str | None, int]],
+        *,
+        may_wait: bool,
     ) -> bool:
         """Whether one more line for an expert may start now.
 
@@ -175,13 +201,14 @@ class BatchPacer:
             expert: The expert.
             slots: The slots that can have it.
             claimed: The slots of models that come earlier in the plan.
+            may_wait: Whether it may wait for an expert that is not resident.
         """
         if not slots:
             # One line makes the service start a pool for the expert.
-            return self._own[expert] < 1
+            return may_wait and self._own[expert] < 1
         now_s = self._clock()
         resident = [slot for slot in slots if slot.resident]
-        free = [slot for slot in slots if slot.place not in claimed]
+        free = [slot for slot in slots if may_wait and slot.place not in claimed]
         return any(self._has_room(slot, slots, now_s) for slot in resident or free)
 
     def _has_room(self, slot: _Slot, slots: Sequence[_Slot], now_s: float) -> bool:

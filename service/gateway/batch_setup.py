@@ -55,14 +55,21 @@ def _open_state(config: Config, path: Path) -> BatchState:
 
 
 class CurrentGateway:
-    """The gateway of the present config, as the runner of batches uses it."""
+    """The gateway of the present config, as the runner of batches uses it.
 
-    def __init__(self, current: Callable[[], ConfiguredGateway]) -> None:
+    Args:
+        current: Returns it.
+        max_in_flight: Lines that the runner has under way at once.
+    """
+
+    def __init__(self, current: Callable[[], ConfiguredGateway], max_in_flight: int) -> None:
         self._current = current
         # A line that waits for its turn during a reload goes on with the pools and recipes of the
         # config that is in force then, beside the lines that began before.
         self._pacer = BatchPacer(
-            lambda: current().dispatcher.views(), lambda: current().batch_members
+            lambda: current().dispatcher.views(),
+            lambda: current().batch_members,
+            max_in_flight,
         )
 
     async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -131,7 +138,7 @@ class GatewayBatches:
         path = default_folder() if given.folder is None else Path(given.folder)
         folder = FileFolder(path / "files")
         self._state = _open_state(config, path)
-        gateway = CurrentGateway(current)
+        gateway = CurrentGateway(current, given.max_in_flight)
         self._runner = BatchRunner(
             gateway_id,
             given,

@@ -22,6 +22,7 @@ class Stage:
     now_s: float = 100.0
     queues: dict[str, Queue] = field(default_factory=dict)
     capacity: int = 4
+    most: int = 64
     failed: bool = False
 
     def views(self) -> list[PoolView]:
@@ -36,7 +37,9 @@ class Stage:
         return [PoolView("boot", snapshot, 0.0, {})]
 
     def pacer(self) -> BatchPacer:
-        return BatchPacer(self.views, lambda: {"both": ("warm", "cold")}, lambda: self.now_s)
+        return BatchPacer(
+            self.views, lambda: {"both": ("warm", "cold")}, self.most, lambda: self.now_s
+        )
 
 
 async def started(pacer: BatchPacer, model: str) -> int:
@@ -153,3 +156,14 @@ def test_ended_more_often_than_started_does_no_harm(times: int) -> None:
     for _ in range(times):
         pacer.ended("warm")
     assert pacer.next_model(["warm"]) == "warm"
+
+
+@pytest.mark.parametrize(("capacity", "most", "cold"), [(64, 16, 8), (64, 1, 1), (16, 64, 4)])
+async def test_lines_for_a_cold_expert_leave_places_for_those_of_resident_ones(
+    capacity: int, most: int, cold: int
+) -> None:
+    stage = Stage(capacity=capacity, most=most)
+    pacer = stage.pacer()
+    assert await started(pacer, "cold") == cold
+    assert await started(pacer, "absent") == (cold < most // 2)
+    assert await pacer.turn(["cold", "warm"]) == "warm"

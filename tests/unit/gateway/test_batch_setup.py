@@ -26,7 +26,7 @@ def gateway(**members: tuple[str, ...]) -> Any:
 
 async def test_line_that_waits_for_its_turn_during_a_reload_gets_it() -> None:
     gateways = [gateway(recipe=("warm",)), gateway(recipe=("warm", "other"))]
-    batches = CurrentGateway(lambda: gateways[0])
+    batches = CurrentGateway(lambda: gateways[0], 16)
     for _ in range(2):
         assert await batches.turn(["recipe"]) == "recipe"
     waiting = asyncio.create_task(batches.turn(["recipe"]))
@@ -58,7 +58,7 @@ def test_line_whose_plan_no_longer_holds_is_routed_anew() -> None:
     )
     rolled_back: set[str] = set()
     aliases = AliasResolution(config, lambda alias: rolled_back if alias == "chat" else ())
-    batches = CurrentGateway(lambda: SimpleNamespace(aliases=aliases))  # type: ignore[arg-type, return-value]
+    batches = CurrentGateway(lambda: SimpleNamespace(aliases=aliases), 16)  # type: ignore[arg-type, return-value]
     old_only = Tenant("t", experts=frozenset({"old"}))
 
     def cases() -> list[str]:
