@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -201,6 +202,13 @@ class BatchPlanner:
             tenant: The tenant whose batch it is.
             budgets: The budgets of the curve; without any, budgets from the least possible cost to
                 that of the best quality.
+        """
+        async with self._forecasting:
+            return await self._forecast(endpoint, lines, terms, tenant, budgets)
+
+    @asynccontextmanager
+    async def asked_by(self, tenant: Tenant) -> AsyncIterator[None]:
+        """Let a tenant read the lines of one forecast at a time, and make it.
 
         Raises:
             RateLimitExceededError: The tenant has asked for too many forecasts at once.
@@ -213,8 +221,8 @@ class BatchPlanner:
             )
         self._asked[name] += 1
         try:
-            async with self._queues.setdefault(name, asyncio.Lock()), self._forecasting:
-                return await self._forecast(endpoint, lines, terms, tenant, budgets)
+            async with self._queues.setdefault(name, asyncio.Lock()):
+                yield
         finally:
             self._asked[name] -= 1
             if not self._asked[name]:

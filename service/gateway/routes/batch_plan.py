@@ -59,16 +59,19 @@ async def plan_batch(request: Request, services: Services, tenant: CountedTenant
         raise InvalidRequestError("give the lines once: as `input_file_id` or as `requests`")
     assert services.batch_planner is not None
     planner = services.batch_planner
-    if "requests" in body:
-        lines = _inline(body["requests"], services.config.batches.max_lines)
-        outlook = await planner.forecast(str(endpoint), lines, terms, tenant, budgets)
-        invalid = 0
-    else:
-        found, invalid = await _from_file(services, tenant, body["input_file_id"], str(endpoint))
-        try:
-            outlook = await planner.forecast(str(endpoint), found, terms, tenant, budgets)
-        finally:
-            found.close()
+    async with planner.asked_by(tenant):
+        if "requests" in body:
+            lines = _inline(body["requests"], services.config.batches.max_lines)
+            outlook = await planner.forecast(str(endpoint), lines, terms, tenant, budgets)
+            invalid = 0
+        else:
+            found, invalid = await _from_file(
+                services, tenant, body["input_file_id"], str(endpoint)
+            )
+            try:
+                outlook = await planner.forecast(str(endpoint), found, terms, tenant, budgets)
+            finally:
+                found.close()
     unit = services.config.prices.unit
     return json_response({**outlook.to_json(), "invalid": invalid, "cost_unit": unit})
 

@@ -190,7 +190,8 @@ async def test_forecasts_of_tenants_take_turns_and_are_bounded() -> None:
     many, one = Tenant("many"), Tenant("one")
 
     async def ask(tenant: Tenant) -> None:
-        await planner.forecast("/x", [], BatchTerms(), tenant)
+        async with planner.asked_by(tenant):
+            await planner.forecast("/x", [], BatchTerms(), tenant)
 
     asked = [asyncio.create_task(ask(many)) for _ in range(9)] + [asyncio.create_task(ask(one))]
     made = await asyncio.gather(*asked, return_exceptions=True)
