@@ -46,6 +46,14 @@ def _level_of_logs() -> None:
     logging.getLogger().setLevel(logging.WARNING)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _home_of_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What fixtures of whole modules keep is not this user's, either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COE_HOME", str(tmp_path_factory.getbasetemp() / "home-of-modules"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _home_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keys made by a test are not this user's, nor another test's."""
