@@ -20,6 +20,8 @@ import httptools
 _BUFFER_BYTES = 2**18
 # Less than the server keeps idle connections, so that a request rarely meets one that ends.
 _IDLE_S = 60.0
+# Replies below are interim, such as 103 Early Hints, and say nothing of the final one.
+_LEAST_FINAL = 200
 
 
 class ConnectError(OSError):
@@ -108,12 +110,14 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         assert self._transport is not None
+        if self._parser.get_status_code() < _LEAST_FINAL:
+            return  # the reply follows
         self._body = body = asyncio.StreamReader(_BUFFER_BYTES)
         body.set_transport(self._transport)
         status = self._parser.get_status_code()
         # Such a body, of an HTTP/1.0 server for example, ends where the connection does.
         chunked = "chunked" in self._headers.get("transfer-encoding", "")
-        has_body = status >= 200 and status not in (204, 304)
+        has_body = status not in (204, 304)
         self._until_close = has_body and not chunked and "content-length" not in self._headers
         if self._head is not None and not self._head.done():
             self._head.set_result(HttpReply(status, self._headers, body))
@@ -123,6 +127,8 @@ class HttpConnection(asyncio.Protocol):
             self._body.feed_data(data)
 
     def on_message_complete(self) -> None:
+        if self._parser.get_status_code() < _LEAST_FINAL:
+            return
         self._ended = True
         if self._body is not None:
             self._body.feed_eof()

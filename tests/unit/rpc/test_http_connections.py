@@ -103,6 +103,28 @@ async def test_reply_in_pieces_of_any_size_is_read_whole(reply: bytes, size: int
         assert lines[-1] == b"{}"
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("reply", [WHOLE, CHUNKED], ids=["whole", "chunked"])
+async def test_interim_replies_before_the_final_one_are_left_out(reply: bytes, size: int) -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
+    whole = interim + reply
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    async with connected(saying(*pieces)) as (connections, server):
+        for _ in range(2):
+            async with asyncio.timeout(5), asked(connections) as got:
+                assert (got.status, "link" in got.headers) == (200, False)
+                assert await got.body.read() == b"hello"
+        assert server.opened == 1, "a connection is used again"
+
+
+async def test_interim_reply_without_a_final_one_is_no_reply() -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    async with connected(ending(interim)) as (connections, _):
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(5), asked(connections):
+                pass
+
+
 @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
 async def test_reply_without_a_length_ends_with_the_connection(version: bytes) -> None:
     head = version + b" 200 OK\r\ncontent-type: text/plain\r\n\r\n"
