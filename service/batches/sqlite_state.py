@@ -80,6 +80,7 @@ class SqliteState:
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-state")
         self._connection: sqlite3.Connection | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         await self._run(self._existing)
@@ -90,8 +91,10 @@ class SqliteState:
                 self._connection.close()
                 self._connection = None
 
-        await self._run(end)
-        self._thread.shutdown(wait=False)
+        if not self._stopped:
+            self._stopped = True
+            await self._run(end)
+            self._thread.shutdown(wait=False)
 
     # --- files
 

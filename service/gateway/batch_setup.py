@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.batches.batch_pacing import BatchPacer
+from service.batches.batch_records import ENDED, Status
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_service import BatchService
 from service.batches.batch_state import BatchState
@@ -174,9 +175,10 @@ class GatewayBatches:
         """Count the batches that have not ended. The metrics stay while that is unknown."""
         with contextlib.suppress(CoeError):
             counted = await self._state.statistics()
-            self._registry.forget(metric_declarations.BATCHES, counted.by_status)
-            for status, count in counted.by_status.items():
-                self._registry.put(metric_declarations.BATCHES, count, status)
+            for status in Status:
+                if status not in ENDED:
+                    count = counted.by_status.get(status, 0)
+                    self._registry.put(metric_declarations.BATCHES, count, status.value)
             age_s = 0.0 if counted.oldest_s is None else max(0.0, time.time() - counted.oldest_s)
             self._registry.put(metric_declarations.BATCH_OLDEST, age_s)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import aiohttp
 import numpy as np
+import orjson
 
 from router_models.category_fit import fit_categories, write_artifact
 from router_models.labelled_prompt_reader import LabelledPrompt
@@ -20,7 +23,14 @@ from service.engine.engine_interface import RoutingSample
 from service.gpu_devices import GpuMemory
 from service.telemetry import metric_declarations
 from tests.integration.test_recipes import Cast
-from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
+from tests.support.in_process_service import (
+    CHAT,
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 from tests.support.polling import until
 from tests.support.tiny_encoder import SUBJECTS, make_encoder, prompts
 
@@ -167,6 +177,27 @@ async def round_of_traffic(s: RunningGateway) -> None:
     assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))
     assert status == 404
+    await a_batch_ends(s)
+
+
+async def a_batch_ends(s: RunningGateway) -> None:
+    """A batch of one line."""
+    line = {"custom_id": "1", "method": "POST", "url": CHAT, "body": chat(model="general")}
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", orjson.dumps(line), filename="lines.jsonl")
+    async with s.client.post(s.url + "/v1/files", data=form) as reply:
+        assert reply.status == 200, await reply.text()
+        file = (await reply.json())["id"]
+    wanted = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+    status, _, batch = await s.ask(wanted, "/v1/batches")
+    assert status == 200, batch
+
+    end_s = time.monotonic() + 20
+    while batch["status"] != "completed":
+        assert time.monotonic() < end_s, batch
+        await asyncio.sleep(0.05)
+        async with s.client.get(f"{s.url}/v1/batches/{batch['id']}") as reply:
+            batch = await reply.json()
 
 
 async def an_engine_dies(s: RunningGateway) -> None:
