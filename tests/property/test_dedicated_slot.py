@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from typing import Any
 
 import orjson
@@ -18,6 +17,7 @@ from service.errors import CoeError
 from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.rpc.snapshot import Queue
 from tests.support.fake_clock_loop import FastTime
+from tests.support.garbage import collected
 from tests.support.slot_events import Arrive, Kill, Leave, Turn
 
 EXPERTS = ("base", "tuned")
@@ -123,8 +123,8 @@ def test_slot_under_random_events_every_lease_ends_once_and_nothing_leaks(
         assert len(asyncio.all_tasks()) == 1
         return outcomes
 
-    outcomes = asyncio.run(whole())
-    gc.collect()
+    with collected():
+        outcomes = asyncio.run(whole())
     assert complaints == []
     known = {"ok", "engine_dead", "engine_restarting", "over_capacity", "expert_failed"}
     unforeseen = [

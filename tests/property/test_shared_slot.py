@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from service.errors import ConflictError
 from service.rpc.snapshot import Queue
 from tests.support.fake_clock_loop import FastTime
+from tests.support.garbage import collected
 from tests.support.shared_slot_simulation import (
     EXPERTS,
     FILL_S,
@@ -134,8 +134,8 @@ def play(story: list[Any], world: World, **given: Any) -> tuple[Stage, list[Any]
         assert len(asyncio.all_tasks()) == 1
         return outcomes
 
-    outcomes = asyncio.run(whole())
-    gc.collect()
+    with collected():
+        outcomes = asyncio.run(whole())
     stage = stages[0]
     assert complaints == []
     assert world.wrong == []
