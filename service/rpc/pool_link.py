@@ -20,7 +20,7 @@ from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
 from service.rpc.http_connections import ConnectError, HttpConnection, HttpConnections, HttpReply
-from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta, decode_with_delta
+from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta, decode
 
 log = logging.getLogger("coe.link")
 
@@ -331,7 +331,7 @@ class PoolLink:
                 raise ValueError(f"status {reply.status}")
             snapshot: Snapshot | None = None
             async for line in reply.content:
-                snapshot, delta = decode_with_delta(line, snapshot)
+                snapshot, delta = decode(line, snapshot)
                 if snapshot.boot != self.address.boot:
                     raise ValueError("another process has this address now")
                 self.receive_snapshot(snapshot, delta)

@@ -214,7 +214,7 @@ _DECODER = msgspec.json.Decoder(_Line)
 _LINE_FIELDS = ("boot", "kind", "seq", "draining", *_TABLES)
 
 
-def decode(line: bytes, before: Snapshot | None) -> Snapshot:
+def decode(line: bytes, before: Snapshot | None) -> tuple[Snapshot, SnapshotDelta | None]:
     """Decode a line.
 
     An entry that did not change is the same object in both snapshots, and so is a table. Fields of
@@ -225,21 +225,8 @@ def decode(line: bytes, before: Snapshot | None) -> Snapshot:
         before: The snapshot of the previous line; None for the first line.
 
     Returns:
-        The whole state after this line.
-
-    Raises:
-        ValueError: The line is not valid.
-    """
-    return decode_with_delta(line, before)[0]
-
-
-def decode_with_delta(
-    line: bytes, before: Snapshot | None
-) -> tuple[Snapshot, SnapshotDelta | None]:
-    """Decode a line, as `decode` does, and tell what it changes.
-
-    Returns:
-        The whole state, and what differs from `before`; None where the line has whole tables.
+        The whole state after this line, and what differs from `before`; None where the line has
+        whole tables.
 
     Raises:
         ValueError: The line is not valid.

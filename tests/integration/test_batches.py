@@ -277,16 +277,22 @@ async def test_expired_batch_has_an_error_line_for_each_line_left(tmp_path: Path
         assert sorted(names) == sorted(f"c{i}" for i in range(20))
 
 
+async def partly_answered(api: openai.AsyncOpenAI) -> Any:
+    """A batch of 30 lines, of which some are answered."""
+    file = await upload(api, *(line(i) for i in range(30)))
+    made = await create(api, file.id)
+
+    async def some() -> bool:
+        return await completed(api, made.id) >= 3
+
+    await until(some, "three lines are answered")
+    return made
+
+
 async def test_restarted_gateway_goes_on_where_it_was(tmp_path: Path) -> None:
     given = config(tmp_path, pool={"tokens": 5, "decode_ms": 20}, batches={"max_in_flight": 2})
     async with run_gateway(given) as s, client(s) as api:
-        file = await upload(api, *(line(i) for i in range(30)))
-        made = await create(api, file.id)
-
-        async def some() -> bool:
-            return await completed(api, made.id) >= 3
-
-        await until(some, "three lines are answered")
+        made = await partly_answered(api)
     async with run_gateway(given) as s, client(s) as api:
         batch = await ended(api, made.id)
         assert batch.status == "completed"
@@ -415,13 +421,7 @@ async def test_batch_with_redis_is_charged_once_and_runs_in_the_lowest_class(
             batches={"max_in_flight": 3},
         )
         async with run_gateway(given) as s, client(s) as api:
-            file = await upload(api, *(line(i) for i in range(30)))
-            made = await create(api, file.id)
-
-            async def some() -> bool:
-                return await completed(api, made.id) >= 3
-
-            await until(some, "three lines are answered")
+            made = await partly_answered(api)
         async with run_gateway(given) as s, client(s) as api:
             batch = await ended(api, made.id)
             assert batch.status == "completed"

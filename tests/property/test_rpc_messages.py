@@ -52,7 +52,7 @@ def test_snapshot_stream_round_trips(states: list[Snapshot]) -> None:
         line = encode(snapshot, sent)
         assert line.count(b"\n") == 1
         assert line.endswith(b"\n")
-        heard = decode(line, heard)
+        heard, _ = decode(line, heard)
         sent = snapshot
         assert heard == snapshot
 

@@ -158,7 +158,7 @@ async def test_context_of_many_experts_reads_each_pool_once_per_snapshot() -> No
     link = directory.followed["b0"]
     assert link.snapshot is not None
     heartbeat = encode(Snapshot("boot", "cpu", seq=2, experts=link.snapshot.experts), link.snapshot)
-    link.receive_snapshot(decode(heartbeat, link.snapshot))
+    link.receive_snapshot(*decode(heartbeat, link.snapshot))
     assert directory.context("e0") == 9
     assert reads == 20, "a line that tells of other things than experts changes nothing"
     await directory.close()
