@@ -33,8 +33,8 @@ from service.types import BATCH, Tenant
 KIND = "cpu"
 _OF_ALONE, _TIMES = 0.9, 4.0
 _TENANT = Tenant("batch", priority=BATCH)
-# Seconds of the engine for a line and to load an expert: only their order matters here.
-_LINE_S, _LOAD_S = 0.1, 1.0
+# Seconds of the engine for a token and to load an expert: only their order matters here.
+_TOKEN_S, _LOAD_S = 0.01, 1.0
 
 
 def lines_of(experts: list[str], count: int) -> list[Ask]:
@@ -52,7 +52,7 @@ def planned(lines: list[Ask], experts: list[str]) -> list[Ask]:
     load_s = np.full((1, len(experts)), _LOAD_S)
     load_s[0, 0] = 0.0
     prompts = [str(line.prompt_tokens) for line in lines]
-    work_s = np.full(len(lines), _LINE_S)
+    work_s = np.array([line.tokens * _TOKEN_S for line in lines])
     order = run_order(first, work_s, prompts, load_s, np.arange(len(experts)))
     return [lines[i] for i in order.tolist()]
 

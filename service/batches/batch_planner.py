@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.batches.batch_types import BatchLine, BatchPlan, BatchTerms, LineChoice
 from service.broker.batch_knapsack import (
@@ -35,6 +36,8 @@ from service.types import Tenant
 # The budgets of a curve, as parts of the way from the least cost to the cost of the best quality.
 _CURVE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
+# One in so many lines of an expert, those with the least work, comes last.
+_LAST = 5
 # Forecasts of one tenant that may wait at once, with the one that is made.
 _MOST_ASKED = 8
 # The longest time for the points of a curve, in s; those that are left are left out then.
@@ -365,6 +368,19 @@ def _matched(units: set[int], holds: Any) -> bool:
     return all(place(unit, set()) for unit in units)
 
 
+def _least_of_each(unit: Ints, work_s: Floats, rank: Ints) -> NDArray[np.bool_]:
+    """(L,), whether a line is of the fifth of its unit's lines with the least work.
+
+    Of lines with the same work those of the highest `rank` are.
+    """
+    by_unit = np.lexsort((-rank, work_s, unit))
+    sizes = np.bincount(unit)
+    begins = np.cumsum(sizes) - sizes
+    at = np.empty(len(unit), dtype=np.intp)
+    at[by_unit] = np.arange(len(unit)) - begins[unit[by_unit]]
+    return np.asarray(at < sizes[unit] // _LAST)
+
+
 def run_order(
     first: Ints, work_s: Floats, prompts: Sequence[str], load_s: Floats, weights: Ints
 ) -> Ints:
@@ -372,8 +388,9 @@ def run_order(
 
     Each engine gets a sequence of experts: those on resident weights first, then one expert after
     another, the one with the most work first. In an expert's lines, prompts that begin alike stand
-    together. The sequences of several engines are merged by the time at which a line would start,
-    so that all engines have work.
+    together, but the fifth with the least work comes last, in falling order: an engine that waits
+    for its last lines before a swap waits for short ones. The sequences of several engines are
+    merged by the time at which a line would start, so that all engines have work.
 
     Args:
         first: (L,), the expert that each line asks first.
@@ -405,7 +422,8 @@ def run_order(
     rank = np.empty(len(first), dtype=np.intp)
     rank[begins] = np.arange(len(first))
     position = np.array([place[unit] for unit in weights[first].tolist()], dtype=np.intp)
-    ordered = np.lexsort((rank, first, position))
+    last = _least_of_each(weights[first], work_s, rank)
+    ordered = np.lexsort((rank, np.where(last, -work_s, 0.0), first, last, position))
     starts = np.zeros(len(first))
     clock = np.zeros(len(load_s))
     engines = home[weights[first]]

@@ -142,8 +142,11 @@ def test_run_order_loads_each_expert_once_and_names_every_line_once(seed, engine
         resident = [load_s[0, expert] == 0 for expert in runs]
         assert resident == sorted(resident, reverse=True)
     for expert in range(experts):
-        own = [prompts[line] for line in order if first[line] == expert]
-        assert own == sorted(own)
+        own = [line for line in order.tolist() if first[line] == expert]
+        short = len(own) // 5
+        begun, last = own[: len(own) - short], own[len(own) - short :]
+        assert [prompts[line] for line in begun] == sorted(prompts[line] for line in begun)
+        assert work_s[last].tolist() == sorted(np.sort(work_s[own])[:short], reverse=True)
 
 
 def test_run_order_gives_several_engines_work_at_the_same_time() -> None:
