@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from service.batches.batch_progress import ModelCounts, PlannedShare, progress_of
 from service.batches.batch_types import WINDOW, BatchTerms
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -115,6 +116,7 @@ class BatchCounts:
         cost: Units of cost of all lines.
         cached_tokens: Those of the prompts' tokens that an engine had in its prefix cache.
         reasoning_tokens: Those of the answers' tokens that were reasoning.
+        models: By expert or recipe of the plan, what its lines came to.
     """
 
     completed: int = 0
@@ -124,6 +126,7 @@ class BatchCounts:
     cost: float = 0.0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    models: Mapping[str, ModelCounts] = field(default_factory=dict)
 
     @property
     def lines(self) -> int:
@@ -145,6 +148,7 @@ class LineResult:
         cost: Its cost, in units of cost.
         cached_tokens: Those of the prompt's tokens that an engine had in its prefix cache.
         reasoning_tokens: Those of the answer's tokens that were reasoning.
+        model: The expert or recipe of the plan under which it counts; None for a line without one.
     """
 
     line: int
@@ -156,6 +160,7 @@ class LineResult:
     cost: float = 0.0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,7 @@ class BatchRecord:
         sealed: Whether results are no longer accepted, because the output files are being written.
         expired: Whether its time was over before all lines had a result.
         version: Grows with each change.
+        shares: By expert or recipe of the plan, the lines that it gets and their expected tokens.
         counts: What its lines came to; it changes without a new version.
     """
 
@@ -206,7 +212,8 @@ class BatchRecord:
     sealed: bool = False
     expired: bool = False
     version: int = 0
-    counts: BatchCounts = BatchCounts()
+    shares: Mapping[str, PlannedShare] = field(default_factory=dict)
+    counts: BatchCounts = field(default_factory=BatchCounts)
 
     @property
     def ended(self) -> bool:
@@ -217,6 +224,13 @@ class BatchRecord:
     def runs(self) -> bool:
         """Whether its lines may run."""
         return self.status in (Status.VALIDATING, Status.IN_PROGRESS)
+
+    def _elapsed_s(self, now_s: float) -> float | None:
+        """The time since its lines began, in s; None where they don't run."""
+        began_s = self.times.get(Status.IN_PROGRESS.value)
+        if self.status is not Status.IN_PROGRESS or began_s is None:
+            return None
+        return now_s - began_s
 
     def enter(self, status: Status, now_s: float, **changes: Any) -> BatchRecord:
         """Return the batch in its next state.
@@ -243,8 +257,12 @@ class BatchRecord:
         """Return the batch with other attributes, in the same state."""
         return replace(self, version=self.version + 1, **changes)
 
-    def to_json(self) -> dict[str, Any]:
-        """OpenAI's object `batch`, and `coe` with terms, plan and cost."""
+    def to_json(self, now_s: float) -> dict[str, Any]:
+        """OpenAI's object `batch`, and `coe` with terms, plan, cost, and progress by model.
+
+        Args:
+            now_s: Seconds since 1970, for the time to go.
+        """
         counts = self.counts
         errors = [asdict(error) for error in self.errors]
         at = {f"{status}_at": self.times.get(status) for status in Status}
@@ -285,6 +303,7 @@ class BatchRecord:
                 "quality": "best" if self.terms.quality is None else self.terms.quality,
                 "planned": planned,
                 "cost": round(counts.cost, 9),
+                **progress_of(self.shares, counts.models, self._elapsed_s(now_s)).to_json(),
             },
         }
 
@@ -317,6 +336,9 @@ def load_batch(data: bytes, counts: BatchCounts) -> BatchRecord:
             "status": Status(fields["status"]),
             "errors": tuple(InputError(**error) for error in fields["errors"]),
             "planned": tuple(planned) if planned is not None else None,
+            "shares": {
+                name: PlannedShare(**share) for name, share in fields.get("shares", {}).items()
+            },
             "counts": counts,
         }
     )

@@ -22,13 +22,14 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
 
+from service.batches.batch_progress import OTHER_MODELS, shares_of
 from service.batches.batch_records import (
     OUTPUT_PURPOSE,
     BatchRecord,
@@ -465,10 +466,15 @@ class BatchRunner:
                 await self._change(job, lambda batch: batch.changed(total=index.total))
             return False
         planned = (plan.quality, plan.cost, plan.seconds)
+        shares = await asyncio.to_thread(shares_of, plan.choices)
         await self._change(
             job,
             lambda batch: batch.enter(
-                Status.IN_PROGRESS, self._clock(), total=index.total, planned=planned
+                Status.IN_PROGRESS,
+                self._clock(),
+                total=index.total,
+                planned=planned,
+                shares=shares,
             ),
             await asyncio.to_thread(_dump_plan, plan.choices),
         )
@@ -563,14 +569,14 @@ class BatchRunner:
         """Try a line until it has a result."""
         batch = job.batch
         name = request_id(batch.id, choice.line)
+        model = choice.model if choice.model in batch.shares else OTHER_MODELS
         # A line may have megabytes.
         line = await asyncio.to_thread(lines.numbered, choice.line)
         may_cost = await self._reserve(job, choice.cost, turn)
         if may_cost is None:
             message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
-            await self._put(
-                job, fault_of(line.number, line.custom_id, name, "max_cost_reached", message), []
-            )
+            fault = fault_of(line.number, line.custom_id, name, "max_cost_reached", message)
+            await self._put(job, replace(fault, model=model), [])
             return
         try:
             tries = failures = 0
@@ -592,9 +598,8 @@ class BatchRunner:
                 async with turn.paused():
                     await asyncio.sleep(wait_s(tries, reply.retry_after_s, random.random()))
             stored = dumps(settlements) if settlements else None
-            await self._put(
-                job, result_of(line.number, line.custom_id, name, reply, stored), settlements
-            )
+            result = result_of(line.number, line.custom_id, name, reply, stored)
+            await self._put(job, replace(result, model=model), settlements)
         finally:
             if math.isfinite(may_cost):
                 job.under_way -= may_cost
@@ -641,8 +646,9 @@ class BatchRunner:
             except CoeError as error:
                 reply.refuse(error)
                 return reply, []
-            behalf = OnBehalf[Settlement](tenant)
-            model = self._parts.model_of(body.get("model", "auto"), choice.model, tenant)
+            named = body.get("model", "auto")
+            behalf = OnBehalf[Settlement](tenant, named if isinstance(named, str) else None)
+            model = self._parts.model_of(named, choice.model, tenant)
             # The batch's own end stops its lines, so that it bounds no choice of an expert.
             call = LineCall(
                 batch.endpoint,

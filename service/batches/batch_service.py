@@ -23,7 +23,7 @@ from service.batches.batch_records import (
     new_batch_id,
     new_file_id,
 )
-from service.batches.batch_state import BatchState, Page
+from service.batches.batch_state import BatchState, BatchStatistics, Page
 from service.batches.batch_types import WINDOW, parse_terms
 from service.batches.file_folder import FileFolder, PartialFile
 from service.config import BatchesConfig
@@ -303,6 +303,14 @@ class BatchService:
                 f"no batch {batch_id[:64]!r} is kept here", param="id", code="batch_not_found"
             )
         return batch
+
+    def to_json(self, batch: BatchRecord) -> dict[str, Any]:
+        """A batch as clients see it now."""
+        return batch.to_json(self._clock())
+
+    async def statistics(self) -> BatchStatistics:
+        """Count the batches of all tenants that have not ended."""
+        return await self._state.statistics()
 
     async def batches(self, tenant: Tenant, page: Page) -> list[BatchRecord]:
         """Return a part of the list of a tenant's batches."""

@@ -35,10 +35,12 @@ class BatchStatistics:
     Attributes:
         by_status: Their number, by state.
         oldest_s: When the oldest was made, in seconds since 1970; None without one.
+        lines: Their lines with a result.
     """
 
     by_status: Mapping[str, int] = field(default_factory=dict)
     oldest_s: float | None = None
+    lines: int = 0
 
 
 class BatchState(Protocol):

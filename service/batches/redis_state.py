@@ -7,6 +7,7 @@ all gateways see. Keys, all below `{prefix}:b:`
   sorted set: id → when it was made; `file-bytes` hash: tenant → bytes
 - `B:ID` hash: a batch's record, version, counts, plan and lease; `open`, `ended` and
   `batches-of:TENANT` sorted sets: id → when it was made; `open-of:TENANT` set
+- `models:ID` hash: counts by model of the plan, as `COUNT MODEL` → number
 - `bodies:ID` hash: line → result; `lines:ID:0` and `lines:ID:1` sorted sets: lines for the output
   and the error file; `settle:ID` hash: line → settlements that may not have been delivered
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import orjson
 
+from service.batches.batch_progress import ModelCounts
 from service.batches.batch_records import (
     BatchCounts,
     BatchRecord,
@@ -220,8 +222,10 @@ class RedisState:
         return int(await self._run("remove_batches", before=before_s))
 
     async def statistics(self) -> BatchStatistics:
-        statuses, oldest = await self._run("statistics")
-        return BatchStatistics(Counter(map(_text, statuses)), float(oldest) if oldest else None)
+        statuses, oldest, lines = await self._run("statistics")
+        return BatchStatistics(
+            Counter(map(_text, statuses)), float(oldest) if oldest else None, int(lines)
+        )
 
     # --- leases
 
@@ -258,6 +262,8 @@ class RedisState:
                     "reasoning_tokens": result.reasoning_tokens,
                     "cost": result.cost,
                     "settles": result.settlements is not None,
+                    # In Lua's JSON a null counts as true.
+                    "model": result.model or "",
                 }
                 for result in results
             ],
@@ -325,10 +331,10 @@ class RedisState:
         return f"{self._prefix}:b:{name}"
 
 
-def _batch(found: list[bytes] | None) -> BatchRecord | None:
+def _batch(found: list[Any] | None) -> BatchRecord | None:
     if not found:
         return None
-    record, completed, failed, prompt, completion, cost, cached, reasoning = found
+    record, completed, failed, prompt, completion, cost, cached, reasoning, models = found
     counts = BatchCounts(
         int(completed),
         int(failed),
@@ -337,8 +343,27 @@ def _batch(found: list[bytes] | None) -> BatchRecord | None:
         float(cost),
         int(cached),
         int(reasoning),
+        _by_model(models),
     )
     return load_batch(record, counts)
+
+
+def _by_model(flat: list[bytes]) -> dict[str, ModelCounts]:
+    """Read the counts of a batch's models from the fields and values of their hash."""
+    counted: dict[str, dict[str, bytes]] = {}
+    for field, value in zip(flat[::2], flat[1::2], strict=True):
+        name, _, model = _text(field).partition(" ")
+        counted.setdefault(model, {})[name] = value
+    return {
+        model: ModelCounts(
+            int(found.get("completed", 0)),
+            int(found.get("failed", 0)),
+            int(found.get("prompt_tokens", 0)),
+            int(found.get("completion_tokens", 0)),
+            float(found.get("cost", 0)),
+        )
+        for model, found in counted.items()
+    }
 
 
 def _text(value: bytes | str) -> str:

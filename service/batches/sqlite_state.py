@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
 
+from service.batches.batch_progress import ModelCounts
 from service.batches.batch_records import (
     BatchCounts,
     BatchRecord,
@@ -58,13 +60,22 @@ CREATE TABLE IF NOT EXISTS results (
     batch TEXT NOT NULL, line INTEGER NOT NULL, failed INTEGER NOT NULL, body BLOB NOT NULL,
     settlements BLOB, PRIMARY KEY (batch, line)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS progress (
+    batch TEXT NOT NULL, model TEXT NOT NULL, completed INTEGER NOT NULL, failed INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL NOT NULL,
+    PRIMARY KEY (batch, model)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unsettled ON results (batch, line) WHERE settlements IS NOT NULL;
 """
 _COUNTS = (
     "completed, failed, prompt_tokens, completion_tokens, cost, cached_tokens, reasoning_tokens"
 )
-_BATCH = f"record, {_COUNTS}"
-_VERSION = 1
+_OF_MODEL = "completed, failed, prompt_tokens, completion_tokens, cost"
+_BATCH = (
+    f"record, {_COUNTS}, (SELECT json_group_array(json_array(model, {_OF_MODEL})) FROM progress "
+    "WHERE progress.batch = batches.id)"
+)
+_VERSION = 2
 
 
 class SqliteState:
@@ -222,19 +233,21 @@ class SqliteState:
 
     async def remove_batches(self, before_s: float) -> int:
         def remove(db: sqlite3.Connection) -> int:
-            return db.execute(
-                "DELETE FROM batches WHERE NOT open AND created_s < ?", (before_s,)
-            ).rowcount
+            old = "FROM batches WHERE NOT open AND created_s < ?"
+            db.execute(f"DELETE FROM progress WHERE batch IN (SELECT id {old})", (before_s,))
+            return db.execute(f"DELETE {old}", (before_s,)).rowcount
 
         return await self._write(remove) if await self._run(self._existing) else 0
 
     async def statistics(self) -> BatchStatistics:
         rows = await self._read(
-            "SELECT status, count(*), min(created_s) FROM batches WHERE open GROUP BY status"
+            "SELECT status, count(*), sum(completed + failed), min(created_s) FROM batches "
+            "WHERE open GROUP BY status"
         )
         return BatchStatistics(
-            {status: count for status, count, _ in rows},
+            {status: count for status, count, *_ in rows},
             min((oldest for *_, oldest in rows), default=None),
+            sum(lines for _, _, lines, _ in rows),
         )
 
     # --- leases
@@ -246,10 +259,10 @@ class SqliteState:
 
         def take(db: sqlite3.Connection) -> BatchRecord | None:
             row = db.execute(
-                f"SELECT id, {_BATCH} FROM batches AS b WHERE open "
+                f"SELECT id, {_BATCH} FROM batches WHERE open "
                 "AND (owner IS NULL OR leased_until_s <= ?) "
                 "AND tenant NOT IN (SELECT value FROM json_each(?)) ORDER BY ("
-                "  SELECT count(*) FROM batches AS o WHERE o.open AND o.tenant = b.tenant "
+                "  SELECT count(*) FROM batches AS o WHERE o.open AND o.tenant = batches.tenant "
                 "  AND o.owner IS NOT NULL AND o.leased_until_s > ?"
                 "), created_s, id LIMIT 1",
                 (now_s, orjson.dumps([*without]).decode(), now_s),
@@ -300,6 +313,7 @@ class SqliteState:
                 row = batch_id, result.line, result.failed, result.body, result.settlements
                 if db.execute("INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?, ?)", row).rowcount:
                     added.append(result)
+                    _count_model(db, batch_id, result)
             failed = sum(result.failed for result in added)
             db.execute(
                 "UPDATE batches SET completed = completed + ?, failed = failed + ?, "
@@ -476,6 +490,30 @@ def _translated(work: Callable[[], T]) -> T:
         raise StoreUnavailableError(f"the state of batches failed ({name})") from None
 
 
+def _count_model(db: sqlite3.Connection, batch_id: str, result: LineResult) -> None:
+    """Count a result under its model."""
+    if result.model is None:
+        return
+    db.execute(
+        f"INSERT INTO progress (batch, model, {_OF_MODEL}) VALUES (?, ?, ?, ?, ?, ?, ?) "
+        "ON CONFLICT (batch, model) DO UPDATE SET completed = completed + excluded.completed, "
+        "failed = failed + excluded.failed, "
+        "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+        "completion_tokens = completion_tokens + excluded.completion_tokens, "
+        "cost = cost + excluded.cost",
+        (
+            batch_id,
+            result.model,
+            not result.failed,
+            result.failed,
+            result.prompt_tokens,
+            result.completion_tokens,
+            result.cost,
+        ),
+    )
+
+
 def _batch(row: tuple[Any, ...]) -> BatchRecord:
-    record, *counts = row
-    return load_batch(record, BatchCounts(*counts))
+    record, *counts, models = row
+    by_model = {name: ModelCounts(*counted) for name, *counted in orjson.loads(models)}
+    return load_batch(record, replace(BatchCounts(*counts), models=by_model))

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from service.batches.batch_state import Page
 from service.errors import InvalidRequestError
-
-
-class Listed(Protocol):
-    """An entry of a list."""
-
-    @property
-    def id(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry as clients get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +39,18 @@ def page_of(query: Mapping[str, str], *, most: int, usual: int) -> ListPage:
     return ListPage(int(given), query.get("after"), order == "asc")
 
 
-def to_list(entries: Sequence[Listed], page: ListPage) -> dict[str, Any]:
+def to_list(entries: Sequence[Mapping[str, Any]], page: ListPage) -> dict[str, Any]:
     """OpenAI's object `list`.
 
     Args:
-        entries: The entries of `page.one_more()`.
+        entries: The entries of `page.one_more()`, as clients get them.
         page: The part that the client asked for.
     """
     shown = entries[: page.limit]
     return {
         "object": "list",
-        "data": [entry.to_json() for entry in shown],
-        "first_id": shown[0].id if shown else None,
-        "last_id": shown[-1].id if shown else None,
+        "data": [*shown],
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
         "has_more": len(entries) > page.limit,
     }

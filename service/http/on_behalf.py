@@ -21,11 +21,14 @@ class OnBehalf(Generic[Settled]):
 
     Attributes:
         tenant: The tenant for whom it is made.
+        named: The model that the tenant named, where another name is asked that was chosen for it;
+            None where there is no such name.
         settlements: What settles its claims, once it has ended. The maker delivers them.
         ended: Set when `settlements` is complete.
     """
 
     tenant: Tenant
+    named: str | None = None
     settlements: list[Settled] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

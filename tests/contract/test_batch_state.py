@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from service.batches.batch_progress import ModelCounts, PlannedShare
 from service.batches.batch_records import (
     BatchCounts,
     BatchRecord,
@@ -89,7 +92,13 @@ def batch(number: int, tenant: str = "acme", created_s: int = 1_700_000_000) -> 
 
 
 def running(made: BatchRecord, now_s: float = 1_700_000_001) -> BatchRecord:
-    return made.enter(Status.IN_PROGRESS, now_s, total=3, planned=(0.5, 1.0, 2.0))
+    return made.enter(
+        Status.IN_PROGRESS,
+        now_s,
+        total=3,
+        planned=(0.5, 1.0, 2.0),
+        shares={"math": PlannedShare(2, 80.0), "a recipe": PlannedShare(1, 10.5)},
+    )
 
 
 async def test_state_before_the_first_write_is_empty(tried: Tried) -> None:
@@ -214,6 +223,46 @@ async def test_first_result_of_a_line_counts_until_the_batch_is_sealed(tried: Tr
     assert ended.counts == found.counts
 
 
+async def test_results_are_counted_by_model_once(tried: Tried) -> None:
+    state = tried.state
+    for number in (1, 2):
+        await state.add_batch(batch(number), 2)
+        await state.replace(running(batch(number)), b"p")
+    first = LineResult(0, False, b"{}", None, 3, 4, 0.25, model="math")
+    recipe = replace(first, line=1, model="a recipe", cost=1.5)
+    assert await state.put_results("batch_1", [first, recipe]) == {0, 1}
+    # The first result of a line counts, under its model alone.
+    assert await state.put_results("batch_1", [replace(first, model="a recipe")]) == set()
+    assert await state.put_results("batch_1", [LineResult(2, True, b"{}", model="math")]) == {2}
+    assert await state.put_results("batch_2", [replace(first, model=None)]) == {0}
+    expected = {"math": ModelCounts(1, 1, 3, 4, 0.25), "a recipe": ModelCounts(1, 0, 3, 4, 1.5)}
+    assert (await state.statistics()).lines == 4
+    found = await state.batch("batch_1")
+    assert found is not None
+    assert found.counts.models == expected
+    assert found.shares == running(batch(1)).shares
+    by_id = {one.id: one.counts.models for one in await state.batches("acme", Page(5))}
+    assert by_id == {"batch_1": expected, "batch_2": {}}
+    leased = await state.lease("me", 10)
+    assert leased is not None
+    assert leased.counts.models == expected
+    renewed = await state.renew("me", "batch_1", 10)
+    assert renewed == leased
+    # They stay when the results are gone, as long as the batch does.
+    ended = found.enter(Status.FINALIZING, 7.0, sealed=True)
+    assert await state.replace(ended)
+    assert await state.replace(ended.enter(Status.COMPLETED, 8.0))
+    kept = await state.batch("batch_1")
+    assert kept is not None
+    assert kept.counts.models == expected
+    assert (await state.statistics()).lines == 1
+    assert await state.remove_batches(2e9) == 1
+    await state.add_batch(batch(1), 9)
+    anew = await state.batch("batch_1")
+    assert anew is not None
+    assert anew.counts.models == {}
+
+
 async def test_lease_leaves_tenants_out(tried: Tried) -> None:
     state = tried.state
     for number, tenant in enumerate(("a", "a", "b", 'it\'s "c"')):
@@ -260,14 +309,34 @@ async def test_sqlite_state_of_a_newer_version_is_left_alone(tmp_path: Path) -> 
     state = SqliteState(path)
     await state.add_file(file(1), None)
     await state.stop()
-    import sqlite3
-
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version=99")
     db.close()
     newer = SqliteState(path)
     with pytest.raises(StoreUnavailableError, match="newer version"):
         await newer.start()
+    await newer.stop()
+
+
+async def test_sqlite_state_of_an_older_version_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite3"
+    state = SqliteState(path)
+    await state.add_batch(batch(1), 9)
+    await state.stop()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE progress")
+        db.execute("PRAGMA user_version=1")
+        record = json.loads(db.execute("SELECT record FROM batches").fetchone()[0])
+        del record["shares"]
+        db.execute("UPDATE batches SET record = ?", (json.dumps(record).encode(),))
+    db.close()
+    newer = SqliteState(path)
+    await newer.start()
+    assert await newer.batch("batch_1") == batch(1)
+    assert await newer.put_results("batch_1", [LineResult(0, False, b"{}", model="m")]) == {0}
+    found = await newer.batch("batch_1")
+    assert found is not None
+    assert found.counts.models == {"m": ModelCounts(1)}
     await newer.stop()
 
 

@@ -462,6 +462,41 @@ async def test_guide_s_example_is_answered(tmp_path: Path) -> None:
         names["client"].close()
 
 
+async def test_lines_that_name_aliases_are_answered_and_counted_by_target(tmp_path: Path) -> None:
+    expert = {"model": "m", "categories": ["general"]}
+    given = config(
+        tmp_path,
+        experts={"general": expert, "new": {"model": "n"}},
+        aliases={"prod": {"general": 1, "new": 1}, "gpt-4o": "prod", "any-*": "auto"},
+    )
+    async with run_gateway(given) as s, client(s) as api:
+        names = ["prod", "gpt-4o", "any-thing", "general"]
+        file = await upload(api, *(line(i, model=names[i % 4]) for i in range(48)))
+        batch = await ended(api, (await create(api, file.id)).id)
+        assert batch.request_counts.completed == 48
+        experts = [
+            each["response"]["body"]["usage"]["coe"]["expert"]
+            for each in await read(api, batch.output_file_id)
+        ]
+        async with s.get("/metrics") as reply:
+            text = await reply.text()
+    found = re.findall(r'^coe_alias_requests_total{alias="(.+?)",(.+)} (\S+)$', text, re.MULTILINE)
+    counts: dict[tuple[str, str], float] = {}
+    for alias, labels, count in found:
+        assert 'result="ok"' in labels
+        target = re.search(r'target="(.+?)"', labels)
+        assert target is not None
+        counts[alias, target[1]] = float(count)
+    targets: set[str] = set()
+    for at, alias in enumerate(names[:2]):
+        drawn = experts[at::4]
+        targets |= set(drawn)
+        for target in set(drawn):
+            assert counts.pop((alias, target)) == drawn.count(target)
+    assert targets == {"general", "new"}
+    assert counts == {("any-*", "auto"): 12}
+
+
 async def test_batch_with_official_node_client(tmp_path: Path) -> None:
     async with run_gateway(config(tmp_path)) as s:
         answer = await asyncio.to_thread(run_node, "batches_node.mjs", s.url)

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli import cli
+from service.cli.batch import progress
 from service.cli.batch.progress import Progress, duration
 from service.errors import CoeError
 from tests.integration.test_batch_planning import body, config, whole
@@ -38,6 +39,13 @@ async def test_batch_commands_from_plan_to_result(tmp_path: Path) -> None:
         assert batch_id in (await coe(s.url, "list")).output
         watched = json.loads((await coe(s.url, "watch", batch_id, "--json")).output)
         assert watched["coe"]["max_cost"] == middle
+        models = watched["coe"]["models"]
+        assert sum(model["completed"] for model in models.values()) == 12
+        assert sum(model["total"] for model in models.values()) == 12
+        spent = sum(model["cost"] for model in models.values())
+        assert spent == pytest.approx(watched["coe"]["cost"])
+        used = sum(model["input_tokens"] + model["output_tokens"] for model in models.values())
+        assert used == watched["usage"]["total_tokens"]
         out = tmp_path / "out.jsonl"
         assert (await coe(s.url, "result", batch_id, "-o", str(out))).exit_code == 0
         assert len(out.read_text().splitlines()) == 12
@@ -70,14 +78,65 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_progress_tells_the_time_to_go_by_the_lines_so_far() -> None:
-    batch = {
-        "status": "in_progress",
-        "in_progress_at": 100,
-        "request_counts": {"total": 40, "completed": 9, "failed": 1},
-        "usage": {"total_tokens": 70},
-        "coe": {"cost": 0.5},
-    }
-    found = Progress.of(batch, 120.0)
-    assert found.left_s == 60.0
+BATCH = {
+    "id": "batch_1",
+    "status": "in_progress",
+    "request_counts": {"total": 40, "completed": 9, "failed": 1},
+    "usage": {"total_tokens": 70},
+    "coe": {
+        "cost": 0.5,
+        "seconds_left": 60.0,
+        "models": {
+            "code": {
+                "total": 10,
+                "completed": 0,
+                "failed": 0,
+                "input_tokens": 0,
+                "output_tokens": 0,
+                "cost": 0.0,
+                "seconds_left": 40.0,
+            },
+            "math": {
+                "total": 30,
+                "completed": 9,
+                "failed": 1,
+                "input_tokens": 30,
+                "output_tokens": 40,
+                "cost": 0.5,
+                "seconds_left": 20.0,
+            },
+        },
+    },
+}
+
+
+def test_progress_tells_lines_tokens_cost_and_time_to_go_by_expert() -> None:
+    found = Progress.of(BATCH)
     assert found.text == "10/40 lines, 1 failed, 70 tokens, cost 0.5, 1 min 0 s to go"
+    assert found.shares == "math 10/30, code 0/10"
+    assert [model.text for model in found.models] == [
+        "10/30 lines, 1 failed, 70 tokens, cost 0.5, 20 s to go",
+        "0/10 lines, 0 tokens, cost 0, 40 s to go",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_watch_shows_every_expert_until_the_end(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LOOK_S", 0.0)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    states = [BATCH, BATCH, {**BATCH, "status": "completed"}]
+    left = iter(states)
+    assert progress.watch(lambda: next(left)) == states[-1]
+    shown = capsys.readouterr().out
+    for text in ("math", "code", "70 tokens", "completed"):
+        assert text in shown
+    if not terminal:
+        # One line for each change.
+        lines = shown.splitlines()
+        assert len(lines) == 2
+        assert lines[0].endswith("(math 10/30, code 0/10)")

@@ -22,7 +22,7 @@ local COUNTS = {
   'reasoning_tokens',
 }
 
--- A batch for the client: its record and its counts.
+-- A batch for the client: its record, its counts, and those of its models.
 local function load_batch(id)
   local record = redis.call('HGET', batch_key(id), 'record')
   if not record then return false end
@@ -30,6 +30,7 @@ local function load_batch(id)
   for _, name in ipairs(COUNTS) do
     found[#found + 1] = redis.call('HGET', batch_key(id), name) or '0'
   end
+  found[#found + 1] = redis.call('HGETALL', key('models:' .. id))
   return found
 end
 

@@ -1,6 +1,6 @@
 -- Add results of lines; the first one of a line counts, and a sealed batch takes none.
 -- args: id, results ({line, failed, prompt_tokens, completion_tokens,
--- cached_tokens, reasoning_tokens, cost, settles}).
+-- cached_tokens, reasoning_tokens, cost, settles, model (empty for none)}).
 -- ARGV[3], ARGV[4], ...: for each result its body and its settlements. Returns the added lines.
 
 local batch, added = batch_key(args.id), {}
@@ -19,6 +19,14 @@ for i, result in ipairs(args.results) do
       redis.call('HINCRBY', batch, name, result[name])
     end
     redis.call('HINCRBYFLOAT', batch, 'cost', result.cost)
+    if result.model ~= '' then
+      local models = key('models:' .. args.id)
+      redis.call('HINCRBY', models, (result.failed and 'failed ' or 'completed ') .. result.model, 1)
+      for _, name in ipairs({'prompt_tokens', 'completion_tokens'}) do
+        redis.call('HINCRBY', models, name .. ' ' .. result.model, result[name])
+      end
+      redis.call('HINCRBYFLOAT', models, 'cost ' .. result.model, result.cost)
+    end
     added[#added + 1] = result.line
   end
 end

@@ -4,6 +4,6 @@ local old = redis.call('ZRANGEBYSCORE', ended_key, '-inf', '(' .. args.before, '
 for _, id in ipairs(old) do
   redis.call('ZREM', key('batches-of:' .. redis.call('HGET', batch_key(id), 'tenant')), id)
   redis.call('ZREM', ended_key, id)
-  redis.call('DEL', batch_key(id))
+  redis.call('DEL', batch_key(id), key('models:' .. id))
 end
 return #old

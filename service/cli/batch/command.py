@@ -146,7 +146,7 @@ def submit(
 @_JSON
 @click.pass_obj
 def watch_batch(client: BatchClient, batch_id: str, as_json: bool) -> None:
-    """Watch a batch until it has ended: lines, tokens, cost and time to go.
+    """Watch a batch until it has ended: lines, tokens, cost and time to go, in all and by expert.
 
     With --json it prints the batch as it is now.
     """
@@ -167,7 +167,7 @@ def list_batches(client: BatchClient, as_json: bool) -> None:
         return
     rows = []
     for one in found:
-        now = Progress.of(one, one["created_at"])
+        now = Progress.of(one)
         rows.append(
             (one["id"], now.status, f"{now.done}/{now.total}", str(now.tokens), f"{now.cost:.6g}")
         )

@@ -10,6 +10,50 @@ from typing import Any
 from service.cli.batch.batch_client import ENDED
 
 _LOOK_S = 1.0
+# More bars would not fit a terminal.
+_MOST_MODELS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLine:
+    """How far the lines of one expert or recipe are.
+
+    Attributes:
+        name: Its name.
+        total: Its lines.
+        done: Those with a result.
+        failed: Those with an error.
+        tokens: Tokens of their prompts and answers.
+        cost: Their units of cost.
+        left_s: Expected time until its last line, in s; None where it can't be told.
+    """
+
+    name: str
+    total: int
+    done: int
+    failed: int
+    tokens: int
+    cost: float
+    left_s: float | None
+
+    @classmethod
+    def of(cls, name: str, model: dict[str, Any]) -> ModelLine:
+        """Read an entry of a batch's `coe.models`."""
+        failed = int(model["failed"])
+        return cls(
+            name,
+            int(model["total"]),
+            int(model["completed"]) + failed,
+            failed,
+            int(model["input_tokens"]) + int(model["output_tokens"]),
+            float(model["cost"]),
+            model["seconds_left"],
+        )
+
+    @property
+    def text(self) -> str:
+        """The figures in one line."""
+        return _figures(self.done, self.total, self.failed, self.tokens, self.cost, self.left_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +68,7 @@ class Progress:
         tokens: Tokens of prompts and answers.
         cost: Units of cost.
         left_s: Expected time until its end, in s; None where it can't be told.
+        models: The same by expert or recipe, those with the most lines first.
     """
 
     status: str
@@ -33,31 +78,48 @@ class Progress:
     tokens: int
     cost: float
     left_s: float | None
+    models: tuple[ModelLine, ...] = ()
 
     @classmethod
-    def of(cls, batch: dict[str, Any], now_s: float) -> Progress:
-        """Read a batch. `now_s` is in seconds since 1970."""
-        counts = batch["request_counts"]
+    def of(cls, batch: dict[str, Any]) -> Progress:
+        """Read a batch."""
+        counts, coe = batch["request_counts"], batch["coe"]
         total, failed = int(counts["total"]), int(counts["failed"])
         done = int(counts["completed"]) + failed
-        began_s = batch.get("in_progress_at")
-        left_s = None
-        if began_s is not None and done and batch["status"] not in ENDED:
-            left_s = max(0.0, now_s - began_s) * (total - done) / done
         tokens = int((batch.get("usage") or {}).get("total_tokens", 0))
-        cost = float(batch["coe"]["cost"])
-        return cls(batch["status"], total, done, failed, tokens, cost, left_s)
+        models = [ModelLine.of(name, model) for name, model in coe["models"].items()]
+        return cls(
+            batch["status"],
+            total,
+            done,
+            failed,
+            tokens,
+            float(coe["cost"]),
+            coe["seconds_left"],
+            tuple(sorted(models, key=lambda model: -model.total)),
+        )
 
     @property
     def text(self) -> str:
         """The figures in one line."""
-        parts = [f"{self.done}/{self.total} lines"]
-        if self.failed:
-            parts.append(f"{self.failed} failed")
-        parts += [f"{self.tokens} tokens", f"cost {self.cost:.6g}"]
-        if self.left_s is not None:
-            parts.append(f"{duration(self.left_s)} to go")
-        return ", ".join(parts)
+        return _figures(self.done, self.total, self.failed, self.tokens, self.cost, self.left_s)
+
+    @property
+    def shares(self) -> str:
+        """The lines of each model, in one line."""
+        return ", ".join(f"{model.name} {model.done}/{model.total}" for model in self.models)
+
+
+def _figures(
+    done: int, total: int, failed: int, tokens: int, cost: float, left_s: float | None
+) -> str:
+    parts = [f"{done}/{total} lines"]
+    if failed:
+        parts.append(f"{failed} failed")
+    parts += [f"{tokens} tokens", f"cost {cost:.6g}"]
+    if left_s is not None:
+        parts.append(f"{duration(left_s)} to go")
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -79,36 +141,56 @@ def watch(fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         fetch: Returns the batch as it is now.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
+    from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
     console = Console()
     batch = fetch()
     if not console.is_terminal:
-        told = ""
+        told: tuple[str, int] | None = None
         while True:
-            now = Progress.of(batch, time.time())
-            line = f"{now.status}: {now.text}"
-            if line.split(", ")[:1] != told.split(", ")[:1] or batch["status"] in ENDED:
-                console.print(line, highlight=False)
-                told = line
-            if batch["status"] in ENDED:
+            now = Progress.of(batch)
+            if (now.status, now.done) != told:
+                told = now.status, now.done
+                by_model = f" ({now.shares})" if now.shares else ""
+                console.print(
+                    f"{now.status}: {now.text}{by_model}",
+                    soft_wrap=True,
+                    highlight=False,
+                    markup=False,
+                )
+            if now.status in ENDED:
                 return batch
             time.sleep(_LOOK_S)
             batch = fetch()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+    )
     with Bars(*columns, console=console) as bars:
-        task = bars.add_task(batch["status"], total=None, figures="")
+        whole = bars.add_task(batch["status"], total=None, figures="")
+        by_name: dict[str, TaskID] = {}
         while True:
-            now = Progress.of(batch, time.time())
+            now = Progress.of(batch)
             bars.update(
-                task,
+                whole,
                 description=now.status,
                 total=now.total or None,
                 completed=now.done,
                 figures=now.text,
             )
-            if batch["status"] in ENDED:
+            # One model has the figures of the whole.
+            for model in now.models[:_MOST_MODELS] if len(now.models) > 1 else ():
+                if model.name not in by_name:
+                    by_name[model.name] = bars.add_task(f"  {model.name}", figures="")
+                bars.update(
+                    by_name[model.name],
+                    total=model.total,
+                    completed=model.done,
+                    figures=model.text,
+                )
+            if now.status in ENDED:
                 return batch
             time.sleep(_LOOK_S)
             batch = fetch()

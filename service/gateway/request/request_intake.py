@@ -51,11 +51,23 @@ class RequestIntake:
         return dict(pairs)
 
     async def read(
-        self, path: str, headers: dict[bytes, bytes], tenant: Tenant, receive: Receive
+        self,
+        path: str,
+        headers: dict[bytes, bytes],
+        tenant: Tenant,
+        receive: Receive,
+        named: str | None = None,
     ) -> GuardResult:
         """Read and parse a body, resolve its alias, run the guard, and add an expert's defaults.
 
         The guard does not look at the system prompts of the config.
+
+        Args:
+            path: The request's path.
+            headers: Its headers, by name.
+            tenant: Its tenant.
+            receive: Gives its body.
+            named: The name for which its model was chosen before; None for what a client names.
 
         Raises:
             InvalidRequestError: The body is not valid.
@@ -70,14 +82,19 @@ class RequestIntake:
             timeout_s=self._server.limits.body_timeout_s,
         )
         arrived_s = time.monotonic()
-        parse = partial(self.parse, path, raw, headers, tenant)
+        parse = partial(self.parse, path, raw, headers, tenant, named)
         request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
         result = await self._run_guard(request)
         request = self._defaults.apply(result.request, result.request.model)
         return replace(result, request=request, arrived_s=arrived_s)
 
     def parse(
-        self, path: str, raw: bytes, headers: dict[bytes, bytes], tenant: Tenant
+        self,
+        path: str,
+        raw: bytes,
+        headers: dict[bytes, bytes],
+        tenant: Tenant,
+        named: str | None = None,
     ) -> InferenceRequest:
         """Check and parse a body, and resolve its alias; the guard has not seen it.
 
@@ -89,7 +106,7 @@ class RequestIntake:
         server = self._server
         most = server.limits.max_messages
         request = parse_request(path, raw, headers, server.deadline_ms, tenant, most)
-        request = self._aliases.resolve(request)
+        request = self._aliases.resolve(request, named)
         if tokens := self._media.tokens(request.model, request.media):
             request = replace(request, media_tokens=tokens)
         check_extent(request, server.limits)

@@ -41,7 +41,7 @@ async def create_batch(
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
     batch = await batches.create(tenant, body)
-    return json_response(batch.to_json())
+    return json_response(batches.to_json(batch))
 
 
 @router.get("/v1/batches")
@@ -50,14 +50,15 @@ async def list_batches(
 ) -> Response:
     """Return the tenant's batches, the newest first."""
     page = page_of(request.query_params, most=_MAX_BATCHES, usual=_USUAL_BATCHES)
-    return json_response(to_list(await batches.batches(tenant, page.one_more()), page))
+    found = await batches.batches(tenant, page.one_more())
+    return json_response(to_list([batches.to_json(batch) for batch in found], page))
 
 
 @router.get("/v1/batches/{id}")
 async def get_batch(request: Request, batches: BatchEndpoints, tenant: CountedTenant) -> Response:
     """Return a batch."""
     batch = await batches.batch(tenant, request.path_params["id"])
-    return json_response(batch.to_json())
+    return json_response(batches.to_json(batch))
 
 
 @router.post("/v1/batches/{id}/cancel")
@@ -66,4 +67,4 @@ async def cancel_batch(
 ) -> Response:
     """Cancel a batch; its output files get what is there."""
     batch = await batches.cancel(tenant, request.path_params["id"])
-    return json_response(batch.to_json())
+    return json_response(batches.to_json(batch))

@@ -64,7 +64,8 @@ async def list_files(request: Request, batches: BatchEndpoints, tenant: CountedT
     """Return the tenant's files, the newest first."""
     page = page_of(request.query_params, most=_MAX_FILES, usual=_MAX_FILES)
     purpose = request.query_params.get("purpose")
-    return json_response(to_list(await batches.files(tenant, purpose, page.one_more()), page))
+    found = await batches.files(tenant, purpose, page.one_more())
+    return json_response(to_list([file.to_json() for file in found], page))
 
 
 @router.get("/v1/files/{id}")

@@ -77,7 +77,10 @@ class InferenceHandler:
             # tokens and cost later. The exit settles them.
             behalf = on_behalf(scope)
             async with self._admission.enter(headers, record, behalf) as entry:
-                validated = await self._intake.read(record.path, headers, entry.tenant, receive)
+                named = None if behalf is None else behalf.named
+                validated = await self._intake.read(
+                    record.path, headers, entry.tenant, receive, named
+                )
                 request = request_scope.add_request(validated)
                 session = await self._sessions.find(request)
                 plan = await self._planner.plan_by_all_stages(request, session)

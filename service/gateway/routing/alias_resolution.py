@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
-from service.broker.model_aliases import AliasChoice, AliasTable, draw_target, weights_for
+from service.broker.model_aliases import (
+    AliasChoice,
+    AliasTable,
+    draw_target,
+    is_auto,
+    weights_for,
+)
 from service.config import Config
 from service.config.aliases import ResolvedAlias, resolve_aliases
 from service.errors import ForbiddenError
@@ -38,14 +44,23 @@ class AliasResolution:
             for name, recipe in config.recipes.items()
         }
 
-    def resolve(self, request: InferenceRequest) -> InferenceRequest:
+    def resolve(self, request: InferenceRequest, named: str | None = None) -> InferenceRequest:
         """Return the request with the target of its alias as its model, if it names an alias.
 
         Everything behind, such as allowed experts, limits and caches, sees the target only.
 
+        Args:
+            request: The request.
+            named: The name for which its model was chosen before, as for a line of a batch; None
+                where the model is what the client named. The alias of this name counts the request.
+
         Raises:
             ForbiddenError: The key may use none of the alias's targets.
         """
+        if named is not None and named != request.model:
+            chosen = self._chosen_before(named, request)
+            if chosen is not None:
+                return replace(request, alias=chosen)
         found = self._table.find(request.model)
         if found is None:
             return request
@@ -68,6 +83,24 @@ class AliasResolution:
             raw=b"",
             alias=AliasChoice(alias, target, resolved.shared_by),
         )
+
+    def _chosen_before(self, named: str, request: InferenceRequest) -> AliasChoice | None:
+        """The target of an alias that led to a request's model; None where the name is no alias.
+
+        It is the model itself, or the name of `auto` for which a plan has chosen the model.
+        """
+        found = self._table.find(named)
+        if found is None:
+            return None
+        alias, resolved = found
+        target = request.model
+        if target not in resolved.targets:
+            autos = {name: share for name, share in resolved.targets.items() if is_auto(name)}
+            if not autos:
+                return None
+            seed = (resolved.shared_by or alias, request.tenant.name, _session(request))
+            target = draw_target(autos, *seed)
+        return AliasChoice(alias, target, resolved.shared_by)
 
     def still_answers(self, name: str, target: str, tenant: Tenant) -> bool:
         """Whether what was chosen for a request some time ago may answer it now.

@@ -52,13 +52,13 @@ def test_batch_enters_only_the_states_that_may_follow(first: Status, then: Statu
         return
     entered = batch.enter(then, 99.5)
     assert entered.version == batch.version + 1
-    assert entered.to_json()[f"{then}_at"] == 99
+    assert entered.to_json(100.0)[f"{then}_at"] == 99
     assert entered.ended == (then in ENDED)
     assert first not in ENDED
 
 
 def test_batch_as_json_has_openai_s_fields() -> None:
-    shown = BATCH.to_json()
+    shown = BATCH.to_json(100.0)
     openai = {
         "id", "object", "endpoint", "errors", "input_file_id", "completion_window", "status",
         "output_file_id", "error_file_id", "created_at", "in_progress_at", "expires_at",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from service.broker.model_aliases import AliasChoice
 from service.broker.pool_state import PoolView
 from service.config import Config
 from service.gateway.batch_setup import CurrentGateway
+from service.gateway.request.parsing import parse_request
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.rpc.snapshot import ExpertState, Snapshot
 from service.types import NOBODY, Residency, Tenant
@@ -44,6 +49,52 @@ async def test_line_that_waits_for_its_turn_during_a_reload_gets_it() -> None:
     async with asyncio.timeout(5):
         for _ in range(2):
             assert await batches.turn(["warm"]) == "warm"
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "counted"),
+    [
+        # The plan's target of the alias counts, whatever the line itself would draw.
+        ("chat", "old", ("chat", "old", "chat")),
+        ("chat", "new", ("chat", "new", "chat")),
+        ("gpt", "new", ("gpt", "new", "chat")),
+        # `auto` among the targets stands for what the plan chose for it.
+        ("mixed", "old", ("mixed", "old", "mixed")),
+        ("mixed", "new", ("mixed", "auto:fast", "mixed")),
+        ("any-thing", "both", ("any-*", "auto", None)),
+        # Other names count for no alias.
+        ("new", "old", None),
+        ("auto", "new", None),
+        ("chat", "both", None),
+        (None, "old", None),
+        # Without a choice before, the alias draws itself.
+        ("one", "one", ("one", "old", None)),
+        (None, "one", ("one", "old", None)),
+    ],
+)
+def test_line_counts_for_the_alias_that_it_names(
+    named: str | None, model: str, counted: tuple[str, str, str | None] | None
+) -> None:
+    expert = {"model": "x/y"}
+    config = Config.model_validate(
+        {
+            "experts": {"old": expert, "new": expert},
+            "pools": {"cpu": {"engine": "simulated"}},
+            "recipes": {"both": {"kind": "cascade", "members": ["old"], "later": ["new"]}},
+            "aliases": {
+                "chat": {"old": 9, "new": 1},
+                "gpt": "chat",
+                "mixed": {"old": 1, "auto:fast": 1},
+                "any-*": "auto",
+                "one": "old",
+            },
+        }
+    )
+    raw = json.dumps({"model": model, "messages": [{"role": "user", "content": "q"}]}).encode()
+    request = parse_request("/v1/chat/completions", raw, {}, 1000, NOBODY, 10)
+    found = AliasResolution(config).resolve(request, named)
+    assert found.alias == (None if counted is None else AliasChoice(*counted))
+    assert found.model == ("old" if model == "one" else model)
 
 
 def test_line_whose_plan_no_longer_holds_is_routed_anew() -> None:
