@@ -246,8 +246,14 @@ def _print_plans(config: Config, plans: list[Any]) -> None:
     for plan in plans:
         for engine, share in zip(plan.engines, plan.gpu_shares, strict=False):
             where = f" on GPU {', '.join(map(str, share.device_ids))}" if share.device_ids else ""
+            beside = (
+                f", and {size(share.layer_bytes)} beside it to make a layer of another expert ready"
+                if share.layer_bytes
+                else ""
+            )
             click.echo(
                 f"{plan.kind}: {engine.base}{where}: gpu_memory_utilization {share.utilization:g}"
+                f"{beside}"
             )
         for line in _gpu_lines(plan):
             click.echo(f"{plan.kind}: {line}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class ModelInfo:
     """The method with its bits, groups and exceptions, where weights are stored quantised."""
     compute_dtype: str = ""
     """The dtype that layers compute in where nothing else is said."""
+    changed_layer_bytes: int = 0
+    """Stored bytes of the largest layer that vLLM changes after loading; 0 if it changes none."""
 
     @property
     def is_moe(self) -> bool:
@@ -190,6 +192,31 @@ def _inspect_full(path: Path) -> ModelInfo:
         kv=kv_layout(sizes, layers, kv_heads, head_size),
         quantization_form=quantization_form(config),
         compute_dtype=_compute_dtype(config, sizes, tensors, quantization),
+        changed_layer_bytes=_changed_layer_bytes(tensors.values(), quantization is not None),
+    )
+
+
+def _changed_layer_bytes(tensors: Iterable[TensorInfo], is_quantised: bool) -> int:
+    """Return the bytes of the largest layer whose weights vLLM changes after it has loaded them.
+
+    These are the routed experts of one layer together, and quantised matrices. vLLM joins some of
+    the matrices that have one parent (queries, keys and values), so that all of these count as one
+    layer.
+    """
+    layers: dict[tuple[str, ...], dict[tuple[str, ...], int]] = {}
+    changed: set[tuple[str, ...]] = set()
+    for tensor in tensors:
+        *module, value = tensor.name.split(".")
+        where = tuple(module)
+        if routed := "experts" in where:
+            where = where[: where.index("experts") + 1]
+        parts = layers.setdefault(where[:-1], {})
+        parts[where] = parts.get(where, 0) + tensor.data_bytes
+        if routed or (is_quantised and value not in ("weight", "bias")):
+            changed.add(where)
+    return max(
+        (sum(size for part, size in parts.items() if part in changed) for parts in layers.values()),
+        default=0,
     )
 
 

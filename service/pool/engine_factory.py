@@ -29,13 +29,14 @@ from service.engine.simulated_engine import SimulatedEngine
 from service.engine.sleeping_engines import Sleeper, SleepingEngines
 from service.errors import CoeError, ConfigError
 from service.gpu_devices import largest_gpu_bytes
-from service.models import ModelInfo, inspect_model
+from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.expert_folders import folder_here, folder_of
 from service.moe.virtual_expert_profiles import profile_bytes, steering_of
 from service.pool.gpu_memory_plan import gpu_groups, utilization
 from service.pool.memory_plan import (
     gpu_memory,
     gpu_need_bytes,
+    layer_room_bytes,
     sleepers_of,
     slots_of,
     weights_bytes,
@@ -246,18 +247,18 @@ class EngineFactory:
             self._gpu_index[unit] = next(i for i in range(len(taken) + 1) if i not in taken)
         return self._gpu_index[unit]
 
-    def reserved_gpu_shares(self) -> dict[int, float]:
-        """Return the sum of the engines' shares of each GPU, by its index in the replica.
+    def reserved_gpu_shares(self) -> dict[int, list[GpuShare]]:
+        """Return the engines' shares of each GPU, by its index in the replica.
 
         Engines that were made count, whether they have started or not. Of those that take turns in
         a slot by sleeping, one is awake.
         """
-        sums: dict[int, float] = {}
+        found: dict[int, list[GpuShare]] = {}
         for slot, share in self._gpu_shares.items():
             if slot < slots_of(self._config, self._kind):
                 for gpu in share.device_ids:
-                    sums[gpu] = sums.get(gpu, 0.0) + share.utilization
-        return sums
+                    found.setdefault(gpu, []).append(share)
+        return found
 
     def _gpu_share(self, unit: tuple[str, ...], slot: int) -> GpuShare | None:
         """Compute the part of the replica's GPUs that an engine takes. It may run nvidia-smi.
@@ -282,26 +283,31 @@ class EngineFactory:
             # Checks of the config refuse this, and an engine that starts nevertheless has room.
             log.warning("pools.%s.%s", self._kind, error)
             groups = [tuple(range(settings.vllm.engine_gpus))]
+
+        def inspect(name: str) -> ModelInfo | AdapterInfo:
+            return inspect_model(Path(config.experts[name].adapter or folder_of(config, name)))
+
+        def inspect_readable(name: str) -> ModelInfo | AdapterInfo | None:
+            try:
+                return inspect(name)
+            except CoeError:
+                return None  # this engine starts without it, and its own load tells why
+
+        layer_bytes = layer_room_bytes(config, self._kind, inspect_readable)
         given = settings.vllm.args.get("gpu_memory_utilization")
         if given is None:
-            need = gpu_need_bytes(
-                config,
-                self._kind,
-                unit,
-                lambda name: inspect_model(
-                    Path(config.experts[name].adapter or folder_of(config, name))
-                ),
-            )
+            need = gpu_need_bytes(config, self._kind, unit, inspect)
             given = utilization(
                 settings,
                 need,
                 math.ceil(slots / len(groups)),
                 sleepers_of(config, self._kind),
                 gpu_memory(settings, largest_gpu_bytes()),
+                layer_bytes,
             )
         devices = groups[slot % len(groups)]
-        self._gpu_shares[slot] = GpuShare(float(given), devices)
-        return GpuShare(float(given), devices if len(groups) > 1 else ())
+        self._gpu_shares[slot] = GpuShare(float(given), devices, layer_bytes)
+        return GpuShare(float(given), devices if len(groups) > 1 else (), layer_bytes)
 
     def _make_vllm(self, base: str, adapters: tuple[str, ...], slot: int) -> SwappingEngine:
         # The import takes seconds, and only a pool with real engines needs it.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from service.engine.gpu_share import GpuShare
 from service.gpu_devices import GpuMemory
 
 log = logging.getLogger("coe.pool")
@@ -25,8 +26,8 @@ class GpuState:
 
     Attributes:
         memory: What the driver counts, for all processes together.
-        reserved_bytes: The shares of this pool's engines. vLLM lets an engine start only where its
-            share is free.
+        reserved_bytes: The shares of this pool's engines, and the room in which they make layers of
+            other experts ready. vLLM lets an engine start only where its share is free.
     """
 
     memory: GpuMemory
@@ -45,7 +46,7 @@ class GpuMemoryMonitor:
 
     Args:
         read: Returns the memory of the GPUs that this process sees, in CUDA's order. It may block.
-        reserved: Returns the sum of engines' shares, by position in that order.
+        reserved: Returns the shares of engines, by position in that order.
         clock: Returns seconds.
         patience_s: The longest wait for a reading.
     """
@@ -53,7 +54,7 @@ class GpuMemoryMonitor:
     def __init__(
         self,
         read: Callable[[], tuple[GpuMemory, ...]],
-        reserved: Callable[[], Mapping[int, float]],
+        reserved: Callable[[], Mapping[int, Sequence[GpuShare]]],
         clock: Callable[[], float] = time.monotonic,
         patience_s: float = PATIENCE_S,
     ) -> None:
@@ -79,7 +80,9 @@ class GpuMemoryMonitor:
                 return ()
         shares = self._reserved()
         return tuple(
-            GpuState(memory, round(shares.get(i, 0.0) * memory.total_bytes))
+            GpuState(
+                memory, sum(share.reserved_bytes(memory.total_bytes) for share in shares.get(i, ()))
+            )
             for i, memory in enumerate(self._memory)
         )
 

@@ -19,11 +19,18 @@ VLLM_SHARE = 0.92
 # Not measured: the context, workspace and captured graphs of an engine, and of one that sleeps.
 ENGINE_BYTES = 2 * _GIB
 SLEEPER_BYTES = 1 * _GIB
+# Not measured: a layer as it is stored, as its kernels want it, and what making it takes, such as
+# the routed experts that Marlin packs one after another before it joins them.
+LAYER_COPIES = 3
 _STEPS = 10_000
 
 
 def share_gpus(
-    pool: PoolConfig, needs: Sequence[int], sleepers: int, gpu_bytes: int | None
+    pool: PoolConfig,
+    needs: Sequence[int],
+    sleepers: int,
+    gpu_bytes: int | None,
+    layer_bytes: int = 0,
 ) -> tuple[GpuShare, ...]:
     """Compute each slot's GPUs and its share of their memory.
 
@@ -32,6 +39,8 @@ def share_gpus(
         needs: Bytes of each slot's weights on each of its GPUs, without the KV cache.
         sleepers: Engines that may sleep on one GPU beside those that are awake.
         gpu_bytes: The memory of one GPU in bytes, or None if it is unknown.
+        layer_bytes: Bytes of each of its GPUs that an engine needs beside its share, to make a
+            layer of another expert ready.
 
     Returns:
         The share of each slot, in the order of `needs`.
@@ -44,14 +53,14 @@ def share_gpus(
     most = max(map(len, here))
     given = pool.vllm.args.get("gpu_memory_utilization")
     if given is not None:
-        _check_given(pool, float(given), here, sleepers, gpu_bytes)
+        _check_given(pool, float(given), here, sleepers, gpu_bytes, layer_bytes)
         shares = [float(given)] * len(needs)
     else:
-        shares = [utilization(pool, need, most, sleepers, gpu_bytes) for need in needs]
+        shares = [utilization(pool, need, most, sleepers, gpu_bytes, layer_bytes) for need in needs]
         if gpu_bytes is not None:
-            _check_room(pool, here, shares[0], sleepers, gpu_bytes)
+            _check_room(pool, here, shares[0], sleepers, gpu_bytes, layer_bytes)
     return tuple(
-        GpuShare(share, groups[i % len(groups)] if len(groups) > 1 else ())
+        GpuShare(share, groups[i % len(groups)] if len(groups) > 1 else (), layer_bytes)
         for i, share in enumerate(shares)
     )
 
@@ -82,7 +91,12 @@ def gpu_groups(pool: PoolConfig, slots: int) -> list[tuple[int, ...]]:
 
 
 def utilization(
-    pool: PoolConfig, need: int, engines: int, sleepers: int, gpu_bytes: int | None
+    pool: PoolConfig,
+    need: int,
+    engines: int,
+    sleepers: int,
+    gpu_bytes: int | None,
+    layer_bytes: int = 0,
 ) -> float:
     """Compute an engine's `gpu_memory_utilization` where the operator gave none.
 
@@ -92,10 +106,11 @@ def utilization(
         engines: Engines that share a GPU of this replica, without those that sleep.
         sleepers: Engines that may sleep on one GPU beside those.
         gpu_bytes: The memory of one GPU in bytes, or None if it is unknown.
+        layer_bytes: Bytes that the engine needs beside its share, for a layer of another expert.
 
     Returns:
         A share of the GPU's whole memory. Where the KV cache has a size, the share is that of the
-        engine's memory, and otherwise an equal part.
+        engine's memory, and otherwise an equal part without those bytes.
     """
     share = VLLM_SHARE * min(1.0, pool.gpus)
     if gpu_bytes is None:
@@ -103,26 +118,32 @@ def utilization(
     elif pool.vllm.kv_cache_bytes is not None:
         part = min(share, (need + pool.vllm.kv_cache_bytes + ENGINE_BYTES) / gpu_bytes)
     else:
-        part = (share - sleepers * SLEEPER_BYTES / gpu_bytes) / engines
+        beside = sleepers * SLEEPER_BYTES + engines * layer_bytes
+        part = (share - beside / gpu_bytes) / engines
     return max(1, math.floor(part * _STEPS)) / _STEPS
 
 
 def _check_room(
-    pool: PoolConfig, here: Sequence[Sequence[int]], part: float, sleepers: int, gpu_bytes: int
+    pool: PoolConfig,
+    here: Sequence[Sequence[int]],
+    part: float,
+    sleepers: int,
+    gpu_bytes: int,
+    layer_bytes: int,
 ) -> None:
     """Check that the engines of each GPU fit beside each other and beside the sleepers."""
     share = VLLM_SHARE * min(1.0, pool.gpus)
-    room = share * gpu_bytes - sleepers * SLEEPER_BYTES
-    beside = f" beside {sleepers} sleeping engines" if sleepers else ""
     kv_bytes = pool.vllm.kv_cache_bytes
     for needs in here:
+        room = share * gpu_bytes - sleepers * SLEEPER_BYTES - len(needs) * layer_bytes
+        beside = _beside(sleepers, layer_bytes)
         if kv_bytes is not None:
             needed = sum(needs) + len(needs) * (kv_bytes + ENGINE_BYTES)
             if needed > room:
                 raise ValueError(
                     f"gpus: engines that share a GPU: {len(needs)}; they need {_gib(needed)} of it "
-                    f"(weights, KV cache and {_gib(ENGINE_BYTES)} each), and {_gib(room)} of "
-                    f"{_gib(gpu_bytes)} are for them{beside}; set fewer slots, more gpus, or a "
+                    f"(weights, KV cache and {_gib(ENGINE_BYTES)} each), and {_gib(max(0.0, room))}"
+                    f" of {_gib(gpu_bytes)} are for them{beside}; set fewer slots, more gpus, or a "
                     "smaller vllm.kv_cache_bytes"
                 )
         elif (needed := max(needs) + ENGINE_BYTES) >= part * gpu_bytes or room <= 0:
@@ -133,17 +154,29 @@ def _check_room(
             )
 
 
+def _beside(sleepers: int, layer_bytes: int) -> str:
+    """Return what else takes memory of a GPU, for an error."""
+    others = [f"{sleepers} sleeping engines"] if sleepers else []
+    if layer_bytes:
+        others.append(
+            f"{_gib(layer_bytes)} for each of them, in which a layer of another expert is made "
+            "ready"
+        )
+    return f" beside {' and '.join(others)}" if others else ""
+
+
 def _check_given(
     pool: PoolConfig,
     given: float,
     here: Sequence[Sequence[int]],
     sleepers: int,
     gpu_bytes: int | None,
+    layer_bytes: int,
 ) -> None:
     """Check that each engine can start last with the operator's share."""
     kv_bytes = pool.vllm.kv_cache_bytes
-    whole = min(1.0, pool.gpus)
     most = max(map(len, here))
+    whole = min(1.0, pool.gpus)
     where = "vllm.args.gpu_memory_utilization"
     if kv_bytes is None and given * most > whole + 1e-9:
         allowed = math.floor(100 * whole / most) / 100
@@ -159,8 +192,8 @@ def _check_given(
             f"{where}: {given:g} of {_gib(gpu_bytes)} leaves no KV cache to an engine with "
             f"{_gib(largest)} of weights; raise it"
         )
-    room = whole * gpu_bytes - sleepers * SLEEPER_BYTES
     for needs in here:
+        room = whole * gpu_bytes - sleepers * SLEEPER_BYTES - len(needs) * layer_bytes
         taken = [
             given * gpu_bytes if kv_bytes is None else need + kv_bytes + ENGINE_BYTES
             for need in needs
@@ -169,8 +202,8 @@ def _check_given(
         if free < max(given * gpu_bytes, min(taken)):
             raise ValueError(
                 f"{where}: an engine starts only where {given:g} of a GPU's memory is free, and "
-                f"beside the other engines only {_gib(max(0.0, free))} of {_gib(gpu_bytes)} are; "
-                "lower it, or leave it out"
+                f"beside the other engines only {_gib(max(0.0, free))} of {_gib(gpu_bytes)} are"
+                f"{_beside(sleepers, layer_bytes)}; lower it, or leave it out"
             )
 
 

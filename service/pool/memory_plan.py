@@ -21,7 +21,7 @@ from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_bas
 from service.moe.option_check import check_kernels
 from service.moe.virtual_expert_profiles import profile_of
 from service.pool.gpu_memory_plan import ENGINE_BYTES as GPU_ENGINE_BYTES
-from service.pool.gpu_memory_plan import share_gpus, unknown_memory
+from service.pool.gpu_memory_plan import LAYER_COPIES, share_gpus, unknown_memory
 from service.pool.same_weight_experts import WeightSharing, share_weights
 from service.pool.vllm_argument_effects import (
     argument_warnings,
@@ -203,7 +203,8 @@ def plan_pool(
             warnings.append(f"pools.{kind}: {unknown_memory(pool)}")
         needs = [_gpu_need(engine, pool) for engine in engines]
         try:
-            gpu_shares = share_gpus(pool, needs, sleepers_of(config, kind), gpu_bytes)
+            layer_bytes = layer_room_bytes(config, kind, inspect)
+            gpu_shares = share_gpus(pool, needs, sleepers_of(config, kind), gpu_bytes, layer_bytes)
         except ValueError as error:
             raise ConfigError(f"pools.{kind}.{error}") from None
     return PoolPlan(
@@ -292,6 +293,55 @@ def gpu_need_bytes(
         pool, kind, inspect_model, lambda info: weights_bytes(info, pool.vllm.dtype)
     )
     return _gpu_need(_plan_unit(config, unit, pool, inspect, draft), pool)
+
+
+def layer_room_bytes(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo | None]
+) -> int:
+    """Compute the bytes of each GPU in which an engine makes a layer of another expert ready.
+
+    An expert with quantised weights, or a mixture, is loaded beside the running one and made ready
+    for its kernels layer by layer on the GPU (`SecondModel.process`). Such a load needs an engine
+    of the same family.
+
+    Args:
+        config: The config.
+        kind: The pool's name in the config.
+        inspect: A function that reads an expert's folder. It returns None where it can't.
+
+    Returns:
+        The bytes; 0 where nothing is swapped in place, or where weights are used as they are
+        stored.
+
+    Raises:
+        ModelStoreError: A folder could not be read.
+    """
+    pool = config.pools[kind]
+    if pool.swap.method != "inplace" or slots_of(config, kind) >= len(config.groups(kind)):
+        return 0
+    by_family: dict[str, list[ModelInfo]] = {}
+    for unit in config.units(kind):
+        expert = config.experts[unit[0]]
+        # A virtual expert has no weights, and adapters have an engine of their own.
+        if expert.command is not None or expert.form == "steered" or len(unit) > 1:
+            continue
+        info = inspect(unit[0])
+        if isinstance(info, ModelInfo):
+            by_family.setdefault(info.family, []).append(info)
+    largest = max(
+        (
+            math.ceil(
+                info.changed_layer_bytes
+                * weights_bytes(info, pool.vllm.dtype)
+                / max(1, info.weight_bytes)
+            )
+            for infos in by_family.values()
+            if len(infos) > 1
+            for info in infos
+        ),
+        default=0,
+    )
+    return LAYER_COPIES * math.ceil(largest / pool.vllm.engine_gpus)
 
 
 def _notes(

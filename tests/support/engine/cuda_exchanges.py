@@ -34,8 +34,10 @@ from service.cli.doctor.random_models import (
     write_random_model,
 )
 from service.engine.vllm.worker import cuda_runtime
+from service.engine.vllm.worker.model_access import PLAIN_METHODS, is_plain, weight_method
 from service.engine.vllm.worker.model_state import ModelState, as_bytes
 from service.engine.vllm.worker.pinned_swap_extension import PinnedExtension
+from service.engine.vllm.worker.second_model import SecondModel
 from tests.support.engine.dense_model import loaded
 
 _SIZES = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -112,7 +114,8 @@ def _exchange(case: str, root: Path) -> dict[str, Any]:
         if fixed:
             return {"fixed": fixed}
         before = _state(one.model)
-        with _watching_config() as seen:
+        goes_on = _survives_a_layer_without_room(extension, second, before)
+        with _watching_config() as seen, _pretended_device() as moved:
             held = loaded(extension, "b", str(second))
         if held["state"] != "host":
             return {"fixed": fixed, "failed": held}
@@ -127,8 +130,48 @@ def _exchange(case: str, root: Path) -> dict[str, Any]:
             "same": same and _equal(_state(one.model), before),
             "differs": differs,
             "sets_no_config": seen == [None],
+            "goes_on": goes_on,
+            "moves_what_changes": bool(moved) != is_plain(one.model)
+            and not set(moved) & set(PLAIN_METHODS),
             "kernels": _kernels(one.model),
         }
+
+
+@contextmanager
+def _pretended_device(full_at: int | None = None) -> Iterator[list[str]]:
+    """A GPU that is the CPU's memory, and has no room for one of the layers.
+
+    Yields:
+        The classes whose layers were moved there.
+    """
+    moved: list[str] = []
+    act, processor = SecondModel._on_device, PinnedExtension._coe_processor
+
+    def on_device(self: Any, module: Any, device: Any, shared: Any, run: Any) -> None:
+        if device.type != "cpu":
+            moved.append(weight_method(module) or type(module).__name__)
+            if len(moved) - 1 == full_at:
+                raise MemoryError("told to have no room")
+        act(self, module, torch.device("cpu"), shared, run)
+
+    SecondModel._on_device = on_device  # type: ignore[method-assign]
+    PinnedExtension._coe_processor = lambda _: torch.device("cuda")  # type: ignore[method-assign]
+    try:
+        yield moved
+    finally:
+        SecondModel._on_device = act  # type: ignore[method-assign]
+        PinnedExtension._coe_processor = processor  # type: ignore[method-assign]
+
+
+def _survives_a_layer_without_room(extension: Any, folder: Path, before: dict[str, Any]) -> bool:
+    """Whether a load that fails half way leaves the running model and nothing else."""
+    model = extension.model_runner.model
+    if is_plain(model):
+        return True  # none of its layers is moved
+    with _pretended_device(full_at=2):
+        failed = loaded(extension, "b", str(folder))
+    left = ("failed", "MemoryError: told to have no room")
+    return (failed["state"], failed.get("reason")) == left and _equal(_state(model), before)
 
 
 def _state(model: Any) -> dict[str, Any]:

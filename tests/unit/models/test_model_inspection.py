@@ -129,6 +129,45 @@ def test_inspect_family_depends_on_shapes_and_not_on_values(tmp_path: Path) -> N
     assert len({one.family, wider.family, rope.family}) == 3
 
 
+LAYER = "model.layers.{}"
+ATTENTION: Tensors = {f"{LAYER}.self_attn.{n}_proj.weight": ("F8_E4M3", (64, 64)) for n in "qkvo"}
+SCALES: Tensors = {name.replace("weight", "weight_scale"): ("F32", (1,)) for name in ATTENTION}
+EXPERTS: Tensors = {
+    f"{LAYER}.mlp.experts.{i}.{n}_proj.weight": ("BF16", (32, 64))
+    for i in range(4)
+    for n in ("gate", "up", "down")
+}
+SHARED: Tensors = {f"{LAYER}.mlp.shared_experts.up_proj.weight": ("BF16", (512, 64))}
+FUSED: Tensors = {f"{LAYER}.mlp.experts.gate_up_proj": ("BF16", (4, 64, 64))}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "is_quantised", "largest"),
+    [
+        (ATTENTION, False, 0),
+        ({**ATTENTION, **SCALES}, True, 4 * (64 * 64 + 4)),
+        # One of the matrices stayed as it was, and the output layer and norms do not count.
+        (
+            {**ATTENTION, **dict(list(SCALES.items())[:3]), "lm_head.weight": ("F32", (9999, 64))},
+            True,
+            3 * (64 * 64 + 4),
+        ),
+        ({**ATTENTION, **EXPERTS, **SHARED}, False, 12 * 2 * 32 * 64),
+        ({**ATTENTION, **SCALES, **EXPERTS}, True, 12 * 2 * 32 * 64),
+        (FUSED, False, 2 * 4 * 64 * 64),
+    ],
+    ids=["plain", "quantised", "partly", "mixture", "both", "fused file"],
+)
+def test_inspect_finds_the_largest_layer_that_kernels_want_changed(
+    tmp_path: Path, tensors: Tensors, is_quantised: bool, largest: int
+) -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": "fp8"}} if is_quantised else CONFIG
+    layers = {name.format(i): tensor for i in (0, 1) for name, tensor in tensors.items()}
+    info = inspect_model(make_model(tmp_path, config, {**TENSORS, **layers}))
+    assert isinstance(info, ModelInfo)
+    assert info.changed_layer_bytes == largest
+
+
 def test_inspect_shards_are_added_up_and_missing_ones_raise(tmp_path: Path) -> None:
     make_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()

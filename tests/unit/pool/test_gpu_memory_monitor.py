@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+from service.engine.gpu_share import GpuShare
 from service.gpu_devices import GpuMemory
 from service.pool.gpu_memory_monitor import FRESH_S, GpuMemoryMonitor
 
@@ -27,7 +28,8 @@ class Driver:
 
 
 async def test_states_have_the_drivers_sizes_and_the_shares_of_engines() -> None:
-    monitor = GpuMemoryMonitor(Driver().read, lambda: {0: 0.46, 1: 0.92})
+    shares = {0: [GpuShare(0.2, (0,)), GpuShare(0.25, (0,), GIB)], 1: [GpuShare(0.92, (1,))]}
+    monitor = GpuMemoryMonitor(Driver().read, lambda: shares)
     first, second = await monitor.states()
     assert (first.memory.index, first.reserved_bytes) == (4, 46 * GIB)
     assert (second.memory.index, second.reserved_bytes) == (5, 92 * GIB)

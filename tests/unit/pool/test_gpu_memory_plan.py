@@ -32,11 +32,11 @@ def pool(gpus: float, size: int, kv_gib: float | None, given: float | None = Non
 
 
 def division(
-    settings: PoolConfig, needs: Sequence[int], sleepers: int, gpu_bytes: int
+    settings: PoolConfig, needs: Sequence[int], sleepers: int, gpu_bytes: int, layer: int = 0
 ) -> tuple[Sequence[GpuShare], str]:
     """The shares of slots, or why there are none."""
     try:
-        return share_gpus(settings, needs, sleepers, gpu_bytes), ""
+        return share_gpus(settings, needs, sleepers, gpu_bytes, layer), ""
     except ValueError as error:
         return (), str(error)
 
@@ -48,10 +48,12 @@ def starts(
     sleepers: int,
     gpu_bytes: int,
     usable: float,
+    layer: int = 0,
 ) -> bool:
     """Start engines as vLLM does: `request_memory` at each start, in order, on every GPU.
 
-    Then restart each of them while the others run, which is the harder case.
+    Then restart each of them while the others run and make layers of other experts ready, which is
+    the harder case.
     """
     kv_bytes = settings.vllm.kv_cache_bytes
     size = settings.vllm.engine_gpus
@@ -61,7 +63,7 @@ def starts(
     def enters(share: GpuShare, need: int) -> bool:
         requested = math.ceil(gpu_bytes * share.utilization)
         for device in share.device_ids or range(size):
-            free = usable * gpu_bytes - sleepers * SLEEPER_BYTES - used[device]
+            free = usable * gpu_bytes - sleepers * SLEEPER_BYTES - used[device] - layer
             if free + len(needs) < requested:  # each start rounds a byte up
                 return False
             # An operator's share tells what an engine takes beside its weights.
@@ -75,7 +77,7 @@ def starts(
         if not enters(share, need):
             return False
         full = math.ceil(gpu_bytes * share.utilization)
-        takes = full if kv_bytes is None else need + kv_bytes + ENGINE_BYTES
+        takes = layer + (full if kv_bytes is None else need + kv_bytes + ENGINE_BYTES)
         taken.append(takes)
         for device in share.device_ids or range(size):
             used[device] += takes
@@ -91,7 +93,7 @@ def starts(
 
 
 def naive(
-    settings: PoolConfig, needs: Sequence[int], sleepers: int, gpu_bytes: int
+    settings: PoolConfig, needs: Sequence[int], sleepers: int, gpu_bytes: int, layer: int
 ) -> list[GpuShare]:
     """The best division that an operator could write by hand, computed another way."""
     size, slots = settings.vllm.engine_gpus, len(needs)
@@ -102,7 +104,8 @@ def naive(
     for i, need in enumerate(needs):
         group = i % groups
         beside = math.ceil(slots / groups)
-        bytes_ = room / beside if kv_bytes is None else need + kv_bytes + ENGINE_BYTES
+        own = room / beside - layer
+        bytes_ = own if kv_bytes is None else need + kv_bytes + ENGINE_BYTES
         devices = tuple(range(group * size, (group + 1) * size))
         shares.append(GpuShare(max(bytes_, 1) / gpu_bytes, devices))
     return shares
@@ -113,7 +116,8 @@ CASES = list(
         (0.25, 0.5, 1, 2, 3, 4, 8),  # GPUs
         (1, 2, 4),  # tensor parallel
         (1, 2, 3, 4, 8),  # slots
-        (0, 2),  # experts beyond the slots, which sleep
+        # Experts beyond the slots that sleep, and GiB to make a layer of one ready in place.
+        ((0, 0), (2, 0), (0, 3)),
         (24, 80, 141),  # GiB of a GPU
         (1, 7, 15),  # GiB of the first engine's weights
         (None, 1, 4),  # GiB of KV cache
@@ -123,8 +127,9 @@ CASES = list(
 
 def test_every_accepted_division_starts_and_every_refused_one_would_not() -> None:
     accepted: Counter[bool] = Counter()
-    for gpus, size, slots, sleepers, gib, weights, kv in CASES:
-        case = (gpus, size, slots, sleepers, gib, weights, kv)
+    for gpus, size, slots, (sleepers, layer_gib), gib, weights, kv in CASES:
+        case = (gpus, size, slots, sleepers, layer_gib, gib, weights, kv)
+        layer = layer_gib * GIB
         if gpus < size and size > 1:
             with pytest.raises(ValueError, match="GPUs"):
                 pool(gpus, size, kv)
@@ -132,16 +137,19 @@ def test_every_accepted_division_starts_and_every_refused_one_would_not() -> Non
         settings = pool(gpus, size, kv)
         # Weights of several sizes share a GPU.
         needs = [math.ceil((weights + i % 3) * GIB / size) for i in range(slots)]
-        shares, refusal = division(settings, needs, sleepers, gib * GIB)
+        shares, refusal = division(settings, needs, sleepers, gib * GIB, layer)
         accepted[not refusal] += 1
         usable = VLLM_SHARE * min(1, gpus)
         if "left over" in refusal:
             assert int(gpus) % size or slots * size < int(gpus), case
         elif refusal:
-            best = naive(settings, needs, sleepers, gib * GIB)
-            assert not starts(settings, best, needs, sleepers, gib * GIB, usable), (case, refusal)
+            best = naive(settings, needs, sleepers, gib * GIB, layer)
+            assert not starts(settings, best, needs, sleepers, gib * GIB, usable, layer), (
+                case,
+                refusal,
+            )
         else:
-            assert starts(settings, shares, needs, sleepers, gib * GIB, usable), case
+            assert starts(settings, shares, needs, sleepers, gib * GIB, usable, layer), case
             used = {d for s in shares for d in s.device_ids or range(size)}
             assert used == set(range(math.ceil(gpus))), case
     assert min(accepted.values()) > 500, accepted
@@ -150,16 +158,16 @@ def test_every_accepted_division_starts_and_every_refused_one_would_not() -> Non
 @pytest.mark.parametrize("kv", [None, 1, 4])
 def test_given_share_is_accepted_only_where_each_engine_can_start_last(kv: float | None) -> None:
     accepted: Counter[bool] = Counter()
-    for given, slots, sleepers, gib in itertools.product(
-        (0.1, 0.2, 0.3, 0.5, 0.8, 1.0), (1, 2, 3), (0, 2), (24, 80)
+    for given, slots, (sleepers, layer_gib), gib in itertools.product(
+        (0.1, 0.2, 0.3, 0.5, 0.8, 1.0), (1, 2, 3), ((0, 0), (2, 0), (0, 3)), (24, 80)
     ):
         settings = pool(1, 1, kv, given)
         needs = [GIB] * slots
-        hands = [GpuShare(given)] * slots
-        runs = starts(settings, hands, needs, sleepers, gib * GIB, 1.0)
-        shares, refusal = division(settings, needs, sleepers, gib * GIB)
+        hands = [GpuShare(given, (), layer_gib * GIB)] * slots
+        runs = starts(settings, hands, needs, sleepers, gib * GIB, 1.0, layer_gib * GIB)
+        shares, refusal = division(settings, needs, sleepers, gib * GIB, layer_gib * GIB)
         accepted[not refusal] += 1
-        assert runs == (not refusal), (given, slots, sleepers, gib, refusal)
+        assert runs == (not refusal), (given, slots, sleepers, layer_gib, gib, refusal)
         assert refusal or list(shares) == hands
     assert len(accepted) == 2
 

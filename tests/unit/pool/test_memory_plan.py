@@ -167,6 +167,79 @@ def test_plan_on_gpu_keeps_all_weights_in_host_memory_once() -> None:
     assert three({**gpu, "swap": {"method": "sleep"}}).host_bytes == 500 * MIB
 
 
+GIB = 1024**3
+
+
+def quantised(pool: dict[str, Any], layers: dict[str, tuple[str, int]]) -> PoolPlan:
+    """The plan of a pool of experts, by name their family and the MiB of their largest layer."""
+    made = Config.model_validate(
+        {
+            "experts": {name: {"model": name} for name in layers},
+            "router": {"fallback": "a"},
+            "pools": {"gpu": {"gpus": 1, "swap": {"method": "inplace"}, **pool}},
+        }
+    )
+    found = {
+        name: model(
+            path=Path(name),
+            weight_bytes=4 * GIB,
+            quantization="gptq",
+            family=family,
+            changed_layer_bytes=mib * MIB,
+        )
+        for name, (family, mib) in layers.items()
+    }
+    return plan_pool(made, "gpu", found.__getitem__, gpu_bytes=24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("pool", "layers", "mib"),
+    [
+        ({"slots": 1}, {"a": ("f", 200), "b": ("f", 300)}, 900),
+        ({"slots": 2, "gpus": 2}, {"a": ("f", 200), "b": ("f", 300), "c": ("f", 100)}, 900),
+        # Each GPU of an engine has its part of a layer.
+        (
+            {"slots": 1, "gpus": 2, "vllm": {"tensor_parallel_size": 2}},
+            {"a": ("f", 200), "b": ("f", 300)},
+            450,
+        ),
+        # No engine can load these beside each other.
+        ({"slots": 1}, {"a": ("f", 200), "b": ("g", 300)}, 0),
+        ({"slots": 1}, {"a": ("f", 100), "b": ("f", 50), "c": ("g", 300)}, 300),
+        # Kernels use these weights as they are stored.
+        ({"slots": 1}, {"a": ("f", 0), "b": ("f", 0)}, 0),
+        # Nothing is loaded into a running engine.
+        ({}, {"a": ("f", 200), "b": ("f", 300)}, 0),
+        ({"slots": 1, "swap": {"method": "respawn"}}, {"a": ("f", 200), "b": ("f", 300)}, 0),
+        ({"slots": 1, "swap": {"method": "sleep"}}, {"a": ("f", 200), "b": ("f", 300)}, 0),
+    ],
+)
+def test_plan_keeps_room_for_a_layer_that_is_made_ready_beside_an_engine(
+    pool: dict[str, Any], layers: dict[str, tuple[str, int]], mib: int
+) -> None:
+    plan = quantised(pool, layers)
+    assert {share.layer_bytes for share in plan.gpu_shares} == {mib * MIB}
+    for share in plan.gpu_shares:
+        if mib:
+            assert share.reserved_bytes(24 * GIB) <= 0.92 * 24 * GIB
+            assert share.utilization < 0.92
+
+
+def test_plan_without_room_for_a_layer_beside_an_engine_is_refused() -> None:
+    experts = {"a": ("f", 2000), "b": ("f", 2000)}
+    fits = {"slots": 1, "vllm": {"kv_cache_bytes": "10GiB"}}
+    quantised(fits, experts)
+    for vllm in (
+        {"kv_cache_bytes": "11GiB"},
+        {"args": {"gpu_memory_utilization": 0.8}},
+    ):
+        quantised({"slots": 1, "vllm": vllm}, {"a": ("f", 0), "b": ("f", 0)})
+        with pytest.raises(
+            ConfigError, match=r"5\.86 GiB for each of them, in which a layer of another"
+        ):
+            quantised({"slots": 1, "vllm": vllm}, experts)
+
+
 @pytest.mark.parametrize(
     ("slots", "least", "pinned", "words"),
     [

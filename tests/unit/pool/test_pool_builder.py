@@ -15,6 +15,7 @@ from service.engine.engine_interface import Message
 from service.engine.simulated_engine import SimulatedEngine
 from service.errors import CoeError, ConfigError, UnknownModelError
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
+from service.pool.gpu_memory_plan import LAYER_COPIES
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.pool.slots.dedicated_slot import DedicatedSlot
@@ -22,6 +23,7 @@ from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from service.torch_build import TorchBuild
 from tests.support.polling import until
+from tests.unit.models.test_model_inspection import TENSORS, Tensors, make_model
 from tests.unit.moe.test_steering_profile import gates
 
 
@@ -299,6 +301,31 @@ def torch_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.pool.engine_factory.torch_build", lambda: cuda)
 
 
+@pytest.mark.usefixtures("torch_for_gpus")
+async def test_engine_leaves_room_for_a_layer_of_another_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    gpu_bytes = 1024**3
+    monkeypatch.setattr("service.pool.engine_factory.largest_gpu_bytes", lambda: gpu_bytes)
+    experts: Tensors = {"model.layers.0.mlp.experts.up_proj": ("BF16", (4, 512, 1024))}
+    for name in "ab":
+        make_model(tmp_path / name, tensors={**TENSORS, **experts})
+    pool = {"gpus": 1, "slots": 1, "swap": {"method": "inplace"}}
+    named = {name: {"model": str(tmp_path / name)} for name in "abc"}
+    # The files of an expert that is not there yet tell nothing.
+    config = Config.model_validate({"experts": named, "pools": {"p": pool}})
+    built = PoolBuilder(config, "p", Pool("p"), PoolMetrics())
+    lazy: Any = built.engines.shared_engine("a", 0)
+    engine = await asyncio.to_thread(lazy.make)
+    layer_bytes = LAYER_COPIES * 2 * 4 * 512 * 1024
+    assert engine._gpu_share.layer_bytes == layer_bytes
+    assert engine._gpu_share.utilization == pytest.approx(0.92 - layer_bytes / gpu_bytes, abs=2e-4)
+    (kept,) = built.engines.reserved_gpu_shares()[0]
+    assert kept.reserved_bytes(gpu_bytes) == pytest.approx(0.92 * gpu_bytes, rel=1e-3)
+    await built.stop(0)
+
+
 async def test_gpu_pool_is_refused_with_a_torch_that_sees_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,10 +585,11 @@ async def test_engines_get_the_share_of_the_gpus_that_the_memory_plan_says(
     assert [one and one.device_ids for one in found] == devices
     for one in found:
         assert (one and one.utilization) == (share and pytest.approx(share, abs=2e-4))
-    reserved: dict[int, float] = {}
+    reserved: dict[int, list[float]] = {}
     for one in filter(None, found):
         for gpu in one.device_ids or range(config.pools["p"].vllm.engine_gpus):
-            reserved[gpu] = reserved.get(gpu, 0.0) + one.utilization
-    assert built.engines.reserved_gpu_shares() == pytest.approx(reserved)
-    assert all(sum_of_shares <= 0.92 + 1e-9 for sum_of_shares in reserved.values())
+            reserved.setdefault(gpu, []).append(one.utilization)
+    kept = built.engines.reserved_gpu_shares()
+    assert {gpu: [one.utilization for one in shares] for gpu, shares in kept.items()} == reserved
+    assert all(sum(shares) <= 0.92 + 1e-9 for shares in reserved.values())
     await built.stop(0)

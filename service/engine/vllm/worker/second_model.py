@@ -9,6 +9,7 @@ of the running model, and on the engine's device.
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,7 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.vllm.worker.model_access import is_attention, named_layers
+from service.engine.vllm.worker.model_access import (
+    PLAIN_METHODS,
+    is_attention,
+    named_layers,
+    weight_method,
+)
 from service.engine.vllm.worker.model_state import move_to_host
 from service.engine.vllm.worker.pack_while_loading import (
     ScratchBuffers,
@@ -25,12 +31,16 @@ from service.engine.vllm.worker.pack_while_loading import (
     packing_tied_once,
 )
 from service.engine.vllm.worker.step_turns import StepTurns
+from service.engine.vllm.worker.weight_memory import tensor_bytes
 from service.models.lora_merge import LoraDelta
 from service.models.model_config import read_json
 from service.models.quantization_form import quantization_facts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+
+_HOST = torch.device("cpu")
 
 
 class SecondModel:
@@ -117,7 +127,8 @@ class SecondModel:
         """Make loaded weights ready for the kernels, in the order of vLLM's own loader.
 
         Each layer is one turn between two steps of the running model. It is moved to the device,
-        changed there, and moved back.
+        changed there, and moved back. Layers whose kernels take weights as they are stored stay on
+        the host, so that embeddings need no room on the device.
 
         Args:
             device: The engine's device.
@@ -126,6 +137,7 @@ class SecondModel:
 
         Raises:
             ValueError: The model has weights that can't be made ready layer by layer.
+            MemoryError: A layer does not fit beside the running model.
             Exception: Any error of vLLM's classes.
         """
         from vllm.model_executor.layers.attention import is_deferred_attention_layer
@@ -136,21 +148,24 @@ class SecondModel:
             kind = type(self.model).__name__
             raise ValueError(f"{kind} changes its weights as a whole after they are loaded")
         maybe_retie_word_embeddings(self.model, self._config.model_config)
-        for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
-            if isinstance(method, QuantizeMethodBase):
-                run = partial(method.process_weights_after_loading, module)
-                turns.take(partial(self._on_device, module, device, shared, run))
-                if hasattr(module, "update_param_tp_status"):
-                    module.update_param_tp_status()
-        dtype = self._config.model_config.dtype
-        for module in self.model.modules():
-            if is_deferred_attention_layer(module):
-                run = partial(module.process_weights_after_loading, dtype)
-                turns.take(partial(self._on_device, module, device, shared, run))
-        if device.type != "cpu":
-            # Torch would keep the layers' room, which other engines of the GPU may need.
-            turns.take(torch.cuda.empty_cache)
+        try:
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, QuantizeMethodBase):
+                    where = _HOST if weight_method(module) in PLAIN_METHODS else device
+                    run = partial(method.process_weights_after_loading, module)
+                    turns.take(partial(self._on_device, module, where, shared, run))
+                    if hasattr(module, "update_param_tp_status"):
+                        module.update_param_tp_status()
+            dtype = self._config.model_config.dtype
+            for module in self.model.modules():
+                if is_deferred_attention_layer(module):
+                    run = partial(module.process_weights_after_loading, dtype)
+                    turns.take(partial(self._on_device, module, device, shared, run))
+        finally:
+            if device.type != "cpu":
+                # Torch would keep the layers' room, which other engines of the GPU may need.
+                turns.take(torch.cuda.empty_cache)
         self.model.eval()
 
     def _on_device(
@@ -212,14 +227,26 @@ class SecondModel:
 
 @contextmanager
 def _on(device: torch.device, module: torch.nn.Module) -> Iterator[None]:
-    """Move a layer's parameters to a device. A failed layer moves back, to free its room."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(device)
+    """Move a layer's parameters to a device. A failed layer moves back, to free its room.
+
+    Raises:
+        MemoryError: The device has no room for the layer and for what is made of it.
+    """
+    layer_bytes = tensor_bytes(module)
     try:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(device)
         yield
-    except BaseException:
+    except BaseException as error:
         for parameter in module.parameters():
             parameter.data = parameter.data.cpu()
+        # What the kernels' code has left there lives as long as its frames do.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise MemoryError(
+                f"the GPU has no room to make a layer of {layer_bytes / 1e9:.2f} GB ready beside "
+                "the running model; set a smaller vllm.kv_cache_bytes or gpu_memory_utilization"
+            ) from error
         raise
 
 

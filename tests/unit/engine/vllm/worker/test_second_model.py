@@ -1,17 +1,18 @@
-"""What is checked before a second model is built from the engine's config."""
+"""A second model: what is checked before it is built, and a layer that can't be made ready."""
 
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from service.cli.doctor.random_models import QUANTIZATIONS
-from service.engine.vllm.worker.second_model import check_same_form
+from service.cli.doctor.random_models import QUANTIZATIONS  # noqa: E402
+from service.engine.vllm.worker.second_model import _on, check_same_form  # noqa: E402
 
 _GPTQ = QUANTIZATIONS["gptq"]
 
@@ -50,3 +51,28 @@ def test_quantised_weights_beside_plain_ones_are_refused(tmp_path: Path) -> None
         check_same_form(plain, _model(tmp_path / "b", _GPTQ))
     check_same_form(plain, _model(tmp_path / "c", None))
     check_same_form(plain, tmp_path / "nowhere")
+
+
+class _BadKernelError(Exception):
+    """A kernel refuses a layer."""
+
+
+@pytest.mark.parametrize("error", [_BadKernelError("no such shape"), "room"])
+def test_layer_that_can_not_be_made_ready_leaves_the_device(error: Any) -> None:
+    """Whatever was made of it is freed, although the error is still being handled."""
+    layer = torch.nn.Linear(4, 4)
+    weights = {name: value.clone() for name, value in layer.named_parameters()}
+    made: list[weakref.ref[Any]] = []
+
+    def make_ready() -> None:
+        packed = torch.ones(4)
+        made.append(weakref.ref(packed))
+        raise torch.OutOfMemoryError("CUDA out of memory") if error == "room" else error
+
+    refusal = MemoryError if error == "room" else _BadKernelError
+    with pytest.raises(refusal) as found, _on(torch.device("cpu"), layer):
+        make_ready()
+    assert made[0]() is None
+    if error == "room":
+        assert "no room to make a layer of 0.00 GB ready beside the running" in str(found.value)
+    assert all(torch.equal(value, weights[name]) for name, value in layer.named_parameters())
