@@ -155,6 +155,54 @@ def shortest_waits(problem: Problem, holdings: Sequence[Holding]) -> dict[str, f
     return found
 
 
+def use_idle_accelerators(problem: Problem, found: Composition) -> Composition:
+    """Return a composition in which accelerators that are left over run more of the same.
+
+    Each goes to the holding that gets the most traffic for each of its replicas. Weights in host
+    memory bound them.
+    """
+    holdings = list(found.holdings)
+    for kind in problem.accelerators:
+        mine = [i for i, held in enumerate(holdings) if held.kind is kind]
+        left = kind.count - sum(holdings[i].replicas for i in mine)
+        while left > 0:
+            free_bytes = (
+                problem.bounds.host_bytes - replace(found, holdings=tuple(holdings)).pinned_bytes
+            )
+            traffic = _traffic(problem, found.recipes, holdings)
+            fitting = [i for i in mine if holdings[i].host_bytes <= free_bytes]
+            if not fitting:
+                break
+            most = max(fitting, key=lambda i: traffic[i] / holdings[i].replicas)
+            holdings[most] = replace(holdings[most], replicas=holdings[most].replicas + 1)
+            left -= 1
+    return replace(found, holdings=tuple(holdings))
+
+
+def _traffic(
+    problem: Problem, recipes: Mapping[str, Recipe], holdings: Sequence[Holding]
+) -> list[float]:
+    """Return the share of the traffic that reaches each holding, spread over equal replicas."""
+    asked: dict[str, float] = {}
+    for c, category in enumerate(problem.categories):
+        recipe = recipes[category]
+        r = problem.recipes.index(recipe)
+        for i, expert in enumerate(recipe.experts):
+            share = float(problem.share[c] * problem.reach[c, r, i])
+            asked[expert] = asked.get(expert, 0.0) + share
+    experts = [{expert for unit in held.units for expert in unit.experts} for held in holdings]
+    copies = {
+        expert: sum(
+            held.replicas for held, own in zip(holdings, experts, strict=True) if expert in own
+        )
+        for expert in asked
+    }
+    return [
+        sum(asked[expert] * held.replicas / copies[expert] for expert in own if expert in asked)
+        for held, own in zip(holdings, experts, strict=True)
+    ]
+
+
 def evaluate(
     problem: Problem, chosen: Sequence[int], waits: Mapping[str, float]
 ) -> tuple[float, float, Floats]:

@@ -31,13 +31,15 @@ def init(output: Path, yes: bool, force: bool, as_json: bool) -> None:
     """
     import router_models
     from service.cli.compose.shipped_composition import shipped_map, write_composed
-    from service.cli.init_proposals import config_text, describe, propose
+    from service.cli.init_proposals import config_text, describe, propose, unused_gpus
     from service.cli.machine_resources import inspect_machine
     from service.models import model_root
 
     if output.exists() and not force:
         raise CoeError(f"{output} exists; --force overwrites it, -o names another file")
     machine = inspect_machine(model_root())
+    if unused := unused_gpus(machine):
+        click.echo(f"coe: note: {unused}", err=True)
     artifacts = Path(router_models.__file__).resolve().parent
     shipped = shipped_map(artifacts / "artifacts")
     if shipped is not None and (told := write_composed(shipped, machine, output)) is not None:

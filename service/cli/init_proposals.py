@@ -34,6 +34,7 @@ class Proposal:
         kv_bytes: KV cache of each engine.
         required_bytes: Memory that all engines take.
         download_bytes: Size of the models.
+        replicas: Number of GPUs, each of which has all of that.
     """
 
     trio: Trio | None
@@ -42,6 +43,7 @@ class Proposal:
     kv_bytes: int
     required_bytes: int
     download_bytes: int
+    replicas: int = 1
 
     @property
     def name(self) -> str:
@@ -71,11 +73,12 @@ def _on_gpu(trio: Trio, machine: Machine) -> Proposal | None:
     kv_bytes = max(_GIB, trio.largest_bytes // 8 // _GIB * _GIB)
     engine_bytes = kv_bytes + GPU_ENGINE_BYTES
     all_bytes = trio.total_bytes + engine_bytes * len(trio.models)
+    count = len(machine.largest_gpus)
     if all_bytes <= room:
-        return Proposal(trio, True, None, kv_bytes, all_bytes, trio.total_bytes)
+        return Proposal(trio, True, None, kv_bytes, count * all_bytes, trio.total_bytes, count)
     largest_bytes = trio.largest_bytes + engine_bytes
     if largest_bytes <= room:
-        return Proposal(trio, True, 1, kv_bytes, largest_bytes, trio.total_bytes)
+        return Proposal(trio, True, 1, kv_bytes, count * largest_bytes, trio.total_bytes, count)
     return None
 
 
@@ -173,6 +176,8 @@ def _pools(proposal: Proposal, machine: Machine) -> list[str]:
     lines = ["pools:", f"  {'gpu' if proposal.on_gpu else 'cpu'}:"]
     if proposal.on_gpu:
         lines += ["    gpus: 1"]
+        if proposal.replicas > 1:
+            lines += [f"    min_replicas: {proposal.replicas}     # one on each GPU"]
     if proposal.slots is not None:
         lines += [f"    slots: {proposal.slots}            # the experts take turns in it"]
     if not proposal.on_gpu:
@@ -190,6 +195,18 @@ def _pools(proposal: Proposal, machine: Machine) -> list[str]:
             "      enforce_eager: true   # saves minutes at the start on a CPU",
         ]
     return [*lines, "      tool_call_parser: hermes"]
+
+
+def unused_gpus(machine: Machine) -> str:
+    """Return how to start a config that leaves GPUs out; empty where it uses all of them."""
+    used = machine.largest_gpus
+    if len(used) == len(machine.gpus):
+        return ""
+    named = ",".join(map(str, used))
+    return (
+        "the GPUs differ in size, and the config is for the largest: start it with "
+        f"CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={named}"
+    )
 
 
 def describe(machine: Machine) -> str:

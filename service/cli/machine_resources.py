@@ -20,6 +20,12 @@ class Machine:
     disk_bytes: int
     cores: int
 
+    @property
+    def largest_gpus(self) -> tuple[int, ...]:
+        """The indices of the GPUs that have the most memory. A pool's replicas need equal ones."""
+        most = max((gpu.memory_bytes for gpu in self.gpus), default=0)
+        return tuple(i for i, gpu in enumerate(self.gpus) if gpu.memory_bytes == most)
+
 
 def inspect_machine(models_dir: Path) -> Machine:
     """Inspect this machine; the free disk space is that of `models_dir`."""

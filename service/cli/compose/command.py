@@ -210,8 +210,13 @@ def compose(**options: Any) -> None:
 
 
 def run(options: Mapping[str, Any]) -> Composition:
-    """Run the command; with the option `quiet` nothing but the config is written."""
+    """Run the command.
+
+    With the option `quiet` nothing but the config is written, and with `use_idle` accelerators that
+    are left over run more of what was bought.
+    """
     from router_models.composition.composition_report import Report, analyse, readable, to_json
+    from router_models.composition.composition_value import use_idle_accelerators
     from router_models.composition.highs_solver import solve
     from service.cli.compose.candidate_units import candidates, read_sizes
     from service.config import load_config, read_config
@@ -245,6 +250,8 @@ def run(options: Mapping[str, Any]) -> Composition:
     if missing and not quiet:
         click.echo(f"coe: note: without outcomes, and left out: {', '.join(missing)}", err=True)
     bought = solve(problem, time_limit_s=options["time_limit"])
+    if options.get("use_idle", False):
+        bought = use_idle_accelerators(problem, bought)
     data = _composed(base, config, options, problem, bought, found, kind, template)
     out: Path = options["out"]
     read_config(data, str(out), out.resolve().parent)

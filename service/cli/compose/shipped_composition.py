@@ -48,13 +48,12 @@ def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
     words += ["--analysis-s", "0", "--time-limit", str(_TIME_LIMIT_S)]
     if machine.gpus:
         largest = max(gpu.memory_bytes for gpu in machine.gpus)
-        count = sum(gpu.memory_bytes == largest for gpu in machine.gpus)
-        words += ["--accelerators", f"{count}x{largest}"]
+        words += ["--accelerators", f"{len(machine.largest_gpus)}x{largest}"]
     # Beside GPUs this is for weights that wait in host memory.
     words += ["--memory", str(int(_MEMORY_SHARE * machine.memory_bytes))]
     options = compose.make_context("compose", words).params
     try:
-        bought = run({**options, "quiet": True})
+        bought = run({**options, "quiet": True, "use_idle": True})
     except (ConfigError, ValueError):
         return None
     return (

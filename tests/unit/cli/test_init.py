@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 import router_models
 from service.cli import cli, main
+from service.cli.compose.shipped_composition import SIZES, shipped_map
 from service.cli.init_proposals import config_text, propose
 from service.cli.machine_resources import Machine
-from service.config import load_config
+from service.config import Config, load_config
 from service.gateway.routing.routing_setup import RoutingSetup, category_warnings
 from service.gpu_devices import Gpu
+from service.models.public_models import TRIOS
 from service.pool.gpu_memory_plan import VLLM_SHARE, share_gpus
-from service.pool.memory_plan import check_plan, plan_pool
+from service.pool.memory_plan import check_plan, plan_pool, sleepers_of
+from tests.unit.pool.test_gpu_memory_plan import starts
 from tests.unit.pool.test_memory_plan import model as model_info
 
 GIB = 1024**3
@@ -78,7 +81,8 @@ def test_presets_offers_nothing_that_does_not_fit(machine: Machine) -> None:
     assert proposals[-1].trio is None
     for one in proposals[:-1]:
         room = max(g.memory_bytes for g in machine.gpus) if one.on_gpu else machine.memory_bytes
-        assert one.required_bytes < room
+        assert one.required_bytes < room * one.replicas
+        assert one.replicas == (len(machine.largest_gpus) if one.on_gpu else 1)
         assert one.download_bytes < machine.disk_bytes
     sizes = [one.trio.parameters for one in proposals if one.trio]
     assert sizes == sorted(sizes, reverse=True)
@@ -151,6 +155,66 @@ def test_presets_every_config_passes_the_memory_plan(machine: Machine, tmp_path:
         check_plan(plan, None if one.on_gpu else machine.memory_bytes)
         if not one.on_gpu:
             assert plan.total_bytes == one.required_bytes
+
+
+# The bytes of the weights of every model that a config may name.
+WEIGHT_BYTES = {model.source: model.weight_bytes for trio in TRIOS for model in trio.models}
+
+
+def weights_of(config: Config) -> dict[str, int]:
+    """The bytes of each expert's weights: of a shipped map, or of a trio."""
+    shipped = shipped_map(ARTIFACTS / "artifacts")
+    assert shipped is not None
+    sizes = json.loads((shipped / SIZES).read_text())
+    return {
+        name: WEIGHT_BYTES.get(str(expert.model), sizes.get(name, 0))
+        for name, expert in config.experts.items()
+    }
+
+
+@pytest.mark.parametrize("memory_gib", [12, 16, 24, 48, 80, 141])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_init_uses_all_gpus_and_all_of_its_engines_start(
+    count: int, memory_gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(gpu(memory_gib).gpus * count, 256 * GIB, 2000 * GIB, 32)
+    monkeypatch.setattr("service.cli.machine_resources.inspect_machine", lambda _: machine)
+    path = tmp_path / "coe.yaml"
+    done = CliRunner().invoke(cli, ["init", "--yes", "-o", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "CUDA_VISIBLE_DEVICES" not in done.output
+    config = load_config(path)
+    assert sum(pool.gpus * pool.min_replicas for pool in config.pools.values()) == count
+    found = {
+        name: model_info(
+            path=Path(name),
+            weight_bytes=size,
+            layers=32,
+            kv_heads=8,
+            head_size=128,
+            max_context_tokens=4096,
+        )
+        for name, size in weights_of(config).items()
+    }
+    for kind, pool in config.pools.items():
+        plan = plan_pool(config, kind, found.__getitem__, gpu_bytes=memory_gib * GIB)
+        check_plan(plan, None)
+        needs = [engine.weight_bytes for engine in plan.engines]
+        assert min(needs) > 0
+        sleepers = sleepers_of(config, kind)
+        assert starts(pool, plan.gpu_shares, needs, sleepers, memory_gib * GIB, VLLM_SHARE)
+
+
+def test_init_tells_how_to_leave_out_smaller_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = (Gpu("display", 8 * GIB), *gpu(24).gpus * 2)
+    machine = Machine(gpus, 256 * GIB, 2000 * GIB, 32)
+    monkeypatch.setattr("service.cli.machine_resources.inspect_machine", lambda _: machine)
+    done = CliRunner().invoke(cli, ["init", "--yes", "-o", str(tmp_path / "coe.yaml")])
+    assert "start it with CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1,2\n" in done.output
+    pools = load_config(tmp_path / "coe.yaml").pools.values()
+    assert sum(pool.gpus * pool.min_replicas for pool in pools) == 2
 
 
 def test_init_writes_once_and_asks_unless_yes(tmp_path: Path) -> None:
