@@ -153,7 +153,7 @@ def bus(sizes: Sizes) -> None:
         here = torch.ones(size, dtype=torch.uint8, pin_memory=pin)
         to_s = _median_s(sizes, partial(there.copy_, here, non_blocking=True), 5)
         back_s = _median_s(sizes, partial(here.copy_, there, non_blocking=True), 3)
-        tell("bus", memory=kind, to_gb_s=size / to_s / 1e9, back_gb_s=size / back_s / 1e9)
+        tell(f"bus, {kind} memory", to_gb_s=size / to_s / 1e9, back_gb_s=size / back_s / 1e9)
 
 
 def exchanges(sizes: Sizes, folder: Path) -> None:

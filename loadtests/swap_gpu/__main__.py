@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.median_intervals import median, ratio_of_medians
+from loadtests.lib.median_intervals import Estimate, median, ratio_of_medians
 from loadtests.lib.targets_and_report import Report, Table, at_least
 from loadtests.swap.real_shared_slot_engine import ask, prepare
+from loadtests.swap_gpu.methods import BUS, FILL, INPLACE, MAP, OF_BUS, SLEEP, START, WAKE
+from loadtests.swap_gpu.pinned_copies import copy_apart_s
 from loadtests.swap_gpu.random_llama import SHAPES, WORDS, Shape, write_random
 from service.config import VllmOptions
 from service.engine.shared_weight_cache import SharedWeightCache
@@ -29,23 +32,38 @@ from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 
 _OF_BANDWIDTH = 0.8
-_CHUNK_BYTES = 1 << 30
-BUS = "copy from pinned memory, same bytes"
-INPLACE, WAKE = "inplace, from pinned memory", "sleep level 1: wake"
-FILL, MAP = "to shared memory, from disk", "to another engine, by mapping"
-SLEEP, START = "sleep level 1: sleep", "engine start"
 
 
 @dataclass(slots=True)
 class Found:
-    """Seconds by method, one entry a time."""
+    """Seconds by method, one entry a time.
+
+    Attributes:
+        weight_bytes: Bytes of the weights that are swapped.
+        seconds: The seconds.
+        known: Receives a finding as soon as all times of a method are known.
+    """
 
     weight_bytes: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    known: Callable[[dict[str, Any]], None] = field(default=lambda _: None)
 
     def add(self, method: str, seconds: float) -> None:
         """Add one time."""
         self.seconds.setdefault(method, []).append(seconds)
+
+    def done(self, *methods: str) -> None:
+        """Say that all times of these methods are there."""
+        for method in methods:
+            middle_s = median(self.seconds[method]).value
+            self.known(
+                {
+                    "what": method,
+                    "median_s": middle_s,
+                    "times": len(self.seconds[method]),
+                    "gb_s": self.weight_bytes / middle_s / 1e9,
+                }
+            )
 
 
 def check_gpu() -> None:
@@ -54,41 +72,6 @@ def check_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise RuntimeError("no GPU here (torch.cuda.is_available() is False): nothing was measured")
-
-
-def copy_s(size: int, times: int, device: str = "cuda") -> list[float]:
-    """Seconds to copy that many bytes from pinned memory to a device, a gigabyte at a time."""
-    import torch
-
-    on_gpu = device != "cpu"
-    chunk = min(size, _CHUNK_BYTES)
-    source = torch.ones(chunk, dtype=torch.uint8, pin_memory=on_gpu)
-    target = torch.zeros(chunk, dtype=torch.uint8, device=device)
-    took = []
-    for _ in range(times + 1):
-        if on_gpu:
-            torch.cuda.synchronize()
-        began_s = time.perf_counter()
-        for at in range(0, size, chunk):
-            part = min(chunk, size - at)
-            target[:part].copy_(source[:part], non_blocking=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - began_s)
-    return took[1:]
-
-
-def _copy_apart(size: int, times: int) -> list[float]:
-    """`copy_s` in a process of its own, which leaves nothing on the GPU. Raises RuntimeError."""
-    code = (
-        "import json; from loadtests.swap_gpu import copy_s; "
-        f"print(json.dumps(copy_s({size}, {times})))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"copying from pinned memory failed: {done.stderr[-1000:]}")
-    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return seconds
 
 
 async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, found: Found) -> None:
@@ -108,6 +91,7 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
         await engine.start()
         found.add(START, time.perf_counter() - began_s)
         found.add(FILL, (await engine.load_to_host(other)).fill_s)
+        found.done(START, FILL)
         for name in (other, first):  # the first time runs the canary
             await engine.swap_in(name)
         for i in range(times):
@@ -117,11 +101,14 @@ async def _inplace(folders: dict[str, str], options: VllmOptions, times: int, fo
             found.add(INPLACE, done.swap_s)
             if i % 4 == 3:
                 await ask(engine, (other, first)[i % 2], 16, 2, WORDS)
+        found.done(INPLACE)
+        found.known({"what": OF_BUS, "value": _part_of_bus(found).value})
         await engine.stop()
         say("another engine of the same pool")
         engine = make()
         await engine.start()
         found.add(MAP, (await engine.load_to_host(other)).fill_s)
+        found.done(MAP)
     finally:
         await engine.stop()
         cache.close()
@@ -140,15 +127,23 @@ async def _sleeping(folder: str, options: VllmOptions, times: int, found: Found)
             if i:  # the first time allocates the memory that it sleeps in
                 found.add(SLEEP, slept_s - began_s)
                 found.add(WAKE, time.perf_counter() - slept_s)
+        found.done(SLEEP, WAKE)
         await ask(engine, "one", 16, 2, WORDS)
     finally:
         await engine.stop()
 
 
-async def measure(shape: Shape, folder: Path, times: int, *, eager: bool) -> Found:
+async def measure(
+    shape: Shape,
+    folder: Path,
+    times: int,
+    *,
+    eager: bool,
+    known: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Found:
     """Everything, one engine at a time. Raises RuntimeError, OSError or CoeError."""
     check_gpu()
-    found = Found(shape.weight_bytes)
+    found = Found(shape.weight_bytes, known=known)
     folders = {}
     for seed, name in enumerate(("one", "two")):
         say(f"model {name}: {shape.weight_bytes / 1e9:.1f} GB of random weights")
@@ -162,10 +157,15 @@ async def measure(shape: Shape, folder: Path, times: int, *, eager: bool) -> Fou
         enforce_eager=eager,
     )
     say("what the bus can do")
-    found.seconds[BUS] = await asyncio.to_thread(_copy_apart, found.weight_bytes, times)
+    found.seconds[BUS] = await asyncio.to_thread(copy_apart_s, found.weight_bytes, times)
+    found.done(BUS)
     await _inplace(folders, options, times, found)
     await _sleeping(folders["one"], options, times, found)
     return found
+
+
+def _part_of_bus(found: Found) -> Estimate:
+    return ratio_of_medians(found.seconds[BUS], found.seconds[INPLACE])
 
 
 def report_of(found: Found) -> Report:
@@ -197,9 +197,9 @@ def report_of(found: Found) -> Report:
     )
     report.reach.append(
         at_least(
-            "in place, part of the bandwidth from pinned memory",
+            OF_BUS,
             _OF_BANDWIDTH,
-            ratio_of_medians(bus, found.seconds[INPLACE]),
+            _part_of_bus(found),
         )
     )
     return report
@@ -220,14 +220,23 @@ def main() -> int:
     words.add_argument(
         "--eager", action="store_true", help="run without compilation and CUDA graphs"
     )
+    words.add_argument(
+        "--lines", action="store_true", help="a line of JSON for each finding, once it is known"
+    )
     given = words.parse_args()
     prepare()
+
+    def known(finding: dict[str, Any]) -> None:
+        if given.lines:
+            print(json.dumps(finding), flush=True)
 
     def run(_: object) -> Report:
         check_gpu()
         with tempfile.TemporaryDirectory(prefix="coe-swap-gpu-", dir=given.folder) as folder:
             shape = SHAPES[given.shape]
-            found = asyncio.run(measure(shape, Path(folder), given.times, eager=given.eager))
+            found = asyncio.run(
+                measure(shape, Path(folder), given.times, eager=given.eager, known=known)
+            )
         return report_of(found)
 
     return tell(run, as_json=given.json)

@@ -39,9 +39,19 @@ FORMS = ("gptq", "awq", "fp8", "fp8-block", "int8", "packed")
 @click.option(
     "--report", is_flag=True, help="Print what an issue report needs, as JSON; try nothing."
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The longest that all trials may take. Default: 12, or 3 with --quick.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(
-    path: Path | None, quick: bool, forms: tuple[str, ...], report: bool, as_json: bool
+    path: Path | None,
+    quick: bool,
+    forms: tuple[str, ...],
+    report: bool,
+    minutes: float | None,
+    as_json: bool,
 ) -> None:
     """Prove the methods of swaps on this machine, in at most twelve minutes.
 
@@ -62,7 +72,8 @@ def doctor(
         facts = report_of(config)
         click.echo(json.dumps(facts, indent=2))
         return
-    proofs = _prove_all(config, forms, quick, quiet=as_json)
+    limit_s = 60 * minutes if minutes is not None else QUICK_S if quick else FULL_S
+    proofs = _prove_all(config, forms, quick, limit_s, quiet=as_json)
     if as_json:
         from service.engine.swap_proof import proof_to_json
 
@@ -70,9 +81,9 @@ def doctor(
 
 
 def _prove_all(
-    config: Config | None, forms: Sequence[str], quick: bool, *, quiet: bool
+    config: Config | None, forms: Sequence[str], quick: bool, limit_s: float, *, quiet: bool
 ) -> list[SwapProof]:
-    """Try each layout within one time limit, and write its record."""
+    """Try each layout within one time limit for all, and write its record."""
     from service.engine.swap_proof_store import SwapProofStore, this_machine
     from service.errors import CoeError
 
@@ -80,7 +91,7 @@ def _prove_all(
     root = config.models_dir if config is not None else None
     store = SwapProofStore(Path(root) if root is not None else None)
     began_s = time.monotonic()
-    deadline_s = began_s + (QUICK_S if quick else FULL_S)
+    deadline_s = began_s + limit_s
 
     def tell(line: str) -> None:
         if not quiet:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loadtests.swap_gpu import __main__ as swap_gpu
+from loadtests.swap_gpu.pinned_copies import copy_apart_s
 from loadtests.swap_gpu.random_llama import SHAPES, write_random
 from service.models import ModelInfo, inspect_model
 
@@ -32,17 +34,22 @@ def test_swap_gpu_random_models_are_one_family(tmp_path: Path) -> None:
     assert (one / files[0]).read_bytes() != (two / files[0]).read_bytes()
 
 
-def test_copy_s_returns_one_time_per_copy() -> None:
-    assert len(swap_gpu.copy_s(1 << 20, 3, device="cpu")) == 3
+def test_copies_run_in_a_process_of_their_own() -> None:
+    assert len(copy_apart_s(1 << 20, 3, device="cpu")) == 3
+    with pytest.raises(RuntimeError, match="copying from pinned memory failed"):
+        copy_apart_s(1 << 20, 3, device="no such device")
 
 
 @pytest.mark.parametrize(("inplace_s", "met"), [(0.62, True), (0.64, False)])
 def test_swap_gpu_computes_its_targets(inplace_s: float, met: bool) -> None:
-    found = swap_gpu.Found(14_000_000_000)
+    told: list[dict[str, Any]] = []
+    found = swap_gpu.Found(14_000_000_000, known=told.append)
     fields = {swap_gpu.BUS: 0.5, swap_gpu.INPLACE: inplace_s, swap_gpu.WAKE: 0.9}
     for name, seconds in fields.items():
         for _ in range(5):
             found.add(name, seconds)
+    found.done(*fields)
+    assert told[0] == {"what": swap_gpu.BUS, "median_s": 0.5, "times": 5, "gb_s": 28.0}
     report = swap_gpu.report_of(found)
     (reach,) = report.reach
     assert (reach.target, reach.ok) == (0.8, met)
