@@ -155,9 +155,10 @@ def deciding_turn(turns: Sequence[str]) -> str:
 def user_turns(body: Mapping[str, Any]) -> list[str]:
     """Extract the user's texts from a request body, oldest first.
 
-    It reads `messages` (OpenAI chat, Anthropic), `prompt` (completions) and `input` (Responses,
-    embeddings). It skips token ids and other parts without text. Without a text of the user, it
-    returns the system's text, if there is any. A malformed body raises no error here.
+    It reads `messages` (OpenAI chat, Anthropic), `prompt` (completions), `input` (Responses,
+    embeddings, classes), `query` (ranks) and `text_1` (scores). It skips token ids and other parts
+    without text. Without a text of the user, it returns the system's text, if there is any. A
+    malformed body raises no error here.
     """
     messages = body.get("messages")
     if isinstance(messages, list):
@@ -165,6 +166,9 @@ def user_turns(body: Mapping[str, Any]) -> list[str]:
     prompt = body.get("prompt")
     if prompt is not None:
         return _joined(prompt)
+    for name in ("query", "text_1"):
+        if (text := body.get(name)) is not None:
+            return _joined(text)
     given = body.get("input")
     if isinstance(given, list) and any(isinstance(item, Mapping) for item in given):
         return _from_messages(given) or _texts(body.get("instructions"))

@@ -79,6 +79,9 @@ class CommandConfig(Section):
             "/v1/chat/completions",
             "/v1/completions",
             "/v1/embeddings",
+            "/v1/rerank",
+            "/v1/score",
+            "/v1/classify",
             "/v1/responses",
             "/v1/messages",
             "/v1/messages/count_tokens",
@@ -89,7 +92,8 @@ class CommandConfig(Section):
     ] = Field(
         (),
         description="Endpoints that the server has. Default: chat completions and completions by "
-        "the capability `chat` or `completions`, embeddings by `embeddings`.",
+        "the capability `chat` or `completions`, and each of embeddings, rerank, score and "
+        "classify by the capability of its name.",
     )
     cache_salt: bool = Field(
         False,

@@ -88,7 +88,22 @@ class MediaConfig(Section):
     video_tokens: int = Field(16_384, ge=1, le=1_000_000, description="Most tokens of one video.")
 
 
-Capability = Literal["chat", "completions", "embeddings", "tools", "json", "vision", "audio"]
+Capability = Literal[
+    "chat",
+    "completions",
+    "embeddings",
+    "rerank",
+    "score",
+    "classify",
+    "tools",
+    "json",
+    "vision",
+    "audio",
+]
+TEXT = frozenset({"chat", "completions"})
+"""The capabilities of experts that make text."""
+POOLING = frozenset({"embeddings", "rerank", "score", "classify"})
+"""The capabilities of experts that read texts and make vectors, scores or classes of them."""
 
 
 class ExpertConfig(Section):
@@ -171,9 +186,9 @@ class ExpertConfig(Section):
     description: str = Field("", description="One line for people, shown in /v1/models.")
     capabilities: tuple[Capability, ...] = Field(
         ("chat", "completions", "tools", "json"),
-        description="What it supports: chat, completions, embeddings, tools, json, vision (images "
-        "and video), audio. Default: these, plus vision and audio if the model folder has a part "
-        "for them.",
+        description="What it supports: chat, completions, tools, json, vision (images and video), "
+        "audio; or embeddings, rerank, score, classify. Default: these, plus vision and audio if "
+        "the model folder has a part for them.",
     )
     media: MediaConfig = Field(default_factory=lambda: MediaConfig())
     space: str | None = Field(

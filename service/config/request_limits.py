@@ -30,7 +30,10 @@ class RequestLimits(Section):
         "choices is bounded by the greater of this and `max_choices`.",
     )
     max_inputs: int = Field(
-        1024, ge=1, description="Texts of one embeddings request; more gets 400."
+        1024,
+        ge=1,
+        description="Texts of one request for embeddings, scores or classes, and documents of one "
+        "to rank; more gets 400.",
     )
     max_messages: int = Field(
         4096,

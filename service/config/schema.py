@@ -17,7 +17,14 @@ from service.config.categories import CategoryConfig, Fault, example_faults
 from service.config.circuit_breaker import BreakerConfig
 from service.config.command_experts import CommandConfig, ServerCall, SleepCall
 from service.config.expert_request_defaults import DefaultsConfig
-from service.config.experts import ExpertConfig, MediaConfig, PriceConfig, RemoteConfig
+from service.config.experts import (
+    POOLING,
+    TEXT,
+    ExpertConfig,
+    MediaConfig,
+    PriceConfig,
+    RemoteConfig,
+)
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
 from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels
@@ -222,10 +229,10 @@ class Config(Section):
         named += [self.store.url_env, self.store.cache_url_env]
         return frozenset(name for name in named if name is not None) - {"HF_TOKEN"}
 
-    def embeds(self, expert: str) -> bool:
-        """Return whether an expert makes embeddings and no text; its engine then runs for that."""
-        capabilities = self.experts[self.owner_of(expert)].capabilities
-        return "embeddings" in capabilities and not {"chat", "completions"} & {*capabilities}
+    def uses_pooling_runner(self, expert: str) -> bool:
+        """Return whether vLLM runs an expert for vectors, scores or classes, and not for text."""
+        capabilities = {*self.experts[self.owner_of(expert)].capabilities}
+        return bool(POOLING & capabilities) and not TEXT & capabilities
 
     def model_sources(self, only: str | None = None) -> dict[str, str]:
         """Return the models that pools with real engines need: expert → source.

@@ -26,10 +26,12 @@ from service.errors import (
     UpstreamError,
 )
 from service.http.asgi_helpers import body_message, send_json, start_response
+from service.http.prompt_endpoints import UPSTREAM_PATHS
 from service.http.reply_model_name import rename, rename_lines
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
+    | {"/v1/rerank", "/v1/score", "/v1/classify"}
 )
 # Endpoints whose requests may have vLLM's field `cache_salt`.
 _SALTED = ENDPOINTS - {"/v1/messages"}
@@ -97,10 +99,11 @@ class RemoteEngine:
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
         body = self._addressed(request)
+        path = UPSTREAM_PATHS.get(request.endpoint, request.endpoint)
         started = False
         try:
             async with self._session.post(
-                self._base + request.endpoint, data=body, headers=headers, allow_redirects=False
+                self._base + path, data=body, headers=headers, allow_redirects=False
             ) as reply:
                 if reply.status >= 300:
                     await self._refused(reply, send, expert)

@@ -38,6 +38,7 @@ from service.engine.simulated_answer_formats import (
     AnswerFormat,
     format_of,
 )
+from service.engine.simulated_readings import READINGS, texts_of, tokens_of
 from service.errors import (
     EngineDeadError,
     EngineRestartingError,
@@ -50,7 +51,7 @@ from service.http.asgi_helpers import body_message, send_json, start_response
 from service.http.prompt_endpoints import TABLE
 
 _GENERATING = frozenset({CHAT, COMPLETIONS, MESSAGES, RESPONSES})
-ENDPOINTS = _GENERATING | {"/v1/embeddings", "/tokenize", "/detokenize"}
+ENDPOINTS = _GENERATING | {*READINGS, "/v1/embeddings", "/tokenize", "/detokenize"}
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
 _WEIGHT_BYTES = 1024**3
 
@@ -208,7 +209,7 @@ class SimulatedEngine:
                 send,
                 {
                     "tokens": [len(word) for word in text.split()],
-                    "count": _tokens(text),
+                    "count": tokens_of(text),
                     "max_model_len": self._options.max_model_len,
                 },
             )
@@ -219,25 +220,22 @@ class SimulatedEngine:
             await _send_json(send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)})
         elif path == "/v1/embeddings":
             await self._embed(request, body, send)
+        elif (read := READINGS.get(path)) is not None:
+            await _send_json(send, read(request.expert, request.request_id, body))
         elif path in _GENERATING:
             await self._generate(request, body, send)
         else:
             raise UnknownEndpointError(f"the simulated engine has no {path}")
 
     async def _embed(self, request: EngineRequest, body: dict[str, Any], send: Send) -> None:
-        given = body.get("input")
-        texts = given if isinstance(given, list) else [given]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InvalidRequestError(
-                "`input` must be a string or a list of strings", param="input"
-            )
+        texts = texts_of(body, "input")
         if (encode := _ENCODINGS.get(str(body.get("encoding_format") or "float"))) is None:
             raise InvalidRequestError(f"`encoding_format` must be one of {', '.join(_ENCODINGS)}")
         data = [
             {"object": "embedding", "index": i, "embedding": encode(_vector(text))}
             for i, text in enumerate(texts)
         ]
-        count = sum(map(_tokens, texts))
+        count = sum(map(tokens_of, texts))
         await _send_json(
             send,
             {
@@ -259,7 +257,7 @@ class SimulatedEngine:
             if limit is None
             else _integer({limit_field: limit}, limit_field, 1, 1, 10**6)
         )
-        prompt_tokens = _tokens(prompt)
+        prompt_tokens = tokens_of(prompt)
         context = self._options.max_model_len
         # As in vLLM, a limit above the context is an error, and a limit above the free room is cut.
         if (limit is not None and tokens > context) or prompt_tokens >= context:
@@ -445,10 +443,6 @@ def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequestError(f"`{name}` must be an integer from {low} to {high}", param=name)
     return value
-
-
-def _tokens(text: str) -> int:
-    return max(1, len(text.split()))
 
 
 def _vector(text: str) -> list[float]:

@@ -36,6 +36,21 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "/v1/chat/completions": ("Chat completion", {"messages": _MESSAGES}, ["messages"]),
     "/v1/completions": ("Completion", {"prompt": _TEXTS}, ["prompt"]),
     "/v1/embeddings": ("Embeddings", {"input": _TEXTS}, ["input"]),
+    "/v1/rerank": (
+        "Documents in the order of their relevance to a query",
+        {
+            "query": {"type": "string"},
+            "documents": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+            "top_n": {"type": ["integer", "null"], "minimum": 0},
+        },
+        ["query", "documents"],
+    ),
+    "/v1/score": (
+        "Scores of pairs of texts",
+        {"text_1": _TEXTS, "text_2": _TEXTS},
+        ["text_1", "text_2"],
+    ),
+    "/v1/classify": ("Classes of texts", {"input": _TEXTS}, ["input"]),
     "/v1/responses": ("Response", {"input": {}}, ["input"]),
     "/v1/messages": (
         "Anthropic message",

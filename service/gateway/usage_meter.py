@@ -103,6 +103,8 @@ class UsageMeter:
         if not self._status:
             return 0, 0
         # An answer without usage is charged by its size.
+        if not self._generates:
+            return self._prompt_tokens, 0
         made = self._pieces if self._streams else estimate_tokens(self._bytes)
         return self._prompt_tokens, made
 
@@ -190,7 +192,10 @@ class UsageMeter:
     def _read(self, body: bytes) -> None:
         """Read the usage of a whole reply."""
         if (usage := reply_usage(body)) is not None:
-            self._note(usage.prompt_tokens, usage.answer_tokens, None)
+            prompt_tokens = usage.prompt_tokens
+            if prompt_tokens is None and not self._generates:
+                prompt_tokens = self._prompt_tokens
+            self._note(prompt_tokens, usage.answer_tokens, None)
 
     def _note_reasoning(self, tokens: int | None, choice: Any) -> None:
         if tokens is None:

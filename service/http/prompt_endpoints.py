@@ -18,6 +18,8 @@ class Endpoint:
         usual_length: The engine's own bound in tokens where the body gives none.
         choices: The fields that ask for several answers to one prompt.
         several: Whether the prompt's field may hold a list of prompts.
+        beside: The field of the text that each prompt is read with: the query of documents, or the
+            first text of pairs. Empty: each prompt is read alone.
     """
 
     prompt: str = ""
@@ -27,6 +29,7 @@ class Endpoint:
     usual_length: int | None = None
     choices: tuple[str, ...] = ()
     several: bool = False
+    beside: str = ""
 
     @property
     def generates(self) -> bool:
@@ -56,10 +59,15 @@ TABLE: dict[str, Endpoint] = {
         several=True,
     ),
     "/v1/embeddings": Endpoint("input", _TEXTS, "embeddings", several=True),
+    "/v1/rerank": Endpoint("documents", (list,), "rerank", several=True, beside="query"),
+    "/v1/score": Endpoint("text_2", _TEXTS, "score", several=True, beside="text_1"),
+    "/v1/classify": Endpoint("input", _TEXTS, "classify", several=True),
     "/v1/responses": Endpoint("input", _TEXTS, "chat", ("max_output_tokens",)),
     "/tokenize": Endpoint(),
     "/detokenize": Endpoint(),
 }
 ENDPOINTS = tuple(TABLE)
-# They neither generate nor embed, so their output is not charged.
+# Paths of endpoints that servers know by another name. There is no standard for classes.
+UPSTREAM_PATHS = {"/v1/classify": "/classify"}
+# They make nothing but counts and tokens, so they are not charged.
 UNCHARGED = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})

@@ -35,7 +35,8 @@ class TokenUsage:
         value: Offset of its value.
         end: Offset behind its value.
         is_object: Whether the value is an object; false where it is null.
-        prompt_tokens: Tokens of the prompt, if given.
+        prompt_tokens: Tokens of the prompt, if given; all tokens where nothing else is given, as by
+            some servers that rank.
         answer_tokens: Tokens of the answer, if given.
         reasoning_tokens: Those of them that are thinking, if given.
     """
@@ -70,13 +71,17 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
         except (json.JSONDecodeError, RecursionError):
             continue
         found = value if isinstance(value, dict) else {}
+        prompt = _count(found, "prompt_tokens", "input_tokens")
+        answer = _count(found, "completion_tokens", "output_tokens")
+        if prompt is None and answer is None:
+            prompt = _count(found, "total_tokens")
         yield TokenUsage(
             key.start(),
             key.end(),
             end,
             isinstance(value, dict),
-            _count(found, "prompt_tokens", "input_tokens"),
-            _count(found, "completion_tokens", "output_tokens"),
+            prompt,
+            answer,
             reasoning_tokens(found),
         )
 

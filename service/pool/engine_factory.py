@@ -319,7 +319,7 @@ class EngineFactory:
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
             self._observer.on_weights(base, weights_bytes(info, settings.vllm.dtype))
-        model = VllmModel(base, folder, paths, embeds=config.embeds(base))
+        model = VllmModel(base, folder, paths, pooling_runner=config.uses_pooling_runner(base))
         options = config.vllm_of(self._kind, base)
         return VllmEngine(
             model,
@@ -343,8 +343,8 @@ class EngineFactory:
 
         def build(name: str) -> Sleeper:
             paths = {adapter: str(config.experts[adapter].adapter) for adapter in units[name][1:]}
-            embeds = config.embeds(name)
-            model = VllmModel(name, folder_of(config, name), paths, embeds=embeds)
+            pooling_runner = config.uses_pooling_runner(name)
+            model = VllmModel(name, folder_of(config, name), paths, pooling_runner=pooling_runner)
             options = config.vllm_of(self._kind, name)
             return VllmEngine(
                 model,
@@ -476,8 +476,8 @@ class EngineFactory:
             # Kernels are chosen when an engine starts, so other kernels need another engine.
             if self._config.vllm_of(self._kind, name) != options:
                 continue
-            # An engine makes either text or embeddings, never both.
-            if self._config.embeds(name) != self._config.embeds(first):
+            # An engine makes either text or vectors, never both.
+            if self._config.uses_pooling_runner(name) != self._config.uses_pooling_runner(first):
                 continue
             try:
                 weights = _weights(self._config, name)
@@ -500,7 +500,8 @@ def _weights(config: Config, expert: str) -> Weights:
         except ConfigError as error:
             return Weights(folder, fault=error.message)
     adapter = settings.adapter if settings.form == "merged" else None
-    return Weights(folder, adapter, settings.strength, embeds=config.embeds(expert))
+    pooling_runner = config.uses_pooling_runner(expert)
+    return Weights(folder, adapter, settings.strength, pooling_runner=pooling_runner)
 
 
 def _family_in(expert: str, folder: str) -> str:

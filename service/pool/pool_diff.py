@@ -152,8 +152,8 @@ def units_of(
             expert = config.experts[name]
             base = config.experts[expert.base].model if expert.base is not None else None
             folders = (expert.model, expert.base, base, expert.adapter, expert.profile)
-            embeds = config.embeds(unit[0])
-            options = (profiles.get(name), expert.form, expert.strength, kernels, embeds)
+            pooling_runner = config.uses_pooling_runner(unit[0])
+            options = (profiles.get(name), expert.form, expert.strength, kernels, pooling_runner)
             parts = (*folders, *options, expert.command)
             experts[name] = ExpertSource(parts, versions.get(name, ""))
         units[unit[0]] = UnitSource(experts, config.needs(unit[0]))

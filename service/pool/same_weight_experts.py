@@ -157,7 +157,7 @@ class _Origins:
     def _options(self, expert: str) -> Origin:
         """Return the settings by which an engine of these weights is another one."""
         kernels = self._config.experts[expert].vllm.model_dump_json()
-        return (kernels, self._config.embeds(expert))
+        return (kernels, self._config.uses_pooling_runner(expert))
 
     def _path(self, expert: str, file: str) -> Origin:
         path = Path(file)

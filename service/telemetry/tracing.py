@@ -36,6 +36,9 @@ _OPERATIONS = {
     "/v1/responses": "chat",
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
+    "/v1/rerank": "rerank",
+    "/v1/score": "score",
+    "/v1/classify": "classify",
 }
 # Numeric fields of the request body, and their span attributes.
 _NUMERIC_FIELDS = {

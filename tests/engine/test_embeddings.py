@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.config import Config, VllmOptions
 from service.engine.engine_interface import EngineRequest, Message
-from service.engine.vllm.engine import POOLING_ENDPOINTS, VllmEngine, VllmModel
+from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
 from service.models import inspect_model
 from service.pool.memory_plan import check_plan, plan_pool
@@ -37,6 +37,7 @@ OPTIONS = VllmOptions(
     enforce_eager=True,
     kv_cache_bytes=16 * 1024**2,
 )
+ENDPOINTS = {"/v1/embeddings", "/v1/score", "/v1/rerank", "/tokenize", "/detokenize"}
 TEXTS = (
     "A ship comes in.",
     "The harbour master writes down its flag and its cargo.",
@@ -53,9 +54,11 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
-    found = VllmEngine(VllmModel("vectors", str(folder), {}, embeds=True), OPTIONS, on_cpu=True)
+    found = VllmEngine(
+        VllmModel("vectors", str(folder), {}, pooling_runner=True), OPTIONS, on_cpu=True
+    )
     report = await found.start()
-    assert report.endpoints == POOLING_ENDPOINTS
+    assert report.endpoints == ENDPOINTS
     yield found
     await found.stop()
 
@@ -63,13 +66,17 @@ async def engine(folder: Path) -> AsyncIterator[VllmEngine]:
 async def embed(
     engine: VllmEngine, given: Any, expert: str = "vectors", **more: Any
 ) -> dict[str, Any]:
+    return await ask(engine, "/v1/embeddings", expert, input=given, **more)
+
+
+async def ask(engine: VllmEngine, path: str, expert: str, **body: Any) -> dict[str, Any]:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    body = orjson.dumps({"model": expert, "input": given, **more})
-    await engine.run(EngineRequest("/v1/embeddings", expert, body, f"r{next(_ids)}"), send)
+    raw = orjson.dumps({"model": expert, **body})
+    await engine.run(EngineRequest(path, expert, raw, f"r{next(_ids)}"), send)
     assert sent[0]["status"] == 200, sent
     data: dict[str, Any] = orjson.loads(b"".join(m.get("body", b"") for m in sent[1:]))
     return data
@@ -125,6 +132,20 @@ async def test_embeddings_base64_has_the_same_numbers(engine: VllmEngine) -> Non
     assert np.allclose(np.frombuffer(base64.b64decode(coded), np.float32), plain, atol=1e-6)
 
 
+async def test_scores_and_ranks_are_cosines_of_the_embeddings(engine: VllmEngine) -> None:
+    found = vectors(await embed(engine, list(TEXTS)))
+    cosines = found[1:] @ found[0]
+    pairs = {"text_1": TEXTS[0], "text_2": list(TEXTS[1:])}
+    answer = await ask(engine, "/v1/score", "vectors", **pairs)
+    scores = [item["score"] for item in answer["data"]]
+    assert np.abs(np.array(scores) - cosines).max() < 1e-4
+    assert answer["usage"]["prompt_tokens"] > 0
+    asked = {"query": TEXTS[0], "documents": list(TEXTS[1:]), "top_n": 2}
+    ranks = (await ask(engine, "/v1/rerank", "vectors", **asked))["results"]
+    assert [item["index"] for item in ranks] == np.argsort(-cosines)[:2].tolist()
+    assert [item["document"]["text"] for item in ranks] == [TEXTS[1 + i["index"]] for i in ranks]
+
+
 async def test_embedding_models_of_one_family_share_an_engine(tmp_path: Path) -> None:
     """As on CPU by default: exchanged in place, and looked at by their vectors."""
     from safetensors.torch import load_file, save_file
@@ -133,7 +154,7 @@ async def test_embedding_models_of_one_family_share_an_engine(tmp_path: Path) ->
     file = folders[1] / "model.safetensors"
     changed = {name: weight * 1.3 + 0.01 for name, weight in load_file(file).items()}
     save_file(changed, file, metadata={"format": "pt"})
-    weights = {f.name: Weights(str(f), embeds=True) for f in folders}
+    weights = {f.name: Weights(str(f), pooling_runner=True) for f in folders}
     engine = SwappingVllmEngine(
         "one", weights, OPTIONS, on_cpu=True, canary_interval=1, canaries={}
     )

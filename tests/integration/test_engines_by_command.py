@@ -58,7 +58,7 @@ async def test_experts_by_command_answer_stream_and_embed(slots: int | None) -> 
     experts = {
         "a": expert(),
         "b": expert(model="b-at-home"),
-        "e": expert() | {"capabilities": ["embeddings"]},
+        "e": expert() | {"capabilities": ["embeddings", "rerank", "classify"]},
         "short": {"base": "a", "defaults": {"max_tokens": 8}},
     }
     async with run_gateway(config(experts, slots)) as service:
@@ -69,6 +69,11 @@ async def test_experts_by_command_answer_stream_and_embed(slots: int | None) -> 
         status, _, answer = await service.ask(body, "/v1/embeddings")
         assert status == 200
         assert answer["data"][0]["embedding"] == [0.5, 0.25]
+        asked = {"model": "auto", "query": "x", "documents": ["y"]}
+        status, _, answer = await service.ask(asked, "/v1/rerank")
+        assert (status, answer["results"][0]["relevance_score"]) == (200, 0.5)
+        status, _, answer = await service.ask(body, "/v1/classify")
+        assert (status, answer["data"][0]["label"]) == (200, "x")
         options = {"include_usage": True}
         async with service.post(hello("b", stream=True, stream_options=options)) as reply:
             lines = events(await reply.read())

@@ -125,6 +125,7 @@ READ = {
     },
     LOGGER: {"log_engine_initialized", "record", "record_sleep_state"},
     LLM: {"add_request"},
+    MODEL_CONFIG: {"get_pooling_task"},
     METHOD: {"process_weights_after_loading"},
     "vllm.model_executor.layers.linear:LinearBase": {"update_param_tp_status"},
     LOADER: {"_init_ep_weight_filter", "get_all_weights", "load_weights"},

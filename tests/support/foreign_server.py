@@ -94,6 +94,12 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/embeddings":
             data = [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}]
             self._answer(200, self._named({"object": "list", "data": data}, body))
+        elif self.path == "/v1/rerank":
+            results = [{"index": 0, "relevance_score": 0.5}]
+            self._answer(200, self._named({"results": results}, body))
+        elif self.path == "/classify":
+            data = [{"index": 0, "label": "x", "probs": [1.0], "num_classes": 1}]
+            self._answer(200, self._named({"data": data}, body))
         elif self.path == "/v1/chat/completions":
             self._chat(body)
         else:

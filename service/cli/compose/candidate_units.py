@@ -154,7 +154,7 @@ def candidates(
             continue
         if name not in wanted and not built:
             continue
-        if not config.embeds(name):
+        if not config.uses_pooling_runner(name):
             _add_base(found, config, name, built, sizes, options, on_gpu=on_gpu, merge=merge)
         else:
             found.units.append(_unit(found, config, name, sizes, options, on_gpu=on_gpu)[0])

@@ -416,7 +416,7 @@ def _required(config: Config, options: Mapping[str, Any]) -> set[str]:
     for name in options["keep"]:
         if name not in config.experts:
             raise ConfigError(f"--keep: no expert {name!r}; experts: {', '.join(config.experts)}")
-    embedding = {name for name in config.experts if config.embeds(name)}
+    embedding = {name for name in config.experts if config.uses_pooling_runner(name)}
     return {config.fallback, *options["keep"]} | embedding
 
 

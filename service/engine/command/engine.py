@@ -41,6 +41,7 @@ from service.errors import (
     OverCapacityError,
 )
 from service.http.asgi_helpers import LineBuffer, body_message, start_response
+from service.http.prompt_endpoints import UPSTREAM_PATHS
 from service.http.reply_model_name import rename_lines, rename_reply
 from service.rpc.http_connections import HttpConnection, HttpConnections, HttpReply
 
@@ -63,7 +64,10 @@ _LAST_EVENT = b"data: [DONE]"
 _LINES_TOLD, _CHARS_TOLD = 8, 1200
 # A vLLM of ours reads these. They would make another one load modules that it lacks.
 _OURS = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_RPC_BASE_PATH", "OMP_NUM_THREADS")
-_SALTED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_SALTED = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+    *("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify"),
+)
 
 
 class ServerRefusedError(Exception):
@@ -380,7 +384,8 @@ class CommandEngine:
             "accept-encoding": "identity",
             "x-request-id": request.request_id,
         }
-        head = connections.head(self._base + request.endpoint, headers)
+        path = UPSTREAM_PATHS.get(request.endpoint, request.endpoint)
+        head = connections.head(self._base + path, headers)
         reply = DeferredStartSend(send)
         connection: HttpConnection | None = None
         self._running += 1
@@ -536,6 +541,9 @@ def default_endpoints(capabilities: Collection[str]) -> frozenset[str]:
         "chat": "/v1/chat/completions",
         "completions": "/v1/completions",
         "embeddings": "/v1/embeddings",
+        "rerank": "/v1/rerank",
+        "score": "/v1/score",
+        "classify": "/v1/classify",
     }
     return frozenset(path for name, path in by_capability.items() if name in capabilities)
 

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 # choose the backend, the first client would decide for all others.
 _GRAMMAR_BACKEND = "xgrammar"
 
+# The path of each of vLLM's pooling tasks that has one of its own.
+_PATHS_BY_TASK = {"embed": "/v1/embeddings", "classify": "/v1/classify"}
+
 # vLLM's request ids of the present call. Tasks that the call starts share this list.
 _REQUEST_IDS: ContextVar[list[str] | None] = ContextVar("request_ids", default=None)
 
@@ -60,7 +63,8 @@ class LaunchSettings:
         options: The pool's `vllm` section.
         on_cpu: Whether the core runs in one process on the CPU.
         enforce_eager: Whether the engine runs without captured graphs.
-        embeds: Whether the model makes embeddings, even if its architecture could make text.
+        pooling_runner: Whether the model makes vectors, scores or classes, even if its
+            architecture could make text.
         adapters: The number of LoRA adapters that the engine can load.
         sleep: Whether the engine can free the accelerator's memory.
         worker_cls: The dotted name of the worker class. It is empty for vLLM's own class.
@@ -74,7 +78,7 @@ class LaunchSettings:
     options: VllmOptions
     on_cpu: bool
     enforce_eager: bool
-    embeds: bool = False
+    pooling_runner: bool = False
     adapters: int = 0
     sleep: bool = False
     worker_cls: str = ""
@@ -298,6 +302,21 @@ class VllmHandle:
         return "generate" in self._tasks
 
     @property
+    def pooling_endpoints(self) -> frozenset[str]:
+        """The endpoints that vLLM's OpenAI layer has for a model that generates no text."""
+        from vllm.entrypoints.pooling.utils import enable_scoring_api
+
+        config = self._llm.model_config
+        found = {"/tokenize", "/detokenize"}
+        task = config.get_pooling_task(self._tasks)
+        if (path := _PATHS_BY_TASK.get(task)) is not None:
+            found.add(path)
+        # Vectors are compared; a cross-encoder has one class, whose score it is.
+        if enable_scoring_api(self._tasks, config):
+            found |= {"/v1/rerank", "/v1/score"}
+        return frozenset(found)
+
+    @property
     def max_model_len(self) -> int:
         """The length of the context in tokens."""
         return int(self._llm.model_config.max_model_len)
@@ -468,7 +487,7 @@ def _frontend_args(settings: LaunchSettings) -> Namespace:
     args.enforce_eager = settings.enforce_eager
     args.tensor_parallel_size = options.tensor_parallel_size
     args.trust_remote_code = options.trust_remote_code
-    if settings.embeds:
+    if settings.pooling_runner:
         args.runner = "pooling"
     args.load_format = "safetensors"  # never pickle
     args.moe_backend = options.moe_backend

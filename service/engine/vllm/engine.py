@@ -48,6 +48,7 @@ from service.errors import (
     ExpertFailedError,
     OverCapacityError,
 )
+from service.http.prompt_endpoints import UPSTREAM_PATHS
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -60,7 +61,6 @@ GENERATE_ENDPOINTS = frozenset(
         "/detokenize",
     }
 )
-POOLING_ENDPOINTS = frozenset({"/v1/embeddings", "/tokenize", "/detokenize"})
 # vLLM writes all tokens of a text into one reply, which blocks the event loop.
 _TOKEN_ENDPOINTS = frozenset({"/tokenize", "/detokenize"})
 _MAX_TOKENIZE_BYTES = 4 * 1024 * 1024
@@ -76,13 +76,14 @@ class VllmModel:
         name: The name of the base expert.
         path: The folder of its weights.
         adapters: The folders of LoRA adapters by expert.
-        embeds: Whether the model makes embeddings, even if its architecture could make text.
+        pooling_runner: Whether the model makes vectors, scores or classes, even if its
+            architecture could make text.
     """
 
     name: str
     path: str
     adapters: dict[str, str]
-    embeds: bool = False
+    pooling_runner: bool = False
 
 
 class VllmEngine:
@@ -154,7 +155,7 @@ class VllmEngine:
             options=self._options,
             on_cpu=self._on_cpu,
             enforce_eager=self._options.enforce_eager,
-            embeds=self._model.embeds,
+            pooling_runner=self._model.pooling_runner,
             adapters=len(self._model.adapters),
             sleep=self._sleep_level > 0,
             gpu_share=self._gpu_share,
@@ -199,7 +200,7 @@ class VllmEngine:
         return EngineReport(
             engine="vllm",
             max_model_len=handle.max_model_len,
-            endpoints=GENERATE_ENDPOINTS if handle.generates else POOLING_ENDPOINTS,
+            endpoints=GENERATE_ENDPOINTS if handle.generates else handle.pooling_endpoints,
             details=handle.details,
         )
 
@@ -377,7 +378,7 @@ class _AsgiRequest:
     def __init__(self, request: EngineRequest) -> None:
         self.gone = asyncio.Event()
         self._body: bytes | None = request.body
-        path = request.endpoint
+        path = UPSTREAM_PATHS.get(request.endpoint, request.endpoint)
         self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},

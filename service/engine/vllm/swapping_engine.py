@@ -77,7 +77,8 @@ class Weights:
         strength: The factor of the adapter.
         steering: Rules for the gates. Such an expert runs on its base's weights.
         fault: Why the expert can't be served. It is the error of every request for the expert.
-        embeds: Whether the model makes embeddings instead of text.
+        pooling_runner: Whether the model makes vectors, scores or classes, even if its
+            architecture could make text.
     """
 
     folder: str
@@ -85,7 +86,7 @@ class Weights:
     strength: float = 1.0
     steering: Steering | None = None
     fault: str = ""
-    embeds: bool = False
+    pooling_runner: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -105,7 +106,7 @@ class Canary:
     Attributes:
         version: The version of the files that the expert was loaded from.
         answer: Two lists as JSON: the first greedy tokens and their log probabilities. An expert
-            that makes embeddings has no tokens, and its embedding is the second list.
+            that makes no text has no tokens, and its vector is the second list.
     """
 
     version: str
@@ -155,7 +156,9 @@ class SwappingVllmEngine(VllmEngine):
         gpu_share: GpuShare | None = None,
     ) -> None:
         self._share = EngineShare(cache) if cache is not None else None
-        model = VllmModel(first, weights[first].folder, {}, embeds=weights[first].embeds)
+        model = VllmModel(
+            first, weights[first].folder, {}, pooling_runner=weights[first].pooling_runner
+        )
         super().__init__(
             model,
             options,
@@ -468,9 +471,9 @@ class SwappingVllmEngine(VllmEngine):
         The first load of each version of its files records the answer. On a GPU, the first answer
         to each engine is compared loosely with it, and later answers strictly with that one.
         """
-        generates = self.vllm.generates
         body: dict[str, object] = {"model": expert}
-        if generates:
+        if self.vllm.generates:
+            path = "/v1/completions"
             body |= {
                 "prompt": self._canary_prompt(),
                 "max_tokens": _CANARY_TOKENS,
@@ -480,14 +483,19 @@ class SwappingVllmEngine(VllmEngine):
                 "logprobs": 1,
             }
         else:
+            path = "/v1/embeddings"
             body["input"] = self._canary_prompt()
+            if "/v1/classify" in self.vllm.pooling_endpoints:
+                path = "/v1/classify"
+                # Probabilities near 0 or 1 would hide differences.
+                body["use_activation"] = False
         parts: list[bytes] = []
 
         async def collect(message: Message) -> None:
             parts.append(message.get("body", b""))
 
         request = EngineRequest(
-            "/v1/completions" if generates else "/v1/embeddings",
+            path,
             expert,
             orjson.dumps(body),
             f"{CANARY}{time.monotonic_ns()}",
@@ -605,15 +613,18 @@ def answers_agree(
 
 
 def _canary_answer(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Return the tokens of a reply and their log probabilities, or no tokens and an embedding.
+    """Return the tokens of a reply and their log probabilities, or no tokens and a vector.
+
+    The vector is an embedding, or a classifier's values of all classes.
 
     Experts of one family often give the same first tokens. The probabilities distinguish them.
 
     Raises:
-        KeyError, IndexError: The reply has neither tokens nor an embedding.
+        KeyError, IndexError: The reply has neither tokens nor a vector.
     """
     if "data" in reply:
-        return [], reply["data"][0]["embedding"]
+        first = reply["data"][0]
+        return [], first["probs"] if "probs" in first else first["embedding"]
     choice = reply["choices"][0]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 

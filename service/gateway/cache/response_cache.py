@@ -47,6 +47,7 @@ log = logging.getLogger("coe.cache")
 
 _ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/v1/embeddings"}
+    | {"/v1/rerank", "/v1/score", "/v1/classify"}
 )
 # Fields about the sender, which do not change the answer. `stream_options` isn't among them: a
 # stream is cached with its chunks, and a client may fail on a chunk of usage that it did not want.

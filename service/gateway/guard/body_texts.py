@@ -13,12 +13,15 @@ _TRUSTED = frozenset({"system", "developer"})
 # Fields that an expert reads. The application's developer writes the fields of `_OPERATOR`, so
 # their texts are trusted. The fields of `_PROMPT` hold the conversation.
 _OPERATOR = (
-    *("system", "instructions", "tool_choice", "response_format"),
+    *("system", "instructions", "instruction", "tool_choice", "response_format"),
     *("structured_outputs", "output_format", "output_config", "text"),
 )
 # What tools are and take, often in the words of servers of others (Model Context Protocol).
 _TOOLS = ("tools", "functions")
-_PROMPT = ("messages", "input", "prompt", "suffix", "documents", "prediction")
+_PROMPT = (
+    *("messages", "input", "prompt", "suffix", "documents", "prediction"),
+    *("query", "text_1", "text_2"),
+)
 # Of these, the fields whose turns have roles.
 _TURNS = frozenset({"messages", "input"})
 # Strings under these keys belong to the protocol, and are no text. This does not hold inside of the

@@ -19,6 +19,11 @@ from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
 from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
+from service.gateway.request.text_pairs import (
+    repeated_bytes,
+    with_usual_names,
+    without_top_n_of_all,
+)
 from service.gateway.request.thinking_terms import (
     NO_TERMS,
     ThinkingTerms,
@@ -57,6 +62,7 @@ class InferenceRequest:
         tenant: The tenant that sent it.
         trace: Its W3C trace context, as headers.
         body_bytes: The size of its body, without the gateway's own options.
+        repeated_bytes: Bytes of text that a model reads once more with each further prompt.
         max_cost: Upper bound of the total cost of its calls, in units of cost.
         min_quality: Lower bound of the expected quality, in [0, 1].
         allow: The only experts that may be called; None without such a bound.
@@ -89,6 +95,7 @@ class InferenceRequest:
     tenant: Tenant = NOBODY
     trace: Mapping[str, str] = field(default_factory=dict)
     body_bytes: int = 0
+    repeated_bytes: int = 0
     max_cost: float | None = None
     min_quality: float = 0.0
     allow: frozenset[str] | None = None
@@ -121,7 +128,7 @@ class InferenceRequest:
 
     @property
     def _text_bytes(self) -> int:
-        return max(0, self.body_bytes - self.media.carried_bytes)
+        return max(0, self.body_bytes - self.media.carried_bytes) + self.repeated_bytes
 
     @property
     def _reads(self) -> Endpoint:
@@ -270,7 +277,9 @@ def parse_request(
         raise InvalidRequestError(
             f"`stream_options` must be an object, not {_kind(options)}", param="stream_options"
         )
+    changed = with_usual_names(endpoint, data)
     _check_prompt(endpoint, data)
+    changed |= without_top_n_of_all(endpoint, data)
     if max_messages is not None:
         _check_messages(endpoint, data, max_messages)
     _check_integers(data)
@@ -289,7 +298,7 @@ def parse_request(
         needs=_needs(endpoint, data) | media.needs,
         data=data,
         # Engines would refuse `coe`, nulls and hosted tools, so the body is serialized again.
-        raw=b"" if coe_options.own_key or unset or left_out else raw,
+        raw=b"" if coe_options.own_key or unset or left_out or changed else raw,
         request_id=request_id,
         client_id=given.decode() if _GIVEN_ID.match(given) else request_id,
         tenant=_lowered(tenant, headers),
@@ -298,6 +307,7 @@ def parse_request(
         own_deadline=coe_options.deadline_ms is not None,
         # The gateway's own options are no prompt: another bound must not change what it costs.
         body_bytes=len(raw) if own is None else max(0, len(raw) - len(orjson.dumps(own))),
+        repeated_bytes=repeated_bytes(endpoint, data),
         max_cost=coe_options.max_cost,
         min_quality=coe_options.min_quality,
         allow=coe_options.allow,
@@ -329,6 +339,8 @@ def _check_prompt(endpoint: str, data: dict[str, Any]) -> None:
     if not isinstance(prompt, kinds):
         allowed = " or ".join("a string" if kind is str else "a list" for kind in kinds)
         raise InvalidRequestError(f"`{name}` must be {allowed}, not {_kind(prompt)}", param=name)
+    if TABLE[endpoint].several and prompt == []:
+        raise InvalidRequestError(f"`{name}` must not be empty", param=name)
     if name == "messages" and isinstance(prompt, list):
         if not prompt:
             raise InvalidRequestError("`messages` must hold at least one message", param=name)

@@ -41,6 +41,8 @@ _MIN_QUALITY = 0.05
 # The allowed recipes are cached for this many sets of allowed experts, and the reference cost's
 # weights for as many sets of recipes that can answer.
 _MAX_ALLOWANCES = 1000
+# Most experts that an error names as those that can do what another one can't.
+_NAMED_ABLE = 8
 
 # A recipe that the client names has full quality, because nothing competes with it.
 _CERTAIN = np.ones(1)
@@ -294,7 +296,8 @@ class CandidatePlanner:
             if lacking:
                 raise InvalidRequestError(
                     f"expert {name!r} can't do {', '.join(sorted(lacking))}; "
-                    f"it can do {', '.join(sorted(able))}{_held_by_request(lacking)}",
+                    f"it can do {', '.join(sorted(able))}{_held_by_request(lacking)}"
+                    f"{self._who_can(request)}",
                     param="model",
                 )
             way = self._ways.get(name)
@@ -344,6 +347,16 @@ class CandidatePlanner:
             skill=skill,
             recruitable=recruitable,
         )
+
+    def _who_can(self, request: InferenceRequest) -> str:
+        """A clause for errors that names the experts that a tenant could ask instead."""
+        able = [
+            name
+            for name, expert in self._experts.items()
+            if request.needs <= {*expert.capabilities} and request.tenant.may_ask(name)
+        ]
+        more = f" and {len(able) - _NAMED_ABLE} more" if len(able) > _NAMED_ABLE else ""
+        return f"; these can: {', '.join(able[:_NAMED_ABLE])}{more}" if able else ""
 
     def _auto(self, model: str, tenant: Tenant) -> tuple[str, str | None]:
         """Split `auto[:preset][/category]`. Raises UnknownModelError."""

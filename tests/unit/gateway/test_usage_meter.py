@@ -312,3 +312,22 @@ async def test_usage_meter_hidden_usage_still_tells_the_thinking() -> None:
     assert b"usage" not in await metered(meter, pieces)
     assert meter.reasoning_tokens == 5
     assert UsageMeter(chat_request(stream=True)).reasoning_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens"),
+    [
+        ({"usage": {"prompt_tokens": 9, "total_tokens": 9}}, 9),
+        ({"usage": {"total_tokens": 9}}, 9),
+        ({"usage": {"tokens": 9}}, None),
+        ({}, None),
+    ],
+)
+async def test_usage_meter_an_endpoint_that_generates_nothing_has_no_answer_s_tokens(
+    reply: dict[str, Any], tokens: int | None
+) -> None:
+    request = parse_request("/v1/rerank", b'{"query":"q","documents":["a"]}', {}, 1000)
+    meter = UsageMeter(request)
+    body = orjson.dumps({**reply, "results": [{"document": {"text": "a" * 400}}]})
+    await metered(meter, [body], kind=b"application/json")
+    assert meter.calls_made("e") == [("e", tokens or request.prompt_tokens, 0)]

@@ -112,6 +112,12 @@ async def test_check_redacts_personal_data_in_every_message() -> None:
     [
         ("/v1/completions", {"prompt": ["a", "mail a@example.com"]}),
         ("/v1/embeddings", {"input": "mail a@example.com"}),
+        ("/v1/rerank", {"query": "mail a@example.com", "documents": ["x"]}),
+        ("/v1/rerank", {"query": "x", "documents": ["y", "mail a@example.com"]}),
+        ("/v1/rerank", {"query": "x", "documents": ["y"], "instruction": "mail a@example.com"}),
+        ("/v1/score", {"text_1": "mail a@example.com", "text_2": "x"}),
+        ("/v1/score", {"queries": "x", "documents": ["y", "mail a@example.com"]}),
+        ("/v1/classify", {"input": ["x", "mail a@example.com"]}),
         ("/v1/responses", {"input": [{"role": "user", "content": "mail a@example.com"}]}),
         ("/v1/responses", {"input": "x", "instructions": "mail a@example.com"}),
         (
