@@ -34,7 +34,7 @@ from service.gateway.routes import (
 from service.gateway.routes.inference import InferenceEndpoint
 from service.gateway.unknown_path_hints import hint_for
 from service.http.asgi_helpers import Message, Receive, Send, send_response
-from service.http.error_formats import ErrorResponse, dialect_of, error_response
+from service.http.error_formats import Dialect, ErrorResponse, dialect_of, error_response
 from service.http.prompt_endpoints import ENDPOINTS
 from service.telemetry.metric_declarations import REQUESTS_REJECTED
 
@@ -135,7 +135,7 @@ def _guarded(app: App, services: GatewayServices) -> App:
 def _add_error_handlers(app: FastAPI, paths: list[str]) -> None:
     @app.exception_handler(CoeError)
     async def answer_own_error(request: Request, error: CoeError) -> Response:
-        return _response(error_response(error, dialect_of(request.scope["path"])))
+        return _response(error_response(error, _dialect(request)))
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
@@ -144,10 +144,14 @@ def _add_error_handlers(app: FastAPI, paths: list[str]) -> None:
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
             wrong_method = InvalidRequestError(f"{path} takes {allowed}, not {request.method}")
-            response = error_response(wrong_method, dialect_of(path))
+            response = error_response(wrong_method, _dialect(request))
             return _response(response, status=405, headers=error.headers)
         unknown = UnknownEndpointError(f"there is no {path}{hint_for(path, paths)}")
-        return _response(error_response(unknown, dialect_of(path)))
+        return _response(error_response(unknown, _dialect(request)))
+
+
+def _dialect(request: Request) -> Dialect:
+    return dialect_of(request.scope["path"], request.scope["headers"])
 
 
 def _response(

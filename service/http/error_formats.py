@@ -8,7 +8,7 @@ https://docs.anthropic.com/en/api/errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -60,6 +60,8 @@ _ANTHROPIC_TYPE = {
     504: "timeout_error",
 }
 FAULT_HEADER = b"x-coe-fault"
+ANTHROPIC_HEADER = b"anthropic-version"
+"""A header that each of Anthropic's clients sends. Some paths are those of OpenAI's API, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,16 @@ class Dialect(StrEnum):
     MESSAGES = "messages"
 
 
-def dialect_of(path: str) -> Dialect:
-    """The dialect of an endpoint; OpenAI's for unknown paths."""
+def dialect_of(path: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> Dialect:
+    """The dialect of an endpoint; OpenAI's for unknown paths.
+
+    Args:
+        path: Its path.
+        headers: The request's headers, which tell the client's API where paths don't.
+    """
     if path.startswith("/v1/messages"):
+        return Dialect.MESSAGES
+    if path.startswith("/v1/models") and any(name == ANTHROPIC_HEADER for name, _ in headers):
         return Dialect.MESSAGES
     return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.CHAT
 

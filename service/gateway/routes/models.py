@@ -1,11 +1,14 @@
-"""`GET /v1/models`: the experts, recipes and aliases that a tenant may use, with their states."""
+"""`GET /v1/models`: the experts, recipes and aliases that a tenant may use, with their states.
+
+A request with the header `anthropic-version` gets the form of Anthropic's API.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from service.broker.pool_state import PoolView
 from service.broker.recipe_steps import LEAST_RECRUITS
@@ -13,11 +16,19 @@ from service.broker.token_prices import prices_of
 from service.config import Config
 from service.config.aliases import ResolvedAlias
 from service.errors import UnknownEndpointError, UnknownModelError
-from service.gateway.dependencies import CurrentTenant, GatewayServices, Services, json_response
+from service.gateway import anthropic_models
+from service.gateway.dependencies import (
+    CurrentTenant,
+    GatewayServices,
+    Services,
+    headers_of,
+    json_response,
+)
 from service.gateway.folder_redaction import without_folders
 from service.gateway.request.parsing import AUTO, GENERAL
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.gateway.routing.candidate_planner import PRESETS
+from service.http.error_formats import ANTHROPIC_HEADER
 from service.types import NOBODY, Residency, Tenant
 
 router = APIRouter()
@@ -36,25 +47,30 @@ _RECIPE_CAPABILITIES = ("chat", "json", "vision", "audio")
 
 
 @router.get("/v1/models")
-async def list_models(services: Services, tenant: CurrentTenant) -> Response:
-    """Return OpenAI's list of models."""
+async def list_models(request: Request, services: Services, tenant: CurrentTenant) -> Response:
+    """Return OpenAI's list of models, or a page of Anthropic's."""
     states = _public_states(services)
     created_s = services.state.created_s
     models = listing(services.config, states, created_s, tenant, services.aliases)
+    if ANTHROPIC_HEADER in headers_of(request):
+        return json_response(anthropic_models.page_of(models["data"], request.query_params))
     return json_response(models)
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, services: Services, tenant: CurrentTenant) -> Response:
+async def get_model(
+    name: str, request: Request, services: Services, tenant: CurrentTenant
+) -> Response:
     """Return one model."""
     if not name:
         raise UnknownEndpointError("there is no /v1/models/; did you mean /v1/models?")
     states = _public_states(services)
     created_s = services.state.created_s
     model = entry(services.config, states, created_s, name, tenant, services.aliases)
-    if model is None:
+    anthropic = ANTHROPIC_HEADER in headers_of(request)
+    if model is None or (anthropic and not anthropic_models.chats(model)):
         raise UnknownModelError(f"the model {name[:128]!r} does not exist", param="model")
-    return json_response(model)
+    return json_response(anthropic_models.model_of(model) if anthropic else model)
 
 
 def _public_states(services: GatewayServices) -> dict[str, dict[str, Any]]:

@@ -164,6 +164,13 @@ def test_dialect_of_path(path: str, dialect: Dialect) -> None:
     assert dialect_of(path) is dialect
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/nobody"])
+def test_dialect_of_models_is_the_client_s(path: str) -> None:
+    theirs = [(b"anthropic-version", b"2023-06-01")]
+    assert dialect_of(path, theirs) is Dialect.MESSAGES
+    assert dialect_of(path) is dialect_of("/v1/chat/completions", theirs) is Dialect.CHAT
+
+
 @pytest.mark.parametrize("name", sorted(STATUS))
 def test_anthropic_error_has_a_type_that_anthropic_defines(name: str) -> None:
     fault = error_response(CLASSES[name]("what happened"), Dialect.MESSAGES)
