@@ -15,10 +15,10 @@ _EXPERTS = {
 
 
 async def test_anthropic_client_lists_models_by_page_and_finds_them() -> None:
-    async with run_gateway(simulated({"cpu": {"max_model_len": 64}}, experts=_EXPERTS)) as s:
-        async with anthropic.AsyncAnthropic(
-            base_url=s.url, api_key="none", max_retries=0
-        ) as client:
+    config = simulated({"cpu": {"max_model_len": 64}}, experts=_EXPERTS)
+    async with run_gateway(config) as s:
+        client = anthropic.AsyncAnthropic(base_url=s.url, api_key="none", max_retries=0)
+        async with client:
             page = await client.models.list(limit=2)
             assert [model.id for model in page.data] == ["auto", "a"]
             assert page.has_more

@@ -9,7 +9,6 @@ import pytest
 from service.config import SimulatedOptions
 from service.engine.simulated_engine import SimulatedEngine
 from service.engine.simulated_readings import CLASSES, likeness
-from service.errors import InvalidRequestError
 from tests.support.engine_requests import ask
 
 QUERY = "a ship in the harbour"
@@ -42,8 +41,7 @@ async def test_scores_of_two_lists_are_of_pairs() -> None:
     scores = await answer("/v1/score", text_1=TEXTS, text_2=TEXTS[::-1])
     expected = [likeness(*pair) for pair in zip(TEXTS, TEXTS[::-1], strict=True)]
     assert [item["score"] for item in scores["data"]] == expected
-    with pytest.raises(InvalidRequestError):
-        await answer("/v1/score", text_1=TEXTS, text_2=TEXTS[:2])
+    assert "error" in await answer("/v1/score", text_1=TEXTS, text_2=TEXTS[:2])
 
 
 async def test_classes_have_probabilities_and_the_likeliest_as_the_label() -> None:
@@ -52,8 +50,6 @@ async def test_classes_have_probabilities_and_the_likeliest_as_the_label() -> No
         assert len(item["probs"]) == item["num_classes"] == len(CLASSES)
         assert sum(item["probs"]) == pytest.approx(1)
         assert item["label"] == CLASSES[item["probs"].index(max(item["probs"]))]
-    assert await answer("/v1/classify", input=TEXTS[0]) == {
-        **classes,
-        "data": classes["data"][:1],
-        "usage": {"prompt_tokens": 3, "total_tokens": 3},
-    }
+    alone = await answer("/v1/classify", input=TEXTS[0])
+    assert alone["data"] == classes["data"][:1]
+    assert alone["usage"] == {"prompt_tokens": 3, "total_tokens": 3}

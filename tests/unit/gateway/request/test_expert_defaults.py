@@ -48,6 +48,13 @@ EVERY = {
     "reasoning_effort": "low",
     "chat_template_kwargs": {"enable_thinking": False},
 }
+# Texts that are read only: no default changes how.
+READ: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"input": "q"},
+    "/v1/rerank": {"query": "q", "documents": ["d"]},
+    "/v1/score": {"text_1": "a", "text_2": "b"},
+    "/v1/classify": {"input": "q"},
+}
 PROMPTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER]},
     COMPLETIONS: {"prompt": "q"},
@@ -55,7 +62,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     MESSAGES: {"messages": [USER]},
     COUNT_TOKENS: {"messages": [USER]},
     TOKENIZE: {"messages": [USER]},
-    "/v1/embeddings": {"input": "q"},
+    **READ,
     "/detokenize": {"tokens": [1]},
 }
 SAMPLING = {name: EVERY[name] for name in ("temperature", "top_p", "top_k")}
@@ -108,7 +115,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     COUNT_TOKENS: {"messages": [USER], "system": "Be brief.", **THINKING},
     TOKENIZE: {**WITH_SYSTEM, **THINKING},
-    "/v1/embeddings": {"input": "q"},
+    **READ,
     "/detokenize": {"tokens": [1]},
 }
 

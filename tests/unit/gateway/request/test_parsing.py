@@ -16,6 +16,10 @@ from service.types import Tenant
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+EVERY_PROMPT: dict[str, Any] = {
+    **{"messages": HELLO, "prompt": "x", "input": "x"},
+    **{"query": "x", "documents": ["x"], "text_1": "x", "text_2": "x"},
+}
 
 
 def request_for(
@@ -129,7 +133,7 @@ def test_body_for_too_deeply_nested_body_raises() -> None:
 )
 @pytest.mark.parametrize("value", ["16384", 16384.0, True, [5], {}, 1e30, "x"])
 def test_parse_request_non_integer_count_raises(path: str, field: str, value: object) -> None:
-    body = {"messages": HELLO, "prompt": "x", "input": "x", field: value}
+    body = {**EVERY_PROMPT, field: value}
     with pytest.raises(InvalidRequestError, match=f"`{field}` must be an integer") as caught:
         request_for(body, path)
     assert caught.value.param == field
@@ -137,7 +141,7 @@ def test_parse_request_non_integer_count_raises(path: str, field: str, value: ob
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_parse_request_null_field_is_treated_as_unset(path: str) -> None:
-    body = {"messages": HELLO, "prompt": "x", "input": "x"}
+    body = {**EVERY_PROMPT}
     nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
     got = request_for({**body, **dict.fromkeys(nulls)}, path)
     assert got.data == body
