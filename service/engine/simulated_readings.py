@@ -27,7 +27,7 @@ def texts_of(body: dict[str, Any], name: str) -> list[str]:
         InvalidRequestError: The field holds something else, or nothing.
     """
     given = body.get(name)
-    texts = given if isinstance(given, list) else [given]
+    texts: list[Any] = given if isinstance(given, list) else [given]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidRequestError(f"`{name}` must be a string or a list of strings", param=name)
     return texts
@@ -42,7 +42,7 @@ def likeness(first: str, second: str) -> float:
 def _rank(expert: str, request_id: str, body: dict[str, Any]) -> dict[str, Any]:
     query, documents = texts_of(body, "query")[0], texts_of(body, "documents")
     top_n = body.get("top_n") or len(documents)
-    results = [
+    results: list[dict[str, Any]] = [
         {"index": i, "document": {"text": text}, "relevance_score": likeness(query, text)}
         for i, text in enumerate(documents)
     ]

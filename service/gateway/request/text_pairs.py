@@ -95,7 +95,7 @@ def repeated_bytes(endpoint: str, data: dict[str, Any]) -> int:
 
 
 def _texts(name: str, given: object, *, alone: bool = False) -> list[str]:
-    texts = given if isinstance(given, list) and not alone else [given]
+    texts: list[Any] = given if isinstance(given, list) and not alone else [given]
     if not texts:
         raise InvalidRequestError(f"`{name}` must hold at least one text", param=name)
     for i, text in enumerate(texts):
