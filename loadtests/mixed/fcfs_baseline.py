@@ -32,6 +32,11 @@ class Fcfs:
         self._event = asyncio.Event()
         self.switches = 0
 
+    @property
+    def running(self) -> str:
+        """The expert that runs."""
+        return self._running
+
     @asynccontextmanager
     async def lease(self, expert: str) -> AsyncIterator[float]:
         """Wait for one's turn; yields how long that took, in s."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,6 +53,8 @@ log = logging.getLogger("coe.pool")
 _PLACE_S, _SOON_S = 0.25, 0.05
 # Seconds between two looks at the placement of units while nobody asks.
 _QUIET_S = 2.0
+# Gateways are told of times that run on, without another change, as often as this.
+_REFRESH_S = 1.0
 # Larger bodies are read in a thread.
 _LARGE_BYTES = 128 * 1024
 OPERATIONS = ("load", "evict", "unload", "pin", "unpin")
@@ -112,6 +114,9 @@ class Pool:
         # Experts of the config that only other kinds of pools have.
         self._elsewhere: frozenset[str] = frozenset()
         self._seq = 0
+        # Counts what a snapshot may tell, also what alone is no reason to send one.
+        self._revision = 0
+        self._told: _Told | None = None
         self._listeners: set[asyncio.Event] = set()
 
     def add(self, slot: BaseSlot[Any]) -> None:
@@ -152,6 +157,7 @@ class Pool:
     def changed(self) -> None:
         """Publish a new snapshot after a change of the pool's state."""
         self._seq += 1
+        self._revision += 1
         for listener in self._listeners:
             listener.set()
 
@@ -460,6 +466,7 @@ class Pool:
         """
         log_fields(request_id=call.request_id, expert=call.expert)
         self._acks.record(call.gateway, call.seq)
+        self._revision += 1
         self._called.set()
         if self._is_replaced:
             raise PoolReplacedError("this pool is being replaced")
@@ -512,6 +519,7 @@ class Pool:
         self._prefixes.record(call.prefix, call.expert, time.monotonic())
         latency = self._latencies.setdefault(held, ExpertLatency())
         reply.report(latency, call.prompt_tokens, call.places)
+        self._revision += 1
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Return the prompt and answer tokens of a call that its gateway has abandoned.
@@ -673,6 +681,25 @@ class Pool:
             self.slots[i].ahead_s = ahead_s
             ahead_s += self.slots[i].start_left_s()
 
+    def _recent_snapshot(self) -> Snapshot:
+        """Return the state of now. All gateways get the same object until something changes.
+
+        Times that only run on, such as a countdown, may be up to a second old.
+        """
+        told, now_s = self._told, time.monotonic()
+        if told is None or told.revision != self._revision or now_s - told.at_s >= _REFRESH_S:
+            told = self._told = _Told(self.snapshot(), self._revision, now_s)
+        return told.snapshot
+
+    def _line(self, now: Snapshot, before: Snapshot | None) -> bytes:
+        """Encode a snapshot as a line. Gateways that were told the same before share it."""
+        told = self._told
+        if told is None or told.snapshot is not now or before is None:
+            return encode(now, before)
+        if told.line is None or told.before is not before:
+            told.before, told.line = before, encode(now, before)
+        return told.line
+
     async def snapshots(self) -> AsyncIterator[bytes]:
         """Yield lines for one gateway: the whole state, then merged changes and heartbeats."""
         before: Snapshot | None = None
@@ -681,8 +708,8 @@ class Pool:
         try:
             while True:
                 change.clear()
-                now = self.snapshot()
-                yield encode(now, before)
+                now = self._recent_snapshot()
+                yield self._line(now, before)
                 before = now
                 await asyncio.sleep(COALESCE_S)
                 with suppress(TimeoutError):
@@ -784,7 +811,26 @@ class Pool:
 
     def queued(self) -> int:
         """The number of running and waiting requests."""
-        return sum(q.waiting + q.running for slot in self.slots for q in slot.queues().values())
+        return sum(slot.requests for slot in self.slots)
+
+
+@dataclass(slots=True)
+class _Told:
+    """What gateways are told of a pool.
+
+    Attributes:
+        snapshot: The state.
+        revision: What the pool's revision was then.
+        at_s: When that was.
+        before: The state that `line` tells the differences from.
+        line: The encoded differences; None before the first.
+    """
+
+    snapshot: Snapshot
+    revision: int
+    at_s: float
+    before: Snapshot | None = None
+    line: bytes | None = None
 
 
 async def _addressed(body: bytes, held: str) -> bytes:

@@ -328,6 +328,15 @@ class FairQueue:
         """The number of tickets, waiting and running."""
         return len(self._waiting) + self._running
 
+    @property
+    def waiting(self) -> int:
+        """The number of waiting tickets."""
+        return len(self._waiting)
+
+    def waiting_experts(self) -> set[str]:
+        """Return the experts for which tickets wait."""
+        return {ticket.expert for ticket in self._waiting}
+
     def _run(self, ticket: Ticket) -> None:
         ticket.running = True
         self._running += 1
@@ -437,6 +446,15 @@ class TicketQueue:
     def total(self) -> int:
         """The number of tickets, waiting and running."""
         return self._queue.total
+
+    @property
+    def waiting(self) -> int:
+        """The number of waiting tickets."""
+        return self._queue.waiting
+
+    def waiting_experts(self) -> set[str]:
+        """Return the experts for which tickets wait."""
+        return self._queue.waiting_experts()
 
     def waiting_for(self, expert: str) -> list[Ticket]:
         """The tickets that wait for one expert, oldest first."""

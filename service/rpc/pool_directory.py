@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -16,33 +17,51 @@ from service.rpc.pool_link import PoolAddress, PoolLink, SnapshotListener, new_s
 from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta
 
 _MOST_POOLS = 64
+# Pools of each kind that a gateway follows at least, as far as there are so many. The kinds have
+# different experts, and a kind of which no pool is followed could not be asked at all.
+_LEAST_OF_KIND = 4
 
 
 def followed_subset(gateway: str, addresses: list[PoolAddress]) -> list[PoolAddress]:
-    """The pools that a gateway follows: all of them, or 64 that a rendezvous hash selects."""
+    """The pools that a gateway follows: all of them, or 64 that a rendezvous hash selects.
+
+    Of each kind there are at least four, if the kind has so many. With many kinds there may be more
+    than 64 in all.
+    """
     if len(addresses) <= _MOST_POOLS:
         return addresses
 
     def weight(address: PoolAddress) -> bytes:
         return hashlib.blake2b(f"{gateway}\0{address.boot}".encode()).digest()
 
-    return sorted(addresses, key=weight, reverse=True)[:_MOST_POOLS]
+    ranked = sorted(addresses, key=weight, reverse=True)
+    of_kind: Counter[str] = Counter()
+    sure: list[PoolAddress] = []
+    others: list[PoolAddress] = []
+    for address in ranked:
+        of_kind[address.kind] += 1
+        (sure if of_kind[address.kind] <= _LEAST_OF_KIND else others).append(address)
+    return sure + others[: max(0, _MOST_POOLS - len(sure))]
 
 
 class PoolDirectory:
     """Links to the pools that exist now.
 
-    If there are more than 64 pools, a gateway follows a stable subset of them. A rendezvous hash of
-    the gateway's id and the pool's id selects it.
+    If there are more than 64 pools, a gateway follows a stable subset of them, which has pools of
+    every kind. A rendezvous hash of the gateway's id and the pool's id selects it.
 
     Args:
         gateway: This gateway's id.
         secret: The cluster's secret.
+        make_link: Makes the link to a pool, with the arguments of `PoolLink`.
     """
 
-    def __init__(self, gateway: str, secret: str) -> None:
+    def __init__(
+        self, gateway: str, secret: str, make_link: Callable[..., PoolLink] = PoolLink
+    ) -> None:
         self.gateway = gateway
         self._secret = secret
+        self._make_link = make_link
         self._session: aiohttp.ClientSession | None = None
         # By boot id. Also pools that have sent no snapshot yet, or not for a while.
         self.followed: dict[str, PoolLink] = {}
@@ -64,7 +83,7 @@ class PoolDirectory:
             link = self.followed.pop(boot)
             self._leaving[link] = asyncio.create_task(self._disconnect(link))
         for boot in wanted.keys() - self.followed.keys():
-            self.followed[boot] = PoolLink(
+            self.followed[boot] = self._make_link(
                 wanted[boot],
                 self._session,
                 self._secret,

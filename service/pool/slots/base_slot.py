@@ -522,6 +522,11 @@ class BaseSlot(ABC, Generic[E]):
     def states(self) -> dict[str, ExpertState]:
         """Return each expert's state with the time until it is ready."""
 
+    @property
+    def requests(self) -> int:
+        """The number of waiting and running requests."""
+        return self._queue.total
+
     def queues(self) -> dict[str, Queue]:
         """Return each expert's waiting and running requests."""
         return {name: self._queue.snapshot(name) for name in self.experts}

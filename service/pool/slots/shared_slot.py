@@ -434,9 +434,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 self._wake.clear()
                 if self._resting or not await self._take_step(engine):
                     break
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._tick_s()):
-                        await self._wake.wait()
+                await self._until_next_step(engine)
         finally:
             slept = self._state is SlotState.ASLEEP
             self._enter(SlotState.STOPPING)
@@ -452,6 +450,29 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return
         self._engine = None
         self._reset_residency()
+
+    async def _until_next_step(self, engine: SwappingEngine) -> None:
+        """Wait until the planner may decide otherwise than at the last step.
+
+        Events wake the controller. Time alone changes a decision only while requests wait for
+        another unit, weights are moved, or idle units may be due.
+        """
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._tick_s()):
+                    await self._wake.wait()
+                return
+            if engine.failure() is not None or self._resting or self._depends_on_time():
+                return
+
+    def _depends_on_time(self) -> bool:
+        return (
+            self._state is not SlotState.SERVING
+            or bool(self._retired)
+            or bool(self.idle_policy.limits_s)
+            or not self._weights.is_idle
+            or self._queue.waiting > self._waiting_in(self.running_unit)
+        )
 
     def _tick_s(self) -> float:
         """Return the seconds until the next look, if nothing wakes the controller before."""
@@ -826,6 +847,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         names = self._weights.unit(unit).experts
         if all(self._states[name].state is Residency.FAILED for name in names):
             self._show(unit, self._weights.state(unit).tier)
+        self._wake.set()
 
     def on_engine_death(self) -> None:
         self._enter(SlotState.STOPPING)
@@ -930,15 +952,6 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     def _respawn_time_s(self, unit: str) -> float:
         """Return the seconds to replace this engine by another engine that runs a unit."""
         return self._stop_time_s(self._started_unit) + self._start_time_s(unit)
-
-    def _swap_time_s(self, unit: str, able: Collection[str]) -> float:
-        """Return the seconds from a unit's present residency until it runs."""
-        if unit not in able:
-            return self._respawn_time_s(unit)
-        state = self._weights.state(unit)
-        if state.starts:
-            return self._start_time_s(unit)
-        return state.swap_s + self._weights.fetch_time_s(unit)
 
     def _round_trip_s(self, unit: str, able: Collection[str]) -> tuple[float, float]:
         """Return the seconds of a swap from the running unit to a held unit, and back again."""
@@ -1086,31 +1099,47 @@ class SharedSlot(BaseSlot[SwappingEngine]):
     def _unit_views(self, now_s: float, able: frozenset[str]) -> list[UnitView]:
         """Return the units as the planner sees them. `able` has the units the engine can run."""
         views = []
-        for unit, state in self._weights:
+        weights, none_waits = self._weights, ()
+        stop_s = self._stop_time_s(self._started_unit)
+        asked = self._queue.waiting_experts()
+        for unit, state in weights:
             name = unit.name
             # A failed unit may still be held, because other units run on its weights.
             failed = state.failed_until > now_s and state.tier is not Residency.HOST
             if (failed or name in self._retired) and name != self.running_unit:
                 continue
-            waiting = [t for expert in unit.experts for t in self._queue.waiting_for(expert)]
-            is_loading = name == self._weights.loading_unit
+            waiting: Sequence[Ticket] = none_waits
+            if asked and not asked.isdisjoint(unit.experts):
+                waiting = [t for expert in unit.experts for t in self._queue.waiting_for(expert)]
+            is_able = name in able
+            # Most units have weights of their own, and their times need no other unit's.
+            start_s = state.start_s or self._start_s
+            if unit.needs is not None:
+                start_s = self._start_time_s(name)
+            swap_s = stop_s + start_s
+            if is_able:
+                swap_s = (
+                    start_s if state.starts else state.swap_s + self._weights.fetch_time_s(name)
+                )
             views.append(
                 UnitView(
                     name=name,
-                    tier=Residency.LOADING if is_loading else state.tier,
+                    tier=Residency.LOADING if name == weights.loading_unit else state.tier,
                     waiting=len(waiting),
-                    waiting_tokens=sum(ticket.tokens for ticket in waiting),
-                    oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0),
+                    waiting_tokens=sum(ticket.tokens for ticket in waiting) if waiting else 0,
+                    oldest_s=max((now_s - t.arrived_s for t in waiting), default=0.0)
+                    if waiting
+                    else 0.0,
                     demand_per_s=state.demand_per_s(now_s),
                     host_bytes=0 if unit.needs else state.host_bytes,
                     fill_s=state.fill_s,
-                    swap_s=self._swap_time_s(name, able),
+                    swap_s=swap_s,
                     pinned=state.pinned,
-                    swappable=name in able,
+                    swappable=is_able,
                     wanted=state.wanted,
                     needs=unit.needs,
-                    start_s=self._respawn_time_s(name),
-                    batch_waiting=sum(ticket.of_batch for ticket in waiting),
+                    start_s=stop_s + start_s,
+                    batch_waiting=sum(ticket.of_batch for ticket in waiting) if waiting else 0,
                 )
             )
         return views

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from service.errors import PoolUnavailableError
 from service.rpc.call_headers import Call
-from service.rpc.pool_directory import PoolDirectory
+from service.rpc.pool_directory import PoolDirectory, followed_subset
 from service.rpc.pool_link import PoolAddress, PoolLink, new_session
 from service.rpc.snapshot import ExpertState, Snapshot, decode, encode
 from service.types import Residency
@@ -162,3 +165,42 @@ async def test_context_of_many_experts_reads_each_pool_once_per_snapshot() -> No
     assert directory.context("e0") == 9
     assert reads == 20, "a line that tells of other things than experts changes nothing"
     await directory.close()
+
+
+addresses = st.lists(
+    st.builds(PoolAddress, st.just("http://h:1"), st.sampled_from("abcdefgh"), st.uuids().map(str)),
+    max_size=300,
+    unique_by=lambda address: address.boot,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(addresses, st.text(max_size=8))
+def test_followed_subset_is_bounded_and_has_pools_of_every_kind(
+    pools: list[PoolAddress], gateway: str
+) -> None:
+    followed = followed_subset(gateway, pools)
+    of_kind = Counter(address.kind for address in pools)
+    kept = Counter(address.kind for address in followed)
+    assert set(followed) <= set(pools)
+    assert len(set(followed)) == len(followed) == min(64, len(pools))
+    assert all(kept[kind] >= min(4, count) for kind, count in of_kind.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(addresses, st.integers(0, 299))
+def test_followed_subset_changes_little_when_a_pool_ends(pools: list[PoolAddress], at: int) -> None:
+    assume(pools)
+    gone = pools[at % len(pools)]
+    before = set(followed_subset("g", pools))
+    after = set(followed_subset("g", [one for one in pools if one is not gone]))
+    assert before - after <= {gone}
+    # Its place is taken by the next of its kind, or by the next of all.
+    assert len(after - before) <= 1
+
+
+def test_followed_subset_of_many_kinds_may_be_larger() -> None:
+    pools = [PoolAddress("http://h:1", f"k{i % 40}", str(i)) for i in range(400)]
+    followed = Counter(address.kind for address in followed_subset("g", pools))
+    assert sum(followed.values()) == 160
+    assert set(followed.values()) == {4}

@@ -1,0 +1,1 @@
+"""A fleet of accelerators on a virtual clock, with the service's own decisions."""
