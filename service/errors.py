@@ -232,7 +232,7 @@ class StoreUnavailableError(UnavailableError):
 
 
 class StorageFullError(CoeError):
-    """The disk of files and batches is full; nothing of the request was kept (507)."""
+    """The disk of files, batches and responses is full; nothing was kept (507)."""
 
     code = "storage_full"
 

@@ -158,6 +158,8 @@ cluster's secret alone, which gateways show them), none. */}}
   value: /run/coe
 - name: COE_BATCHES
   value: /batches
+- name: COE_RESPONSES
+  value: /batches/responses
 {{- if .root.Values.secrets.apiKey }}
 - name: COE_API_KEY
   valueFrom:

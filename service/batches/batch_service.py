@@ -23,7 +23,7 @@ from service.batches.batch_records import (
     new_batch_id,
     new_file_id,
 )
-from service.batches.batch_state import BatchState, BatchStatistics, Page
+from service.batches.batch_state import BatchState, BatchStatistics
 from service.batches.batch_types import WINDOW, parse_terms
 from service.batches.file_folder import FileFolder, PartialFile
 from service.config import BatchesConfig
@@ -34,6 +34,7 @@ from service.errors import (
     RateLimitExceededError,
     UnknownModelError,
 )
+from service.store.list_page import Page
 from service.task_cancellation import cancel_and_wait
 from service.types import Tenant
 

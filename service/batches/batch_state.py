@@ -11,21 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from service.batches.batch_records import BatchRecord, FileRecord, LineResult
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Which part of a list is wanted.
-
-    Attributes:
-        limit: The most entries.
-        after: The id after which it starts; None for the start.
-        ascending: Whether the oldest come first.
-    """
-
-    limit: int
-    after: str | None = None
-    ascending: bool = False
+from service.store.list_page import Page
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,8 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from service.batches.batch_progress import ModelCounts
 from service.batches.batch_records import (
@@ -35,14 +32,14 @@ from service.batches.batch_records import (
     load_batch,
     load_file,
 )
-from service.batches.batch_state import BatchStatistics, Page
+from service.batches.batch_state import BatchStatistics
 from service.errors import StoreUnavailableError
-from service.store.redis_commands import RedisConnections
+from service.store.list_page import Page
+from service.store.scripted_redis import ScriptedRedis
 
 log = logging.getLogger("coe.batches")
 
 _FOLDER = Path(__file__).with_name("scripts")
-_PRELUDE = "prelude"
 _NAMES = (
     "add_file",
     "remove_file",
@@ -65,16 +62,6 @@ _NOT_DURABLE = (
 )
 
 
-@cache
-def load_scripts() -> dict[str, str]:
-    """Return the complete text of every script, by name."""
-    prelude = (_FOLDER / f"{_PRELUDE}.lua").read_text(encoding="utf-8")
-    return {
-        name: prelude + "\n" + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
-        for name in _NAMES
-    }
-
-
 class RedisState:
     """A `BatchState` in Redis.
 
@@ -93,26 +80,23 @@ class RedisState:
         timeout_s: float,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._prefix = f"{{{prefix}}}"
-        self._clock = clock
-        self._connections = RedisConnections(url, timeout_s=timeout_s, what="the store")
-        self._redis = self._connections.redis
-        self._scripts = {
-            name: self._redis.register_script(text) for name, text in load_scripts().items()
-        }
+        self._scripted = ScriptedRedis(
+            url, _FOLDER, _NAMES, prefix=prefix, timeout_s=timeout_s, clock=clock
+        )
+        self._redis = self._scripted.redis
         self._checked = False
 
     async def start(self) -> None:
         pass
 
     async def stop(self) -> None:
-        await self._connections.close()
+        await self._scripted.close()
 
     async def _check_durability(self) -> None:
         """Warn once where Redis would lose what it has confirmed."""
         self._checked = True
         try:
-            found = await self._connections.run(
+            found = await self._scripted.call(
                 lambda: self._redis.config_get("appendonly", "appendfsync")
             )
         except StoreUnavailableError:
@@ -316,19 +300,13 @@ class RedisState:
         return [_text(member) for member in found]
 
     async def _call(self, command: Callable[[], Any]) -> Any:
-        return await self._connections.run(command)
+        return await self._scripted.call(command)
 
     async def _run(self, script: str, *values: bytes, **arguments: Any) -> Any:
-        # In Lua's JSON a null counts as true.
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        if self._clock is not None:
-            arguments["now"] = self._clock()
-        run = self._scripts[script]
-        argv: list[bytes | str] = [self._prefix, orjson.dumps(arguments), *values]
-        return await self._connections.run(lambda: run(args=argv))
+        return await self._scripted.run(script, *values, **arguments)
 
     def _key(self, name: str) -> str:
-        return f"{self._prefix}:b:{name}"
+        return f"{self._scripted.prefix}:b:{name}"
 
 
 def _batch(found: list[Any] | None) -> BatchRecord | None:

@@ -1,18 +1,13 @@
 """The state of files and batches in an embedded SQLite file, for the gateways of one machine.
 
-Every change is one transaction that is on the disk when the call returns (WAL, `synchronous=FULL`).
-The connection has a thread of its own.
+Every change is one transaction that is on the disk when the call returns.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,15 +25,13 @@ from service.batches.batch_records import (
     load_batch,
     load_file,
 )
-from service.batches.batch_state import BatchStatistics, Page
-from service.errors import StorageFullError, StoreUnavailableError
-
-log = logging.getLogger("coe.batches")
+from service.batches.batch_state import BatchStatistics
+from service.store.list_page import Page
+from service.store.sqlite_file import SqliteFile
 
 T = TypeVar("T")
 Clock = Callable[[], float]
 
-_BUSY_S = 10.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, purpose TEXT NOT NULL, bytes INTEGER NOT NULL,
@@ -87,25 +80,14 @@ class SqliteState:
     """
 
     def __init__(self, path: Path, clock: Clock = time.time) -> None:
-        self._path = path
+        self._file = SqliteFile(path, _SCHEMA, _VERSION, what="files and batches")
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-state")
-        self._connection: sqlite3.Connection | None = None
-        self._stopped = False
 
     async def start(self) -> None:
-        await self._run(self._existing)
+        await self._file.start()
 
     async def stop(self) -> None:
-        def end() -> None:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-
-        if not self._stopped:
-            self._stopped = True
-            await self._run(end)
-            self._thread.shutdown(wait=False)
+        await self._file.stop()
 
     # --- files
 
@@ -237,7 +219,7 @@ class SqliteState:
             db.execute(f"DELETE FROM progress WHERE batch IN (SELECT id {old})", (before_s,))
             return db.execute(f"DELETE {old}", (before_s,)).rowcount
 
-        return await self._write(remove) if await self._run(self._existing) else 0
+        return await self._write(remove) if await self._file.exists() else 0
 
     async def statistics(self) -> BatchStatistics:
         rows = await self._read(
@@ -275,7 +257,7 @@ class SqliteState:
             )
             return _batch(row[1:])
 
-        return await self._write(take) if await self._run(self._existing) else None
+        return await self._write(take) if await self._file.exists() else None
 
     async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:
         until_s = self._clock() + lease_s
@@ -393,101 +375,10 @@ class SqliteState:
         )
 
     async def _read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        def read() -> list[tuple[Any, ...]]:
-            db = self._existing()
-            return [] if db is None else db.execute(query, values).fetchall()
-
-        return await self._run(read)
+        return await self._file.read(query, *values)
 
     async def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        def write() -> T:
-            db = self._connection or self._open()
-            with _transaction(db):
-                return change(db)
-
-        return await self._run(write)
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run work in the connection's thread; it ends also where the caller is cancelled."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._thread, _translated, work)
-        except RuntimeError as error:
-            # The thread was shut down.
-            raise StoreUnavailableError("the state of batches is closed") from error
-
-    def _existing(self) -> sqlite3.Connection | None:
-        """The connection; None where nothing was written yet, by this process or another one."""
-        if self._connection is None and self._path.exists():
-            self._open()
-        return self._connection
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._path.touch(mode=0o600)
-        except OSError as error:
-            raise StoreUnavailableError(
-                f"the folder of batches can't be written: {error.strerror}"
-            ) from None
-        db = sqlite3.connect(
-            self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            _use_log(db)
-            db.execute("PRAGMA synchronous=FULL")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
-                raise StoreUnavailableError(
-                    "the state of batches is from a newer version of this service"
-                )
-            if version < _VERSION:
-                db.executescript(
-                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;"
-                )
-        except BaseException:
-            db.close()
-            raise
-        self._connection = db
-        return db
-
-
-def _use_log(db: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log. SQLite does not wait here while another process does so."""
-    end_s = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > end_s:
-                raise
-        time.sleep(0.01)
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-def _translated(work: Callable[[], T]) -> T:
-    """Do work, and raise SQLite's errors as this service's."""
-    try:
-        return work()
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", type(error).__name__)
-        if name == "SQLITE_FULL":
-            raise StorageFullError("the disk of files and batches is full") from None
-        # The text may quote a value.
-        log.error("the state of batches failed: %s", name)
-        raise StoreUnavailableError(f"the state of batches failed ({name})") from None
+        return await self._file.write(change)
 
 
 def _count_model(db: sqlite3.Connection, batch_id: str, result: LineResult) -> None:

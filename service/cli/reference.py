@@ -237,10 +237,13 @@ def http_reference() -> str:
     parts.append(
         "A running service serves its OpenAPI description at `/openapi.json` and a page to\n"
         "try it at `/docs`. Bodies are OpenAI's or Anthropic's. The gateway passes fields that it\n"
-        "does not check to the engine unchanged.\n"
+        "does not check to the engine unchanged. Those of stored responses need\n"
+        "`responses.enabled`.\n"
     )
     parts.append("| method | path | summary |\n| --- | --- | --- |")
-    config = parse_config("experts: {demo: {model: demo}}\npools: {cpu: {}}\n", "reference")
+    # Endpoints that are off by default are listed as well.
+    given = "experts: {demo: {model: demo}}", "pools: {cpu: {}}", "responses: {enabled: true}"
+    config = parse_config("\n".join(given), "reference")
     for path, operations in describe(config)["paths"].items():
         for method, operation in operations.items():
             parts.append(f"| {method.upper()} | `{path}` | {_cell(operation['summary'])} |")

@@ -17,6 +17,7 @@ from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapO
 from service.config.prices import PricesConfig
 from service.config.recipes import RecipeConfig
 from service.config.request_limits import RequestLimits
+from service.config.responses import ResponsesConfig
 from service.config.router import RouterConfig
 from service.config.savings import SavingsConfig
 from service.config.schema import SECTIONS, Config
@@ -49,6 +50,7 @@ __all__ = [
     "RecipeConfig",
     "RemoteConfig",
     "RequestLimits",
+    "ResponsesConfig",
     "RouterConfig",
     "SavingsConfig",
     "ServerCall",

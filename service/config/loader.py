@@ -227,6 +227,7 @@ def _anchored(config: Config, folder: Path) -> Config:
     keys_file = config.store.keys_file
     outcomes = config.shadow.folder
     files = config.batches.folder
+    responses = config.responses.folder
     return config.model_copy(
         update={
             "experts": experts,
@@ -242,6 +243,9 @@ def _anchored(config: Config, folder: Path) -> Config:
             ),
             "batches": config.batches.model_copy(
                 update={"folder": at(files) if files is not None else None}
+            ),
+            "responses": config.responses.model_copy(
+                update={"folder": at(responses) if responses is not None else None}
             ),
             "store": config.store.model_copy(
                 update={"keys_file": at(keys_file) if keys_file is not None else None}

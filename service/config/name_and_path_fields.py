@@ -114,6 +114,7 @@ TEXT_FIELDS: Mapping[Place, Meaning] = {
     ("shadow", "judge"): Meaning.EXPERT,
     ("shadow", "folder"): Meaning.PATH,
     ("batches", "folder"): Meaning.PATH,
+    ("responses", "folder"): Meaning.PATH,
     ("store", "url"): Meaning.OTHER,
     ("store", "url_env"): Meaning.OTHER,
     ("store", "prefix"): Meaning.OTHER,

@@ -32,6 +32,7 @@ from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapO
 from service.config.prices import PricesConfig
 from service.config.recipes import DeliberationConfig, RecipeConfig, RecruitmentConfig
 from service.config.request_limits import RequestLimits
+from service.config.responses import ResponsesConfig
 from service.config.router import EncoderConfig, RouterConfig
 from service.config.router_presets import (
     AutoPresetConfig,
@@ -99,6 +100,7 @@ class Config(Section):
     savings: SavingsConfig = Field(default_factory=lambda: SavingsConfig())
     shadow: ShadowConfig = Field(default_factory=lambda: ShadowConfig())
     batches: BatchesConfig = Field(default_factory=lambda: BatchesConfig())
+    responses: ResponsesConfig = Field(default_factory=lambda: ResponsesConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
 
     @model_validator(mode="after")
@@ -657,6 +659,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("shadow", "budget"): SpendConfig,
     ("shadow", "promote"): PromoteConfig,
     ("batches",): BatchesConfig,
+    ("responses",): ResponsesConfig,
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,

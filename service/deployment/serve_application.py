@@ -159,6 +159,8 @@ def _pool_environment(config: Config, pool: PoolConfig) -> dict[str, str]:
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # Its own store of responses is a dictionary without bound that all tenants share.
+        "VLLM_ENABLE_RESPONSES_API_STORE": "0",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

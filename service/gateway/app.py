@@ -29,6 +29,7 @@ from service.gateway.routes import (
     models,
     openapi,
     route,
+    stored_responses,
     usage,
 )
 from service.gateway.routes.inference import InferenceEndpoint
@@ -86,6 +87,8 @@ def build_app(
         app.include_router(files.router)
         app.include_router(batch_plan.router)
         app.include_router(batches.router)
+    if services.responses is not None:
+        app.include_router(stored_responses.router)
     if services.admin_key is not None:
         app.include_router(keys.router)
 

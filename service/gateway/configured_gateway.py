@@ -33,6 +33,7 @@ from service.gateway.guard.screen_interface import Screen
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.learned_budgets import LearnedBudgets
 from service.gateway.request.request_intake import RequestIntake
+from service.gateway.request.stored_turn import StoredTurns
 from service.gateway.request_record import ExpertCall
 from service.gateway.request_scope import RequestObservers
 from service.gateway.routes.inference import InferenceEndpoint, InferenceHandler
@@ -46,10 +47,12 @@ from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
 from service.gateway.state_across_reloads import GatewayState
 from service.gateway.store_setup import key_book, keys_marker
+from service.gateway.stored_response_send import ResponseKeeper
 from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
 from service.store.store_interface import Store
 from service.store.volatile_store import VolatileStore
+from service.stored_responses.response_service import ResponseService
 from service.telemetry import metric_declarations
 from service.telemetry.tracing import Traces
 from service.types import NOBODY, Tenant
@@ -77,6 +80,7 @@ class GatewayResources:
         screens: Screens that replace the guard's built-in screens, by name.
         encoders: The router's encoders.
         batches: Files and batches; None where the service has none.
+        responses: Stored responses; None where the service has none.
     """
 
     state: GatewayState
@@ -95,6 +99,7 @@ class GatewayResources:
     screens: Mapping[str, Screen] | None
     encoders: SharedEncoders
     batches: BatchService | None = None
+    responses: ResponseService | None = None
 
 
 class ConfiguredGateway:
@@ -197,8 +202,14 @@ class ConfiguredGateway:
         self.alias_traffic = AliasTraffic(config, self._registry, resources.volatile, shared=shared)
         self._succeeds = predecessor is not None
         self.aliases = AliasResolution(config, self.alias_traffic.left_out)
+        stored = resources.responses
+        self._keeper = ResponseKeeper(stored, self._registry)
         intake = RequestIntake(
-            config, Guard(config, resources.screens), self._registry, self.aliases
+            config,
+            Guard(config, resources.screens),
+            self._registry,
+            self.aliases,
+            None if stored is None else StoredTurns(stored),
         )
         planner = BatchPlanner(
             BatchEstimator(
@@ -235,6 +246,7 @@ class ConfiguredGateway:
             reload=resources.reload,
             batches=resources.batches,
             batch_planner=planner,
+            responses=stored,
         )
         self.batch_planner: PlansBatches = planner
         # By recipe, the experts that it asks first.
@@ -275,6 +287,7 @@ class ConfiguredGateway:
             executor=services.executor,
             shadow=self.shadow,
             sessions=self.sessions,
+            keeper=self._keeper,
             observers=RequestObservers(
                 services.state.metrics,
                 services.state.recent,
@@ -315,6 +328,7 @@ class ConfiguredGateway:
         await self._stages.stop()
         await self.feedback.stop()
         await self.sessions.stop()
+        await self._keeper.stop()
         await self.alias_traffic.stop()
         await self._admission.stop()
         await self.authenticator.stop()

@@ -28,6 +28,7 @@ from service.gateway.state_across_reloads import GatewayState
 from service.rpc.cluster_secret import same
 from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
+from service.stored_responses.response_service import ResponseService
 from service.types import Tenant
 
 # Puts the config's file in force again, and returns what changed.
@@ -60,6 +61,7 @@ class GatewayServices:
         reload: Puts the config's file in force again; None where the gateway doesn't own it.
         batches: Files and batches; None where the service has none.
         batch_planner: Plans batches; None where the service has none.
+        responses: Stored responses; None where the service has none.
     """
 
     config: Config
@@ -81,6 +83,7 @@ class GatewayServices:
     reload: Reload | None
     batches: BatchService | None = None
     batch_planner: BatchPlanner | None = None
+    responses: ResponseService | None = None
 
     def keyless(self) -> bool:
         """Whether requests need no key. While the store can't tell, they need one."""
@@ -131,12 +134,20 @@ async def _batches(services: Services) -> BatchService:
     return services.batches
 
 
+async def _responses(services: Services) -> ResponseService:
+    # Without it there are no routes that depend on it.
+    assert services.responses is not None
+    return services.responses
+
+
 # The tenant behind the request's key.
 CurrentTenant = Annotated[Tenant, Depends(_current_tenant)]
 # The same, and the request counts against the tenant's limits.
 CountedTenant = Annotated[Tenant, Depends(_counted_tenant)]
 # The files and batches of the service.
 BatchEndpoints = Annotated[BatchService, Depends(_batches)]
+# The stored responses of the service.
+StoredResponseEndpoints = Annotated[ResponseService, Depends(_responses)]
 
 
 def json_response(body: dict[str, Any], status_code: int = 200) -> Response:

@@ -20,6 +20,7 @@ from service.gateway.configured_gateway import ConfiguredGateway, GatewayResourc
 from service.gateway.dependencies import Reload
 from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.screen_interface import Screen
+from service.gateway.response_setup import GatewayResponses
 from service.gateway.state_across_reloads import GatewayState, replaced
 from service.gateway.store_setup import open_store, open_volatile
 from service.models.expert_folders import file_versions
@@ -92,6 +93,9 @@ class GatewayRuntime:
                 lambda: self.current,
                 self.state.metrics.registry,
             )
+        self.responses: GatewayResponses | None = None
+        if config.responses.enabled:
+            self.responses = GatewayResponses(config, self.state.metrics.registry)
         self._resources = GatewayResources(
             state=self.state,
             directory=self.directory,
@@ -109,6 +113,7 @@ class GatewayRuntime:
             screens=screens,
             encoders=SharedEncoders(),
             batches=None if self.batches is None else self.batches.service,
+            responses=None if self.responses is None else self.responses.service,
         )
         self.current = ConfiguredGateway(config, self._resources, ledger)
         self._app = self.current.app
@@ -127,6 +132,8 @@ class GatewayRuntime:
         self.state.metrics.on_read(self._update_replicas)
         if self.batches is not None:
             self.state.metrics.on_read(self.batches.update_metrics)
+        if self.responses is not None:
+            self.state.metrics.on_read(self.responses.update_metrics)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
@@ -149,6 +156,8 @@ class GatewayRuntime:
             await self._node.start()
         for name, remote_pool in self.remote_pools.items():
             await self._connect(name, remote_pool)
+        if self.responses is not None:
+            await self.responses.start()
         if self.batches is not None:
             await self.batches.start()
 
@@ -299,6 +308,8 @@ class GatewayRuntime:
             await self._node.stop()
         for gateway in (*self._earlier, self.current):
             await gateway.stop()
+        if self.responses is not None:
+            await self.responses.stop()
         await self.budget_prices.stop()
         await self.directory.close()
         await self.store.stop()

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.batches.batch_state import Page
 from service.errors import InvalidRequestError
+from service.store.list_page import Page
 
 
 @dataclass(frozen=True, slots=True)

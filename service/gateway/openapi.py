@@ -265,6 +265,8 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         paths[path] = {"post": _post(path, summary, _VOTE, counted, [])}
     if config.batches.enabled:
         paths |= _batch_paths()
+    if config.responses.enabled:
+        paths |= _stored_response_paths()
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {
             "summary": summary,
@@ -323,51 +325,72 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
     }
 
 
+_OK = {"application/json": {"schema": {"type": "object"}}}
+_BY_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+_PAGES = [
+    {"name": name, "in": "query", "schema": schema}
+    for name, schema in (
+        ("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
+        ("after", {"type": "string"}),
+        ("order", {"enum": ["asc", "desc"]}),
+    )
+]
+
+
+def _operation(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the operation object of an endpoint without a body."""
+    return {
+        "summary": summary,
+        "operationId": name,
+        "parameters": [*parameters],
+        "security": _KEY,
+        "responses": {"200": {"description": summary, "content": _OK}, "default": _ERROR},
+    }
+
+
+def _stored_response_paths() -> dict[str, Any]:
+    """Return the paths of stored responses."""
+    cancel = _operation("Refused: no response runs in the background", "v1_response_cancel", _BY_ID)
+    del cancel["responses"]["200"]
+    return {
+        "/v1/responses/{id}": {
+            "get": _operation("A stored response", "v1_response", _BY_ID),
+            "delete": _operation("Delete a response for good", "v1_response_delete", _BY_ID),
+        },
+        "/v1/responses/{id}/cancel": {"post": cancel},
+        "/v1/responses/{id}/input_items": {
+            "get": _operation(
+                "The items that a response was made from", "v1_response_items", _BY_ID, *_PAGES
+            )
+        },
+    }
+
+
 def _batch_paths() -> dict[str, Any]:
     """Return the paths of files and batches."""
-    ok = {"application/json": {"schema": {"type": "object"}}}
-    by_id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    pages = [
-        {"name": name, "in": "query", "schema": schema}
-        for name, schema in (
-            ("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
-            ("after", {"type": "string"}),
-            ("order", {"enum": ["asc", "desc"]}),
-        )
-    ]
-
-    def operation(summary: str, name: str, *parameters: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "summary": summary,
-            "operationId": name,
-            "parameters": [*parameters],
-            "security": _KEY,
-            "responses": {"200": {"description": summary, "content": ok}, "default": _ERROR},
-        }
-
-    upload = operation("Upload a file of requests", "v1_files")
+    upload = _operation("Upload a file of requests", "v1_files")
     form = {"multipart/form-data": {"schema": _NEW_FILE}}
     upload["requestBody"] = {"required": True, "content": form}
-    content = operation("The content of a file", "v1_file_content", by_id)
+    content = _operation("The content of a file", "v1_file_content", _BY_ID)
     content["responses"]["200"]["content"] = {"application/octet-stream": {}}
     purpose = {"name": "purpose", "in": "query", "schema": {"type": "string"}}
     return {
         "/v1/files": {
             "post": upload,
-            "get": operation("The tenant's files", "v1_files_list", *pages, purpose),
+            "get": _operation("The tenant's files", "v1_files_list", *_PAGES, purpose),
         },
         "/v1/files/{id}": {
-            "get": operation("One file", "v1_file", by_id),
-            "delete": operation("Delete a file for good", "v1_file_delete", by_id),
+            "get": _operation("One file", "v1_file", _BY_ID),
+            "delete": _operation("Delete a file for good", "v1_file_delete", _BY_ID),
         },
         "/v1/files/{id}/content": {"get": content},
         "/v1/batches": {
-            "post": _post("/v1/batches", "Run a file of requests", _NEW_BATCH, ok, []),
-            "get": operation("The tenant's batches", "v1_batches_list", *pages),
+            "post": _post("/v1/batches", "Run a file of requests", _NEW_BATCH, _OK, []),
+            "get": _operation("The tenant's batches", "v1_batches_list", *_PAGES),
         },
-        "/v1/batches/{id}": {"get": operation("One batch", "v1_batch", by_id)},
+        "/v1/batches/{id}": {"get": _operation("One batch", "v1_batch", _BY_ID)},
         "/v1/batches/{id}/cancel": {
-            "post": operation("Cancel a batch", "v1_batch_cancel", by_id),
+            "post": _operation("Cancel a batch", "v1_batch_cancel", _BY_ID),
         },
     }
 

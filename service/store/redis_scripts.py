@@ -35,11 +35,17 @@ NAMES = (
 )
 
 
-@cache
 def load_scripts() -> dict[str, str]:
-    """Return the complete text of every script, by name."""
-    return {name: _read(_PRELUDE) + "\n" + _read(name) for name in NAMES}
+    """Return the complete text of every script of the store, by name."""
+    return read_scripts(_FOLDER, NAMES)
 
 
-def _read(name: str) -> str:
-    return (_FOLDER / f"{name}.lua").read_text(encoding="utf-8")
+@cache
+def read_scripts(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the complete text of the named scripts of a folder, by name."""
+    prelude = _read(folder, _PRELUDE)
+    return {name: prelude + "\n" + _read(folder, name) for name in names}
+
+
+def _read(folder: Path, name: str) -> str:
+    return (folder / f"{name}.lua").read_text(encoding="utf-8")

@@ -27,6 +27,7 @@ LABELS = {
     "result": "of a cache lookup: hit or miss; of a retry: made or refused; "
     "of a shadow evaluation: recorded, queue_full, reply_unusable, no_expert, over_budget, "
     "undecided, forgotten, stopped or failed; of a batch's line: completed, failed, or retried; "
+    "of a response: stored, too_large, storage_full or unavailable; "
     "of a request by an alias: ok, error, refused or uncounted",
     "routed_expert": "number of an expert inside a layer of a mixture of experts",
     "screen": "injection or pii",

@@ -444,6 +444,30 @@ BATCH_LINES = counter(
     ("result",),
     "Lines of batches with a result, and tries of lines that have to be repeated.",
 )
+RESPONSES_STORED = counter(
+    "coe_responses_stored_total",
+    Side.GATEWAY,
+    ("result",),
+    "Responses that were to be stored, by what became of them.",
+)
+RESPONSES_EVICTED = counter(
+    "coe_responses_evicted_total",
+    Side.GATEWAY,
+    (),
+    "Stored responses and conversations that made room for others of their tenant.",
+)
+RESPONSES_ENTRIES = gauge(
+    "coe_responses_entries",
+    Side.GATEWAY,
+    (),
+    "Stored responses and conversations. Every gateway counts those of all gateways.",
+)
+RESPONSES_BYTES = gauge(
+    "coe_responses_bytes",
+    Side.GATEWAY,
+    (),
+    "Bytes of stored responses and conversations. Every gateway counts those of all gateways.",
+)
 STORE_UP = gauge(
     "coe_store_up",
     Side.GATEWAY,
@@ -574,6 +598,10 @@ GROUPS: dict[str, tuple[MetricSpec, ...]] = {
         BATCHES,
         BATCH_OLDEST,
         BATCH_LINES,
+        RESPONSES_STORED,
+        RESPONSES_EVICTED,
+        RESPONSES_ENTRIES,
+        RESPONSES_BYTES,
         STORE_UP,
         STORE_OUTAGES,
         STORE_PENDING_SETTLEMENTS,

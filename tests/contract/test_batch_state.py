@@ -21,11 +21,12 @@ from service.batches.batch_records import (
     LineResult,
     Status,
 )
-from service.batches.batch_state import BatchState, Page
+from service.batches.batch_state import BatchState
 from service.batches.batch_types import BatchTerms
 from service.batches.redis_state import RedisState
 from service.batches.sqlite_state import SqliteState
 from service.errors import StoreUnavailableError
+from service.store.list_page import Page
 from tests.support.redis_server import RedisServer, redis_server
 
 _ids = count()

@@ -79,6 +79,7 @@ ONLY_IN = {
                 "models",
                 "openapi",
                 "route",
+                "stored_responses",
                 "usage",
             )
         ),

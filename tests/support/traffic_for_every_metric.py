@@ -68,6 +68,8 @@ def everything(url: str) -> Config:
     }
     # A weight of 0 keeps the requests of this name at one target.
     given["aliases"] = {"shared": {"general": 1, "far": 0}}
+    # The second of a round makes room for the third.
+    given["responses"] = {"enabled": True, "tenant_entries": 2}
     given["budgets"] = {"all": {"amount": 1000.0, "period": "day"}}
     return Config.model_validate(given)
 
@@ -177,6 +179,9 @@ async def round_of_traffic(s: RunningGateway) -> None:
     assert status == 200
     status, _, _ = await s.ask(chat(model="nobody"))
     assert status == 404
+    for _ in range(3):
+        status, _, _ = await s.ask({"model": "general", "input": "hello"}, "/v1/responses")
+        assert status == 200
     await a_batch_ends(s)
 
 

@@ -128,6 +128,39 @@ TENANTS = Board(
             ),
         ),
         (
+            "Stored responses",
+            (
+                Chart(
+                    "Responses that were to be stored",
+                    (Query(rate("coe_responses_stored_total", "result"), "{{result}}"),),
+                    "reqps",
+                    "stacked",
+                    "An answer that can't be stored goes out all the same, with `store: false`.",
+                ),
+                Chart(
+                    "Stored responses and conversations",
+                    (Query("max(coe_responses_entries)", "entries"),),
+                    "short",
+                    "lines",
+                    "Every gateway counts those of all gateways.",
+                ),
+                Chart(
+                    "Bytes of stored responses",
+                    (Query("max(coe_responses_bytes)", "bytes"),),
+                    "bytes",
+                    "lines",
+                    "Every gateway counts those of all gateways.",
+                ),
+                Chart(
+                    "Entries that made room",
+                    (Query(rate("coe_responses_evicted_total"), "evicted"),),
+                    "short",
+                    "lines",
+                    "Tenants had more than `tenant_entries` or `tenant_bytes`.",
+                ),
+            ),
+        ),
+        (
             "Cache, store and remote endpoints",
             (
                 Chart(

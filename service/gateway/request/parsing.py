@@ -19,6 +19,7 @@ from service.errors import InvalidRequestError
 from service.gateway.request.conversation_turns import TurnState, turn_state
 from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
+from service.gateway.request.stored_turn import StoredTurn
 from service.gateway.request.text_pairs import (
     repeated_bytes,
     with_usual_names,
@@ -80,6 +81,7 @@ class InferenceRequest:
         thinking: What it says about thinking.
         thinking_budget: Most tokens of thinking of each answer, once an expert is chosen; None
             without a bound.
+        stored: What it says about stored responses; None where it has nothing to do with them.
     """
 
     endpoint: str
@@ -112,6 +114,7 @@ class InferenceRequest:
     alias: AliasChoice | None = None
     thinking: ThinkingTerms = NO_TERMS
     thinking_budget: int | None = None
+    stored: StoredTurn | None = None
 
     @property
     def prompt_tokens(self) -> int:

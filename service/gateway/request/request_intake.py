@@ -15,6 +15,7 @@ from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
+from service.gateway.request.stored_turn import RESPONSES, StoredTurns
 from service.gateway.request.token_limits import check_extent
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.http.asgi_helpers import Receive, read_body
@@ -30,7 +31,12 @@ class RequestIntake:
     """Takes in the requests of one gateway."""
 
     def __init__(
-        self, config: Config, guard: Guard, registry: MetricsRegistry, aliases: AliasResolution
+        self,
+        config: Config,
+        guard: Guard,
+        registry: MetricsRegistry,
+        aliases: AliasResolution,
+        turns: StoredTurns | None = None,
     ) -> None:
         self._server = config.server
         self._limits = RequestLimitChecker(config)
@@ -39,6 +45,7 @@ class RequestIntake:
         self._guard = guard
         self._aliases = aliases
         self._registry = registry
+        self._turns = turns
 
     def headers(self, pairs: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
         """Check a request's headers, and return them by name.
@@ -60,6 +67,8 @@ class RequestIntake:
     ) -> GuardResult:
         """Read and parse a body, resolve its alias, run the guard, and add an expert's defaults.
 
+        The items of a stored conversation are put before its input first.
+
         The guard does not look at the system prompts of the config.
 
         Args:
@@ -71,6 +80,7 @@ class RequestIntake:
 
         Raises:
             InvalidRequestError: The body is not valid.
+            UnknownModelError: It goes on from a response that is not kept here.
             ForbiddenError: The key may use nothing that the alias stands for.
             GuardRefusedError: The tenant's guard refuses it.
             ClientDisconnectedError: The client left before its body was complete.
@@ -82,8 +92,14 @@ class RequestIntake:
             timeout_s=self._server.limits.body_timeout_s,
         )
         arrived_s = time.monotonic()
+        stored = None
+        if path == RESPONSES and self._turns is not None:
+            self._limits.shape(raw)
+            raw, stored = await self._turns.begin(raw, tenant)
         parse = partial(self.parse, path, raw, headers, tenant, named)
         request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
+        if stored is not None:
+            request = replace(request, stored=stored)
         result = await self._run_guard(request)
         request = self._defaults.apply(result.request, result.request.model)
         return replace(result, request=request, arrived_s=arrived_s)

@@ -20,6 +20,7 @@ from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.route_plan import RoutePlan
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.shadow.evaluator import ShadowEvaluator
+from service.gateway.stored_response_send import ResponseKeeper
 from service.http.asgi_helpers import ClientDisconnectedError, Receive, Send, until_gone
 from service.http.error_formats import dialect_of
 from service.http.on_behalf import on_behalf
@@ -39,6 +40,7 @@ class InferenceHandler:
         executor: Chooses among the candidates and runs the choice.
         sessions: Finds and records the sessions of conversations.
         shadow: Lets other experts answer a share of the requests, too.
+        keeper: Stores responses.
         observers: Metrics, traces, console and access log.
         behind_serve: Whether Ray Serve cancels a request whose client has left, unless a header
             tells it not to. Otherwise the handler watches for that itself.
@@ -54,6 +56,7 @@ class InferenceHandler:
         executor: RecipeExecutor,
         sessions: SessionService,
         shadow: ShadowEvaluator,
+        keeper: ResponseKeeper,
         observers: RequestObservers,
         behind_serve: bool,
     ) -> None:
@@ -64,6 +67,7 @@ class InferenceHandler:
         self._executor = executor
         self._sessions = sessions
         self._shadow = shadow
+        self._keeper = keeper
         self._observers = observers
         self._behind_serve = behind_serve
 
@@ -82,42 +86,43 @@ class InferenceHandler:
                     record.path, headers, entry.tenant, receive, named
                 )
                 request = request_scope.add_request(validated)
-                session = await self._sessions.find(request)
-                plan = await self._planner.plan_by_all_stages(request, session)
-                request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
-                watched = self._observers.aliases.watch(record, send)
-                watched = self._sessions.watch(session, record, watched)
-                cached = await self._cache.begin(request, watched)
-                request_scope.headers += cached.headers
-                if cached.hit is not None:
-                    record.expert = record.recipe = cached.hit.expert
-                    record.status = 200
-                    await cached.send_hit([*request_scope.headers, record.route_header])
-                    return
-                plan = self._executor.within_bounds(request, plan)
-                plan = self._executor.affordable(request, plan)
-                send_answer, shadowed = self._shadow.watch(request, plan, cached.send)
-                # Admission may make the body ask for usage in every chunk, and may lower the
-                # answer's bound.
-                request, plan = await self._admit(entry, request, plan)
-                # Order of a message: UsageMeter, ResponseSend, shadow, answer cache, session,
-                # alias, server.
-                reply = ResponseSend(
-                    send_answer,
-                    request_scope.headers,
-                    record,
-                    entry.charged_meter,
-                    dialect_of(record.path),
-                )
-                answering = self._executor.execute(request, plan, reply)
-                if self._behind_serve and _SERVE_IGNORES_DISCONNECTS not in headers:
-                    await answering
-                else:
-                    await until_gone(answering, receive)
-                self._shadow.offer(shadowed, record)
-                await cached.store_answer(
-                    by_own_bound=record.clipped is None and request.most_tokens is not None
-                )
+                async with self._keeper.keeping(request, send) as kept:
+                    session = await self._sessions.find(request)
+                    plan = await self._planner.plan_by_all_stages(request, session)
+                    request_scope.add_plan(plan, validated.arrived_s, time.monotonic())
+                    watched = self._observers.aliases.watch(record, kept)
+                    watched = self._sessions.watch(session, record, watched)
+                    cached = await self._cache.begin(request, watched)
+                    request_scope.headers += cached.headers
+                    if cached.hit is not None:
+                        record.expert = record.recipe = cached.hit.expert
+                        record.status = 200
+                        await cached.send_hit([*request_scope.headers, record.route_header])
+                        return
+                    plan = self._executor.within_bounds(request, plan)
+                    plan = self._executor.affordable(request, plan)
+                    send_answer, shadowed = self._shadow.watch(request, plan, cached.send)
+                    # Admission may make the body ask for usage in every chunk, and may lower the
+                    # answer's bound.
+                    request, plan = await self._admit(entry, request, plan)
+                    # Order of a message: UsageMeter, ResponseSend, shadow, answer cache, session,
+                    # alias, stored response, server.
+                    reply = ResponseSend(
+                        send_answer,
+                        request_scope.headers,
+                        record,
+                        entry.charged_meter,
+                        dialect_of(record.path),
+                    )
+                    answering = self._executor.execute(request, plan, reply)
+                    if self._behind_serve and _SERVE_IGNORES_DISCONNECTS not in headers:
+                        await answering
+                    else:
+                        await until_gone(answering, receive)
+                    self._shadow.offer(shadowed, record)
+                    await cached.store_answer(
+                        by_own_bound=record.clipped is None and request.most_tokens is not None
+                    )
 
     async def _admit(
         self, entry: Entry, request: InferenceRequest, plan: RoutePlan

@@ -1,7 +1,8 @@
 """Sessions: which expert answered the last turn of a conversation, for the next one.
 
-A session is named by the header `x-session-id`, by the body's `prompt_cache_key`, or by the
-beginning of the conversation. Names are the tenant's own.
+A session is named by the header `x-session-id`, by the body's `prompt_cache_key`, by the first
+response of a stored conversation, or by the beginning of the conversation. Names are the
+tenant's own.
 
 Each gateway remembers its sessions in memory. With a shared store, changes are written to it in
 the background, and a request asks it only for a turn that the gateway does not know itself. A store
@@ -92,6 +93,8 @@ def session_name(request: InferenceRequest) -> str | None:
     key = request.data.get("prompt_cache_key")
     if isinstance(key, str) and key:
         return digest_of("prompt_cache_key", key)
+    if request.stored is not None and request.stored.thread is not None:
+        return digest_of("thread", request.stored.thread)
     beginning = request.turn.beginning
     return beginning and digest_of("beginning", beginning)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.broker.pool_state import PoolView
-from service.config import Config
+from service.config import Config, ResponsesConfig
 from service.gateway.openapi import describe
 from service.gateway.routes import models
 from service.http.prompt_endpoints import ENDPOINTS
@@ -70,5 +70,16 @@ def test_openapi_describes_every_endpoint() -> None:
     posts = {path for path, item in result["paths"].items() if "post" in item}
     batches = {"/v1/files", "/v1/batches", "/v1/batches/{id}/cancel"}
     assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback", *batches}
-    ids = [item["post"]["operationId"] for item in result["paths"].values() if "post" in item]
+    stored = describe(CONFIG.model_copy(update={"responses": ResponsesConfig(enabled=True)}))
+    assert {path for path in stored["paths"] if path not in result["paths"]} == {
+        "/v1/responses/{id}",
+        "/v1/responses/{id}/cancel",
+        "/v1/responses/{id}/input_items",
+    }
+    ids = [
+        operation["operationId"]
+        for item in stored["paths"].values()
+        for operation in item.values()
+        if "operationId" in operation
+    ]
     assert len(ids) == len(set(ids))

@@ -1,0 +1,3 @@
+-- Return a response, or false. args: id.
+
+return (load_response(args.id))
