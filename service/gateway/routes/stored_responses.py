@@ -53,7 +53,5 @@ async def list_input_items(
 ) -> Response:
     """Return the items that a response was made from, earlier turns included; newest first."""
     page = page_of(request.query_params, most=_MAX_ITEMS, usual=_USUAL_ITEMS)
-    response_id = request.path_params["id"]
-    return json_response(
-        to_list(await responses.input_items(tenant, response_id, page.one_more()), page)
-    )
+    items = await responses.input_items(tenant, request.path_params["id"], page.one_more())
+    return json_response(to_list([item.to_json() for item in items], page))
