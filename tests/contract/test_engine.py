@@ -327,7 +327,7 @@ async def test_engine_cancelled_request_is_aborted(subject: Subject) -> None:
         await until(subject.busy, "the engine has it", 60)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await until(subject.idle, "the engine has dropped it", 20)
+        await until(subject.idle, "the engine has dropped it")
         assert not reply.ended
     assert (await ask(subject.engine, CHAT, subject.expert, chat())).status == 200
 
@@ -506,7 +506,7 @@ async def test_engine_death_during_a_stream_ends_it_with_an_error_event(subject:
 
 
 async def test_engine_after_death_answers_nothing(subject: Subject) -> None:
-    await until(lambda: subject.engine.failure() is not None, "the death is noticed", 20)
+    await until(lambda: subject.engine.failure() is not None, "the death is noticed")
     for stream in (False, True):
         reply = await ask(subject.engine, CHAT, subject.expert, chat(stream=stream))
         assert isinstance(reply.error, EngineDeadError)

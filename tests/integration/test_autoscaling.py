@@ -130,6 +130,6 @@ def test_removed_replica_ends_its_streams(service: Service, client: openai.OpenA
 
 
 def test_pool_is_scaled_to_zero_and_comes_again(service: Service, client: openai.OpenAI) -> None:
-    wait_until(lambda: service.named(POOL) == [], "the pool is scaled to zero", 40)
-    wait_until(lambda: len(service.named(GATEWAY)) == 1, "one gateway is left", 20)
+    wait_until(lambda: service.named(POOL) == [], "the pool is scaled to zero")
+    wait_until(lambda: len(service.named(GATEWAY)) == 1, "one gateway is left")
     assert stream(client, 3) == 3

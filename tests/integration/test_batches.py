@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ async def create(api: openai.AsyncOpenAI, file_id: str, **more: Any) -> Any:
     return await api.batches.create(input_file_id=file_id, **given)
 
 
-async def ended(api: openai.AsyncOpenAI, batch_id: str, timeout_s: float = 20) -> Any:
+async def ended(api: openai.AsyncOpenAI, batch_id: str, timeout_s: float = 120) -> Any:
     async def over() -> bool:
         batch = await api.batches.retrieve(batch_id)
         return batch.status in ("completed", "failed", "expired", "cancelled")
@@ -251,30 +250,30 @@ async def test_cancelled_batch_stops_soon_and_gives_what_is_there(tmp_path: Path
         await until(some, "two lines are answered")
         with pytest.raises(openai.ConflictError):
             await api.files.delete(file.id)
-        began_s = time.monotonic()
         assert (await api.batches.cancel(made.id)).status == "cancelling"
         batch = await ended(api, made.id)
-        assert time.monotonic() - began_s < 5
         assert batch.status == "cancelled"
+        assert batch.request_counts.completed < 100, "all of them would take 100 s"
         lines = await read(api, batch.output_file_id)
         assert len(lines) == batch.request_counts.completed >= 2
         assert batch.request_counts.total == 200
 
 
 async def test_expired_batch_has_an_error_line_for_each_line_left(tmp_path: Path) -> None:
-    given = config(tmp_path, pool={"tokens": 50, "decode_ms": 20}, batches={"max_in_flight": 1})
+    # All of them take 10 s at least.
+    given = config(tmp_path, pool={"tokens": 50, "decode_ms": 4}, batches={"max_in_flight": 1})
     async with run_gateway(given) as s, client(s) as api:
-        file = await upload(api, *(line(i) for i in range(20)))
+        file = await upload(api, *(line(i) for i in range(50)))
         made = await create(api, file.id, extra_body={"coe": {"deadline": "2s"}})
         batch = await ended(api, made.id)
         assert batch.status == "expired"
         assert batch.expired_at
         answered = await read(api, batch.output_file_id)
         overdue = await read(api, batch.error_file_id)
-        assert len(answered) + len(overdue) == 20
+        assert len(answered) + len(overdue) == 50
         assert {each["error"]["code"] for each in overdue} == {"batch_expired"}
         names = [each["custom_id"] for each in (*answered, *overdue)]
-        assert sorted(names) == sorted(f"c{i}" for i in range(20))
+        assert sorted(names) == sorted(f"c{i}" for i in range(50))
 
 
 async def partly_answered(api: openai.AsyncOpenAI) -> Any:
@@ -389,7 +388,7 @@ async def test_line_over_a_limit_waits_and_comes_again(tmp_path: Path) -> None:
     given = config(tmp_path, keys=keys, pool={"tokens": 5, "decode_ms": 5})
     async with run_gateway(given) as s, client(s) as api:
         file = await upload(api, *(line(i) for i in range(6)))
-        batch = await ended(api, (await create(api, file.id)).id, 40)
+        batch = await ended(api, (await create(api, file.id)).id)
         assert batch.status == "completed"
         assert batch.request_counts.completed == 6
 

@@ -18,6 +18,7 @@ from service.gateway.configured_gateway import ConfiguredGateway
 from service.gateway.routing.feedback_learning import Vote
 from service.http.asgi_helpers import read_body
 from service.types import NOBODY, Recipe
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import (
     RunningGateway,
     RunningServer,
@@ -80,10 +81,11 @@ async def counted(s: RunningGateway) -> float:
 
 
 async def test_reload_lets_each_config_drain() -> None:
-    config = simulated({"cpu": {"decode_ms": 5}})
+    config = simulated({"cpu": {}})
     async with run_gateway(config) as s:
         first = s.gateway.current
-        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
+        with held_answers():
+            reply = await s.post(chat(stream=True))
             await reply.content.readany()
             await s.gateway.reload(config)
             second = s.gateway.current
@@ -91,21 +93,26 @@ async def test_reload_lets_each_config_drain() -> None:
             assert looks_for_keys(first)
             assert looks_for_keys(s.gateway.current)
             await until(lambda: not looks_for_keys(second), "nobody came to the second")
+            assert looks_for_keys(first)
+        await reply.read()
         await until(lambda: not looks_for_keys(first), "the first has ended")
         assert looks_for_keys(s.gateway.current)
 
 
 async def test_stop_after_reloads_stops_every_config() -> None:
-    config = simulated({"cpu": {"decode_ms": 5}})
+    config = simulated({"cpu": {}})
     async with run_gateway(config) as s:
         first = s.gateway.current
-        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
+        with held_answers():
+            reply = await s.post(chat(stream=True))
             await reply.content.readany()
             await s.gateway.reload(config)
             await s.gateway.reload(config)
+            assert looks_for_keys(first)
             await s.gateway.stop()
             assert not looks_for_keys(first)
             assert not looks_for_keys(s.gateway.current)
+            reply.close()
 
 
 async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
@@ -118,16 +125,18 @@ async def test_vote_after_a_reload_counts_for_the_answer_before_it() -> None:
 
 
 async def test_counters_continue_after_a_reload() -> None:
-    config = simulated({"cpu": {"decode_ms": 5}})
+    config = simulated({"cpu": {}})
     async with run_gateway(config) as s:
         await s.ask(chat())
         assert await counted(s) == 1
-        async with s.post(chat(stream=True, max_tokens=200)) as reply:
-            await reply.content.readany()
-            await s.gateway.reload(config)
-            assert await counted(s) == 1
-            assert list((await metric(s, "coe_in_flight_requests")).values()) == [1]
-            await reply.read()
+        with held_answers() as gate:
+            async with s.post(chat(stream=True)) as reply:
+                await reply.content.readany()
+                await s.gateway.reload(config)
+                assert await counted(s) == 1
+                assert list((await metric(s, "coe_in_flight_requests")).values()) == [1]
+                gate.open()
+                await reply.read()
         await s.ask(chat())
         await until(lambda: s.gateway.state.metrics.in_flight == 0, "all have ended")
         assert await counted(s) == 3

@@ -186,7 +186,7 @@ async def test_events_end_when_the_state_can_not_be_read(
 
             with monkeypatch.context() as patched:
                 patched.setattr(feed, "state", state)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(120):
                     assert [name async for name, _ in received if name == "hello"] == []
         async with s.get("/console/events") as reply:
             assert await first(events(reply), "state")

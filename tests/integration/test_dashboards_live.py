@@ -35,7 +35,7 @@ async def test_every_panel_has_data_after_a_short_load(tmp_path: Path) -> None:
             end_s = time.monotonic() + LOAD_S
             await an_engine_dies(s)
             while time.monotonic() < end_s or await asyncio.to_thread(empty, live):
-                assert time.monotonic() < end_s + 20, await asyncio.to_thread(empty, live)
+                assert time.monotonic() < end_s + 120, await asyncio.to_thread(empty, live)
                 await round_of_traffic(s)
             health = await asyncio.to_thread(live.rules)
             assert health

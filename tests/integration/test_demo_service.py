@@ -166,7 +166,7 @@ def test_demo_missed_deadline_is_a_504(client: openai.OpenAI) -> None:
             extra_headers={"x-coe-deadline-ms": "4000"},
         )
     assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
-    wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
+    wait_until(lambda: running(client) == 0, "the engine has stopped it")
 
 
 def test_demo_client_disconnect_stops_the_generation(client: openai.OpenAI) -> None:
@@ -178,8 +178,8 @@ def test_demo_client_disconnect_stops_the_generation(client: openai.OpenAI) -> N
         extra_body={"ignore_eos": True},
     ) as stream:
         next(iter(stream))
-        wait_until(lambda: running(client) == 1, "vLLM tells of it", 20)
-    wait_until(lambda: running(client) == 0, "the engine has stopped it", 20)
+        wait_until(lambda: running(client) == 1, "vLLM tells of it")
+    wait_until(lambda: running(client) == 0, "the engine has stopped it")
 
 
 @needs_prometheus
@@ -197,7 +197,7 @@ def test_demo_dashboards_show_vllm_s_own_metrics(
         def shown() -> bool:
             return all(live.series(t["expr"]) for p in vllm for t in p["targets"])
 
-        wait_until(shown, "every panel of vLLM's metrics shows something", 30)
+        wait_until(shown, "every panel of vLLM's metrics shows something")
         # Adapters have no engine of their own, and their tokens are told all the same.
         answers = live.series('sum by (expert) (coe_tokens_total{type="completion"}) > 0')
         assert {answer["metric"]["expert"] for answer in answers} >= {"general", "math"}
@@ -226,7 +226,7 @@ def test_demo_stop_leaves_nothing(service: Service) -> None:
     run_dir = service.run_dir
     service.stop()
     assert service.process.returncode == 0
-    wait_until(lambda: service.left() == [], "no process is left", 20)
+    wait_until(lambda: service.left() == [], "no process is left")
     assert not run_dir.exists()
     assert "Traceback" not in service.log
 

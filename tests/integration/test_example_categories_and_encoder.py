@@ -45,7 +45,7 @@ async def test_categories_are_live_after_a_reload_and_the_encoder_joins(tmp_path
             router={"encoder": encoder},
         )
         await s.gateway.reload(config)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while (found := await asked(s, text))["stage"] != "encoder":
                 assert found["category"] == "law"  # the first stage decides until then
                 await asyncio.sleep(0.05)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.http.asgi_helpers import read_body
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import CHAT, chat, events, run_gateway, serving, simulated
 
 PERSONA = {"system": "Answer as a pirate.", "max_tokens": 5, "stop": ["END"], "temperature": 0.1}
@@ -154,7 +155,7 @@ async def test_response_cache_keeps_the_answers_of_names_and_defaults_apart(
 async def test_reload_without_the_first_name_ends_no_stream_and_starts_no_engine(
     tmp_path: Path,
 ) -> None:
-    options = {"p": {"decode_ms": 5}}
+    options: dict[str, dict[str, Any]] = {"p": {}}
     before = simulated(options, experts=experts(tmp_path))
     changed = {
         "twin": {"model": str(tmp_path)},
@@ -163,7 +164,8 @@ async def test_reload_without_the_first_name_ends_no_stream_and_starts_no_engine
     after = simulated(options, experts=changed)
     async with run_gateway(before) as stage:
         pool = stage.pools["p"]
-        async with stage.post(chat(model="twin", stream=True, max_tokens=100)) as answer:
+        with held_answers(limit=100) as gate:
+            answer = await stage.post(chat(model="twin", stream=True, max_tokens=100))
             data = await answer.content.readany()
             await stage.gateway.reload(after)
             await pool.process.reload(after)
@@ -172,6 +174,7 @@ async def test_reload_without_the_first_name_ends_no_stream_and_starts_no_engine
                 assert (status, reply["model"]) == (200, name)
                 assert reply["usage"]["completion_tokens"] == tokens
             assert (await stage.ask(chat()))[0] == 404
+            gate.open()
             data += await answer.read()
         assert data.endswith(b"data: [DONE]\n\n")
         parsed = [json.loads(event) for event in events(data) if event != "[DONE]"]

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from service.engine.grammar_check import Grammar, GrammarChecker, SharedChecker, Vocabulary
 from service.errors import InvalidRequestError, OverCapacityError
+from tests.support.polling import until
 
 xgrammar = pytest.importorskip("xgrammar")
 pytestmark = [
@@ -226,10 +227,7 @@ async def test_grammar_check_turns_are_given_back_whoever_leaves(
         for task in asked[rounds::2]:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
-    for _ in range(200):
-        if not checker._asking:
-            break
-        await asyncio.sleep(0.05)
+    await until(lambda: not checker._asking, "nobody asks any more")
     assert (checker._turns._free, len(checker._turns._lines)) == (2, 0)
 
 

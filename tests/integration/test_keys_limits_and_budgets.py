@@ -15,6 +15,7 @@ from service.engine.simulated_engine import SimulatedEngine
 from service.errors import ExpertFailedError
 from service.gateway.gateway_reload import GatewayRuntime
 from service.store.api_keys import digest_of
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import (
     ADMIN_KEY,
     CHAT,
@@ -234,8 +235,12 @@ async def test_requests_per_minute_limit() -> None:
 
 
 async def test_concurrent_requests_limit() -> None:
-    async with run_gateway(config({"concurrent": 2}, pool={"decode_ms": 250})) as s:
-        answers = await asyncio.gather(*(s.ask(chat(), headers=bearer(KEY)) for _ in range(6)))
+    async with run_gateway(config({"concurrent": 2})) as s:
+        with held_answers() as gate:
+            asked = [asyncio.create_task(s.ask(chat(), headers=bearer(KEY))) for _ in range(6)]
+            await until(lambda: sum(task.done() for task in asked) == 4, "four have no room")
+            gate.open()
+            answers = await asyncio.gather(*asked)
         assert sorted(status for status, _, _ in answers) == [200] * 2 + [429] * 4
         assert (await limit(s, "concurrent"))["reserved"] == 0
         assert (await s.ask(chat(), headers=bearer(KEY)))[0] == 200
@@ -275,14 +280,17 @@ async def test_refused_request_counts_once() -> None:
         "general": {"model": "m", "price": {"prompt": 0, "completion": 500_000}},
         "dear": {"model": "n", "price": {"prompt": 0, "completion": 1_000_000}},
     }
-    pool = {"decode_ms": 20}
-    async with run_gateway(config({"budget": {"amount": 5}}, experts=experts, pool=pool)) as s:
-        holding = asyncio.create_task(s.ask(chat(max_tokens=10), headers=bearer(KEY)))
-        await until(lambda: s.pools["cpu"].engines[0].now == 1, "all that there is, is reserved")
-        for model in ("general", "auto"):
-            status, _, answer = await s.ask(chat(model=model, max_tokens=10), headers=bearer(KEY))
-            assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
-        assert (await holding)[0] == 200
+    async with run_gateway(config({"budget": {"amount": 5}}, experts=experts)) as s:
+        with held_answers() as gate:
+            body = chat(max_tokens=10)
+            holding = asyncio.create_task(s.ask(body, headers=bearer(KEY)))
+            engine = s.pools["cpu"].engines[0]
+            await until(lambda: engine.now == 1, "all that there is, is reserved")
+            for model in ("general", "auto"):
+                status, _, answer = await s.ask({**body, "model": model}, headers=bearer(KEY))
+                assert (status, answer["error"]["code"]) == (429, "insufficient_quota")
+            gate.open()
+            assert (await holding)[0] == 200
         async with s.get("/metrics", headers=bearer(ADMIN_KEY)) as reply:
             text = await reply.text()
         counts = {
@@ -309,20 +317,21 @@ async def test_budget_is_not_overspent_by_a_burst() -> None:
 
 async def test_client_disconnect_is_charged_for_what_went_out_only() -> None:
     experts = {"general": {"model": "m", "price": {"prompt": 0, "completion": 1_000_000}}}
-    limits = {"budget": {"amount": 1000}}
-    async with run_gateway(config(limits, experts=experts, pool={"decode_ms": 5})) as s:
-        body = chat(max_tokens=800, stream=True)
+    limits = {"budget": {"amount": 10_000}}
+    pool = {"decode_ms": 5, "max_model_len": 10_000}
+    async with run_gateway(config(limits, experts=experts, pool=pool)) as s:
+        body = chat(max_tokens=8000, stream=True)  # 40 s
         async with s.post(body, headers=bearer(KEY)) as reply:
             await reply.content.readuntil(b"\n\n")
             held = await limit(s, "budget")
-            assert (held["spent"], held["reserved"]) == (0, 800)
+            assert (held["spent"], held["reserved"]) == (0, 8000)
         await until(s.idle, "the pool is idle")
 
         async def settled() -> bool:
             return bool((await limit(s, "budget"))["reserved"] == 0)
 
         await until(settled, "what was reserved is free again")
-        assert 1 <= (await limit(s, "budget"))["spent"] < 400
+        assert 1 <= (await limit(s, "budget"))["spent"] < 4000
 
 
 async def test_failed_request_is_not_charged() -> None:

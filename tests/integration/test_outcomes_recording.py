@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.cli import cli
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import chat, run_gateway, simulated
 from tests.support.polling import until
 
@@ -85,17 +86,19 @@ async def test_outcomes_bound_on_cost_holds_by_the_prices_that_the_service_tells
 
 
 async def test_outcomes_are_recorded_behind_other_requests(tmp_path: Path) -> None:
-    engine = {"tokens": 10, "decode_ms": 20, "max_num_seqs": 1}
-    config = simulated({"cpu": engine}, experts={"general": EXPERTS["general"]})
+    config = simulated({"cpu": {"max_num_seqs": 1}}, experts={"general": EXPERTS["general"]})
     async with run_gateway(config) as s:
         pool = s.pools["cpu"]
-        recording = asyncio.create_task(
-            record(s.url, tmp_path, 8, "--concurrency", "8", "--max-tokens", "10")
-        )
-        await until(lambda: pool.waiting >= 5, "the recording's requests wait")
-        status, _, _ = await s.ask(chat("somebody waits"))
-        assert status == 200
-        result = await recording
+        with held_answers() as gate:
+            recording = asyncio.create_task(
+                record(s.url, tmp_path, 8, "--concurrency", "8", "--max-tokens", "10")
+            )
+            await until(lambda: pool.waiting == 7, "the recording's requests wait")
+            asking = asyncio.create_task(s.ask(chat("somebody waits")))
+            await until(lambda: pool.waiting == 8, "another one waits")
+            gate.open()
+            assert (await asking)[0] == 200
+            result = await recording
     assert result.exit_code == 0, result.output
     order: list[Any] = [
         json.loads(item.body)["messages"][0]["content"] for item in pool.engine.asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 import aiohttp
@@ -13,6 +12,7 @@ import pytest
 from service.engine.engine_interface import EngineRequest, Send
 from service.errors import EngineDeadError
 from service.rpc.pool_link import PoolAddress
+from tests.support.answer_gate import held_answers, held_requests
 from tests.support.in_process_service import (
     CHAT,
     SECRET,
@@ -29,17 +29,19 @@ SHARED = {"general": {"model": "m"}, "other": {"model": "m"}}
 
 
 async def test_engine_death_before_the_first_byte_is_retried_elsewhere() -> None:
-    config = simulated({"bad": {"fail": "first_byte", "prefill_tokens_per_s": 2}, "good": {}})
+    config = simulated({"bad": {"fail": "first_byte"}, "good": {}})
     async with run_gateway(config) as s:
         bad, good = s.pools["bad"], s.pools["good"]
         first = bad.engine
         s.gateway.directory.update([bad.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
-        asking = asyncio.create_task(s.ask(chat()))
-        await until(lambda: first.now == 1, "the bad one has it")
-        s.gateway.directory.update([bad.address, good.address])
-        await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
-        status, headers, body = await asking
+        with held_requests() as gate:
+            asking = asyncio.create_task(s.ask(chat()))
+            await until(lambda: first.now == 1, "the bad one has it")
+            s.gateway.directory.update([bad.address, good.address])
+            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+            gate.open()
+            status, headers, body = await asking
         assert (status, body["model"], headers["x-coe-expert"]) == (200, "general", "general")
         assert first.failure() is not None
         assert len(good.engine.asked) == 1
@@ -92,49 +94,53 @@ async def test_poison_request_costs_two_of_five_pools(how: str, model: str) -> N
 
 async def test_requests_beside_a_poison_request_are_answered() -> None:
     """One loss is not two: who ran beside the request that killed an engine is tried again."""
-    async with run_gateway(simulated({"a": {"prefill_tokens_per_s": 20}, "b": {}})) as s:
+    async with run_gateway(simulated({"a": {}, "b": {}})) as s:
         a = s.pools["a"]
         s.gateway.directory.update([a.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
-        beside = [asyncio.create_task(s.ask(chat(f"one two three four {i}"))) for i in range(4)]
         first = a.engine
-        await until(lambda: first.now == 4, "all are under way in one engine")
-        s.gateway.directory.update([a.address, s.pools["b"].address])
-        await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
-        first.kill("another request killed it")
+        with held_requests() as gate:
+            beside = [asyncio.create_task(s.ask(chat(str(i)))) for i in range(4)]
+            await until(lambda: first.now == 4, "all are under way in one engine")
+            s.gateway.directory.update([a.address, s.pools["b"].address])
+            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+            first.kill("another request killed it")
+            gate.open()
         assert [status for status, _, _ in await asyncio.gather(*beside)] == [200] * 4
 
 
 async def test_pool_cut_off_while_draining_does_not_count_as_a_loss() -> None:
     """Two pools that stop, as they had told, cost a request its place, not its answer."""
-    slow = {"prefill_tokens_per_s": 1}
-    async with run_gateway(simulated({"a": slow, "b": slow, "c": {}})) as s:
+    async with run_gateway(simulated({kind: {} for kind in "abc"})) as s:
         pools = s.pools
         asking: asyncio.Task[Any] | None = None
-        for kind, after in (("a", "b"), ("b", "c")):
-            pool = pools[kind]
-            s.gateway.directory.update([pool.address])
-            await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
-            asking = asking or asyncio.create_task(s.ask(chat()))
-            await until(lambda p=pool: p.engine.now == 1, f"{kind} has it")  # type: ignore[misc]
-            stopping = asyncio.create_task(pool.process.pool.stop(20))
-            link = s.gateway.directory.link(pool.address.boot)
-            await until(lambda one=link: one.draining, "the gateway knows")  # type: ignore[misc]
-            s.gateway.directory.update([pools[after].address])
-            pool.served.cut()
-            await stopping
+        with held_requests():
+            for kind, after in (("a", "b"), ("b", "c")):
+                pool = pools[kind]
+                s.gateway.directory.update([pool.address])
+                await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
+                asking = asking or asyncio.create_task(s.ask(chat()))
+                await until(lambda p=pool: p.engine.now == 1, f"{kind} has it")  # type: ignore[misc]
+                stopping = asyncio.create_task(pool.process.pool.stop(60))
+                link = s.gateway.directory.link(pool.address.boot)
+                await until(lambda one=link: one.draining, "the gateway knows")  # type: ignore[misc]
+                s.gateway.directory.update([pools[after].address])
+                pool.served.cut()
+                await stopping
         assert asking is not None
         assert (await asking)[0] == 200
 
 
 async def test_dead_engine_is_replaced_and_answers_its_request() -> None:
-    async with run_gateway(simulated({"cpu": {"prefill_tokens_per_s": 20}})) as s:
+    async with run_gateway(simulated({"cpu": {}})) as s:
         pool = s.pools["cpu"]
         first = pool.engine
-        asking = asyncio.create_task(s.ask(chat("one two three four")))
-        await until(lambda: first.now == 1, "the request is on the engine")
-        first.kill("a test killed it")
-        status, _, _ = await asking
+        with held_requests() as gate:
+            asking = asyncio.create_task(s.ask(chat()))
+            await until(lambda: first.now == 1, "the request is on the engine")
+            first.kill("a test killed it")
+            gate.open()
+            status, _, _ = await asking
         assert status == 200
         assert pool.engine is not first
 
@@ -155,35 +161,37 @@ async def test_engine_death_during_a_stream_ends_it_with_an_error_event() -> Non
 
 
 async def test_pool_loss_during_a_stream_ends_it_with_an_error_event() -> None:
-    config = simulated({"cpu": {"decode_ms": 20}})
-    async with run_gateway(config) as s:
+    async with run_gateway(simulated({"cpu": {}})) as s:
         pool = s.pools["cpu"]
-        async with s.post(chat(stream=True, max_tokens=1000)) as reply:
-            await reply.content.readany()
-            pool.served.cut()
-            received = events(await reply.read())
+        with held_answers():
+            async with s.post(chat(stream=True)) as reply:
+                await reply.content.readany()
+                pool.served.cut()
+                received = events(await reply.read())
         assert json.loads(received[-1])["error"]["code"] == "pool_gone"
         await until(lambda: pool.engine.now == 0, "the engine has stopped that answer")
         assert (await s.ask(chat()))[0] == 200
 
 
 async def test_draining_pool_finishes_its_streams_and_gets_no_new_ones() -> None:
-    config = simulated({"one": {"decode_ms": 20}, "two": {}})
+    config = simulated({"one": {}, "two": {}})
     async with run_gateway(config) as s:
         one, two = s.pools["one"], s.pools["two"]
         s.gateway.directory.update([one.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
-        async with s.post(chat(stream=True, max_tokens=30)) as reply:
-            await reply.content.readany()
-            s.gateway.directory.update([one.address, two.address])
-            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
-            draining = asyncio.create_task(one.process.pool.stop(20))
-            for _ in range(5):
-                status, _, _ = await s.ask(chat())
-                assert status == 200
-            assert len(one.engine.asked) == 1
-            assert len(two.engine.asked) == 5
-            received = events(await reply.read())
+        with held_answers(limit=30) as gate:
+            async with s.post(chat(stream=True, max_tokens=30)) as reply:
+                await reply.content.readany()
+                s.gateway.directory.update([one.address, two.address])
+                await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+                draining = asyncio.create_task(one.process.pool.stop(60))
+                for _ in range(5):
+                    status, _, _ = await s.ask(chat())
+                    assert status == 200
+                assert len(one.engine.asked) == 1
+                assert len(two.engine.asked) == 5
+                gate.open()
+                received = events(await reply.read())
         assert received[-1] == "[DONE]"
         assert len(received) == 30  # the first was read before
         await draining
@@ -191,19 +199,18 @@ async def test_draining_pool_finishes_its_streams_and_gets_no_new_ones() -> None
 
 
 async def test_over_capacity_is_answered_at_once() -> None:
-    config = simulated(
-        {"cpu": {"max_num_seqs": 1, "decode_ms": 20}}, kinds={"cpu": {"max_queued_requests": 1}}
-    )
+    config = simulated({"cpu": {"max_num_seqs": 1}}, kinds={"cpu": {"max_queued_requests": 1}})
     async with run_gateway(config) as s:
         pool = s.pools["cpu"]
-        async with s.post(chat(stream=True, max_tokens=1000)) as running:
-            await running.content.readany()
-            waiting = asyncio.create_task(s.ask(chat()))
-            await until(lambda: pool.waiting == 1, "one waits")
-            status, headers, body = await s.ask(chat())
-            assert status == 503
-            assert body["error"]["code"] == "over_capacity"
-            assert int(headers["retry-after"]) >= 1
+        with held_answers(limit=9):
+            async with s.post(chat(stream=True, max_tokens=9)) as running:
+                await running.content.readany()
+                waiting = asyncio.create_task(s.ask(chat()))
+                await until(lambda: pool.waiting == 1, "one waits")
+                status, headers, body = await s.ask(chat())
+                assert status == 503
+                assert body["error"]["code"] == "over_capacity"
+                assert int(headers["retry-after"]) >= 1
         status, headers, _ = await waiting
         assert status == 200
         assert float(headers["x-coe-queue-ms"]) > 0
@@ -211,40 +218,44 @@ async def test_over_capacity_is_answered_at_once() -> None:
 
 async def test_full_pool_is_passed_over_for_another() -> None:
     config = simulated(
-        {"full": {"max_num_seqs": 1, "decode_ms": 20}, "free": {}},
-        kinds={"full": {"max_queued_requests": 0}},
+        {"full": {"max_num_seqs": 1}, "free": {}}, kinds={"full": {"max_queued_requests": 0}}
     )
     async with run_gateway(config) as s:
         full, free = s.pools["full"], s.pools["free"]
         s.gateway.directory.update([full.address])
         await until(lambda: len(s.gateway.directory.links()) == 1, "one pool is followed")
-        async with s.post(chat(stream=True, max_tokens=1000)) as running:
-            await running.content.readany()
-            s.gateway.directory.update([full.address, free.address])
-            await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
-            replies = await asyncio.gather(*(s.ask(chat()) for _ in range(8)))
+        with held_answers(limit=9):
+            async with s.post(chat(stream=True, max_tokens=9)) as running:
+                await running.content.readany()
+                s.gateway.directory.update([full.address, free.address])
+                await until(lambda: len(s.gateway.directory.links()) == 2, "both are followed")
+                replies = await asyncio.gather(*(s.ask(chat()) for _ in range(8)))
         assert {status for status, _, _ in replies} == {200}
         assert len(free.engine.asked) == 8
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_deadline_ends_requests_on_the_engine_and_in_the_queue(stream: bool) -> None:
-    config = simulated({"cpu": {"prefill_tokens_per_s": 0.1, "max_num_seqs": 1}})
+    config = simulated({"cpu": {"max_num_seqs": 1}})
     async with run_gateway(config) as s:
         pool = s.pools["cpu"]
 
-        def ask(deadline_ms: str) -> asyncio.Task[Any]:
-            headers = {"x-coe-deadline-ms": deadline_ms}
-            return asyncio.create_task(s.ask(chat(stream=stream), headers=headers))
-
-        running = ask("3000")
-        await until(lambda: len(pool.engine.asked) == 1, "one runs")
-        waited = await ask("300")
-        assert len(pool.engine.asked) == 1, "it waited, and never ran"
-        for deadline, (status, _, body) in ((300, waited), (3000, await running)):
+        async def ask(deadline_ms: int) -> None:
+            headers = {"x-coe-deadline-ms": str(deadline_ms)}
+            status, _, body = await s.ask(chat(stream=stream), headers=headers)
             assert status == 504
             assert body["error"]["code"] == "deadline_exceeded"
-            assert f"deadline of {deadline} ms" in body["error"]["message"]
+            assert f"deadline of {deadline_ms} ms" in body["error"]["message"]
+
+        with held_requests():
+            other = asyncio.create_task(s.ask(chat(stream=stream)))
+            await until(lambda: len(pool.engine.asked) == 1, "one runs")
+            await ask(300)
+            assert len(pool.engine.asked) == 1, "it waited, and never ran"
+            other.cancel()
+            await until(s.idle, "its place is free")
+            await ask(1500)
+            assert len(pool.engine.asked) == 2, "it ran"
 
 
 async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
@@ -263,20 +274,21 @@ async def test_deadline_of_a_stream_ends_with_its_first_token() -> None:
 
 
 async def test_client_disconnect_frees_its_place_at_every_stage() -> None:
-    async with run_gateway(simulated({"cpu": {"max_num_seqs": 1, "decode_ms": 20}})) as s:
+    async with run_gateway(simulated({"cpu": {"max_num_seqs": 1}})) as s:
         pool = s.pools["cpu"]
-        async with s.post(chat(stream=True, max_tokens=1500)) as running:
-            await running.content.readany()
-            queued = asyncio.create_task(s.ask(chat(max_tokens=1500)))
-            await until(lambda: pool.waiting == 1, "one waits")
-            queued.cancel()
-            await until(lambda: pool.waiting == 0, "the queued one is gone")
-            assert pool.engine.now == 1
-        await until(lambda: pool.engine.now == 0, "the streaming one is stopped in the engine")
-        whole = asyncio.create_task(s.ask(chat(max_tokens=1500)))
-        await until(lambda: pool.engine.now == 1, "a whole answer is being made")
-        whole.cancel()
-        await until(lambda: pool.engine.now == 0, "it is stopped in the engine too")
+        with held_answers():
+            async with s.post(chat(stream=True)) as running:
+                await running.content.readany()
+                queued = asyncio.create_task(s.ask(chat()))
+                await until(lambda: pool.waiting == 1, "one waits")
+                queued.cancel()
+                await until(lambda: pool.waiting == 0, "the queued one is gone")
+                assert pool.engine.now == 1
+            await until(lambda: pool.engine.now == 0, "the streaming one is stopped in the engine")
+            whole = asyncio.create_task(s.ask(chat()))
+            await until(lambda: pool.engine.now == 1, "a whole answer is being made")
+            whole.cancel()
+            await until(lambda: pool.engine.now == 0, "it is stopped in the engine too")
         assert len(pool.engine.asked) == 2
         async with s.get("/metrics") as reply:
             assert 'outcome="client_gone"' in await reply.text()
@@ -354,7 +366,12 @@ async def test_ready_without_any_ready_expert_is_503() -> None:
 async def test_two_pools_share_the_load() -> None:
     slow = {"max_num_seqs": 4, "decode_ms": 5}
     async with run_gateway(simulated({"one": slow, "two": slow})) as s:
-        replies = await asyncio.gather(*(s.ask(chat(str(i))) for i in range(32)))
+        with held_answers() as gate:
+            asked = [asyncio.create_task(s.ask(chat(str(i)))) for i in range(32)]
+            pools = [pool.process.pool for pool in s.pools.values()]
+            await until(lambda: sum(pool.queued() for pool in pools) == 32, "all are there")
+            gate.open()
+            replies = await asyncio.gather(*asked)
         assert {status for status, _, _ in replies} == {200}
         shares = [len(pool.engine.asked) for pool in s.pools.values()]
         assert sum(shares) == 32
@@ -368,16 +385,17 @@ async def test_silent_pool_is_chosen_last_and_then_not_at_all(
         links = {link.address.boot: link for link in s.gateway.directory.links()}
         silent = links[s.pools["one"].address.boot]
         heard = s.pools["two"].engine
-        offset_s = 2.0
-        real = silent.age_s
-        monkeypatch.setattr(silent, "age_s", lambda now_s: real(now_s) + offset_s)
+        age_s = 2.0
+        monkeypatch.setattr(silent, "age_s", lambda now_s: age_s)
+        other = links[s.pools["two"].address.boot]
+        monkeypatch.setattr(other, "age_s", lambda now_s: 0.0)
         for _ in range(4):
             await s.ask(chat())
         assert len(heard.asked) == 4
         # The only one left: better than nothing.
         s.gateway.directory.update([s.pools["one"].address])
         assert (await s.ask(chat()))[0] == 200
-        offset_s = 4.0
+        age_s = 4.0
         status, _, body = await s.ask(chat(), headers={"x-coe-deadline-ms": "200"})
         assert (status, body["error"]["code"]) == (503, "unavailable")
         assert len(s.pools["one"].engine.asked) == 1
@@ -400,7 +418,6 @@ async def test_request_waits_for_a_pool_that_is_starting() -> None:
         s.gateway.directory.update([])
         asking = asyncio.create_task(s.ask(chat()))
         await until(lambda: s.woken == ["general"], "the request asks for a pool")
-        began_s = time.monotonic()
         s.gateway.directory.update([address])
-        assert (await asking)[0] == 200
-        assert time.monotonic() - began_s < 10
+        async with asyncio.timeout(60):
+            assert (await asking)[0] == 200

@@ -19,6 +19,7 @@ from service.broker.unmet_demand import pool_for_demand
 from service.config import Config
 from service.gateway.gateway_reload import GatewayRuntime
 from service.types import Residency
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import CHAT, SECRET, RunningPool, run_pool, serving, until
 
 TOKENS, DECODE_S = 10, 0.02
@@ -109,14 +110,16 @@ async def site() -> AsyncIterator[Site]:
 
 async def test_second_replica_gets_a_copy_of_the_expert_with_the_queue() -> None:
     async with site() as s:
-        waiting = [asyncio.create_task(s.ask("hot")) for _ in range(12)]
-        first = s.pools[0].process.pool
-        await until(lambda: first.load().backlog_s.get("hot", 0) > 0, "a queue")
-        await s.add()
-        # The queue moves to nobody; what comes now goes where it is served sooner.
-        waiting += [asyncio.create_task(s.ask("hot")) for _ in range(12)]
-        await until(lambda: s.holding("hot") == 2, "both replicas hold it")
-        assert {*await asyncio.gather(*waiting)} == {TOKENS}
+        with held_answers() as gate:
+            waiting = [asyncio.create_task(s.ask("hot")) for _ in range(12)]
+            first = s.pools[0].process.pool
+            await until(lambda: first.load().backlog_s.get("hot", 0) > 0, "a queue")
+            await s.add()
+            # The queue moves to nobody; what comes now goes where it is served sooner.
+            waiting += [asyncio.create_task(s.ask("hot")) for _ in range(12)]
+            await until(lambda: s.holding("hot") == 2, "both replicas hold it")
+            gate.open()
+            assert {*await asyncio.gather(*waiting)} == {TOKENS}
         # Both run it, and the other expert is not forgotten.
         assert await s.ask("calm") == TOKENS
 
@@ -134,38 +137,50 @@ async def test_second_replica_leaves_an_expert_without_a_queue_where_it_is() -> 
 async def test_removed_replica_ends_its_streams_and_gets_neither_requests_nor_demand() -> None:
     async with site() as s:
         await s.add()
-        waiting = [asyncio.create_task(s.ask("hot", 60)) for _ in range(8)]
-        await until(lambda: all(pool.process.pool.queued() for pool in s.pools), "both are busy")
-        left, stays = s.pools
-        had = left.process.pool.queued()
-        left.process.pool.refuse_new()
-        # Before Serve tells of the removal, a gateway may still choose the replica once.
-        assert await s.ask("hot") == TOKENS
-        views = [
-            PoolView(pool.address.boot, pool.process.pool.snapshot(), 0.0, {}) for pool in s.pools
-        ]
-        for expert in CONFIG.experts:
-            assert pool_for_demand(expert, views) == stays.address.boot
-        s.know([stays])
-        assert await s.ask("calm") == TOKENS
-        assert left.process.pool.queued() <= had
-        assert {*await asyncio.gather(*waiting)} == {60}
+
+        def queued() -> list[int]:
+            return [pool.process.pool.queued() for pool in s.pools]
+
+        with held_answers() as gate:
+            waiting = [asyncio.create_task(s.ask("hot", 60)) for _ in range(8)]
+            await until(lambda: sum(queued()) == 8 and all(queued()), "both are busy")
+            left, stays = s.pools
+            had = left.process.pool.queued()
+            left.process.pool.refuse_new()
+            # Before Serve tells of the removal, a gateway may still choose the replica once.
+            late = asyncio.create_task(s.ask("hot"))
+            await until(lambda: stays.process.pool.queued() == 8 - had + 1, "it goes to the other")
+            views = [
+                PoolView(pool.address.boot, pool.process.pool.snapshot(), 0.0, {})
+                for pool in s.pools
+            ]
+            for expert in CONFIG.experts:
+                assert pool_for_demand(expert, views) == stays.address.boot
+            s.know([stays])
+            gate.open()
+            assert await late == TOKENS
+            assert await s.ask("calm") == TOKENS
+            assert left.process.pool.queued() <= had
+            assert {*await asyncio.gather(*waiting)} == {60}
         assert left.process.pool.queued() == 0
 
 
 async def test_replaced_pool_sends_requests_to_the_one_that_comes() -> None:
     async with site() as s:
         (old,) = s.pools
-        running = asyncio.create_task(s.ask("hot", tokens=60))
-        await until(lambda: old.process.pool.queued() == 1, "it runs")
-        old.process.pool.refuse_new(replaced=True)
-        # The gateway may not know of it yet, and there is no other pool.
-        waiting = [asyncio.create_task(s.ask("hot")) for _ in range(4)]
-        await asyncio.sleep(0.3)
-        assert not any(task.done() for task in waiting)
-        await s.add()
-        assert await asyncio.gather(*waiting) == [TOKENS] * 4
-        assert await running == 60
+        with held_answers(limit=60) as gate:
+            running = asyncio.create_task(s.ask("hot", tokens=60))
+            await until(lambda: gate.held == 1, "it runs")
+            old.process.pool.refuse_new(replaced=True)
+            # The gateway may not know of it yet, and there is no other pool.
+            waiting = [asyncio.create_task(s.ask("hot")) for _ in range(4)]
+            await until(lambda: s.gateway.state.metrics.in_flight == 5, "the gateway has them")
+            await asyncio.sleep(0.1)
+            assert not any(task.done() for task in waiting)
+            await s.add()
+            assert await asyncio.gather(*waiting) == [TOKENS] * 4
+            gate.open()
+            assert await running == 60
 
 
 async def test_expert_that_moves_to_another_kind_takes_its_requests_along() -> None:
@@ -176,14 +191,16 @@ async def test_expert_that_moves_to_another_kind_takes_its_requests_along() -> N
     async with site() as s:
         (old,) = s.pools
         # Two run, and the others wait in the pool that loses the expert.
-        crowd = [asyncio.create_task(s.ask("hot", tokens=40)) for _ in range(6)]
-        await until(lambda: old.process.pool.queued() == 6, "a queue")
-        await old.process.reload(moved)
-        await s.gateway.reload(moved)
-        late = asyncio.create_task(s.ask("hot"))
-        await asyncio.sleep(0.2)
-        own = await s.stack.enter_async_context(run_pool(moved, "own"))
-        s.know([old, own])
-        assert await asyncio.gather(*crowd) == [40] * 6
-        assert await late == TOKENS
+        with held_answers(limit=40) as gate:
+            crowd = [asyncio.create_task(s.ask("hot", tokens=40)) for _ in range(6)]
+            await until(lambda: gate.held == 2 and old.process.pool.queued() == 6, "a queue")
+            await old.process.reload(moved)
+            await s.gateway.reload(moved)
+            late = asyncio.create_task(s.ask("hot"))
+            await until(lambda: s.gateway.state.metrics.in_flight == 7, "the gateway has it")
+            own = await s.stack.enter_async_context(run_pool(moved, "own"))
+            s.know([old, own])
+            gate.open()
+            assert await asyncio.gather(*crowd) == [40] * 6
+            assert await late == TOKENS
         assert await s.ask("calm") == TOKENS

@@ -247,7 +247,7 @@ def test_cluster_client_disconnect_stops_the_generation(
     ) as stream:
         next(iter(stream))
         wait_until(lambda: running(client) == 1, "the pool tells of it")
-    wait_until(lambda: running(client) == 0, "its place is free again", 10)
+    wait_until(lambda: running(client) == 0, "its place is free again")
 
 
 POOL = "ray::ServeReplica:coe:pool-"
@@ -337,7 +337,7 @@ def test_cluster_config_reload_while_running(
             return False
         return (completion.choices[0].message.content or "").startswith("late:")
 
-    wait_until(answers, "the new expert answers", 20)
+    wait_until(answers, "the new expert answers")
     with pytest.raises(openai.NotFoundError, match="vectors"):
         client.embeddings.create(model="vectors", input=["a"])
     chunks += list(stream)
@@ -473,7 +473,7 @@ def test_cluster_stop_lets_streams_end_and_leaves_nothing(
     assert run_dir.is_dir()
     service.stop()
     assert service.process.returncode == 0
-    wait_until(lambda: service.left() == [], "no process is left", 20)
+    wait_until(lambda: service.left() == [], "no process is left")
     assert "Traceback" not in service.log
     assert not run_dir.exists()
     assert _files(service.folder) == {"home/admin-key", "log"}

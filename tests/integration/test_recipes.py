@@ -461,7 +461,7 @@ async def test_deadline_that_nothing_can_meet_is_refused_and_the_nearest_one_is_
 
 async def _ask_in_a_hurry(s: RunningGateway, cast: Cast) -> None:
     ask = chat(max_tokens=5)
-    cast.takes_s = {"a": 0.4, "b": 0.01}
+    cast.takes_s = {"a": 1.0, "b": 0.01}
     hasty = {**ask, "model": "a", "coe": {"deadline_ms": 30}}
     # Nobody knows yet how long it takes.
     status, _, answer = await s.ask(hasty)
@@ -476,7 +476,7 @@ async def _ask_in_a_hurry(s: RunningGateway, cast: Cast) -> None:
     assert error["param"] == "coe.deadline_ms"
     assert len(cast.asked) == asked
     nearest = error["nearest"]["deadline_ms"]
-    assert 100 < nearest < 2000
+    assert 250 < nearest < 5000
     status, _, answer = await s.ask({**hasty, "coe": {"deadline_ms": nearest - 1}})
     assert status == 400
     status, _, answer = await s.ask({**hasty, "coe": {"deadline_ms": nearest + 1000}})
@@ -489,12 +489,15 @@ async def _ask_in_a_hurry(s: RunningGateway, cast: Cast) -> None:
     slow = "takes longer than deadline_ms, even when it is resident and idle"
     assert {one["recipe"]: one["why"] for one in answer["candidates"]}["a"] == slow
     # A queue makes it no error of the client's: it is tried. The endpoint takes 64 at once.
-    cast.takes_s = {"b": 0.3}
-    crowd = [asyncio.create_task(s.ask({**ask, "model": "b"})) for _ in range(130)]
-    await until(lambda: len(cast.asked) > asked + 40, "a queue")
+    cast.silent = {"b"}
+    asked = len(cast.asked)
+    crowd = [asyncio.create_task(s.ask({**ask, "model": "b"})) for _ in range(90)]
+    await until(lambda: len(cast.asked) == asked + 64, "a queue")
     status, _, answer = await s.ask({**ask, "model": "b", "coe": {"deadline_ms": 250}})
     assert (status, answer["error"]["code"]) == (504, "deadline_exceeded"), answer
-    await asyncio.gather(*crowd)
+    for one in crowd:
+        one.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
 
 
 async def test_budget_shifts_to_cheaper_recipes_and_is_never_overspent() -> None:

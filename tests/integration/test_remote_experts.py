@@ -175,13 +175,13 @@ async def test_remote_expert_stream_that_breaks_ends_with_an_error_event() -> No
 
 
 async def test_remote_expert_stream_that_stalls_ends_with_an_error_event() -> None:
-    async with far_site(stall_timeout_s=0.3) as (s, _):
+    async with far_site(stall_timeout_s=1.0) as (s, _):
         async with s.post(far(stream=True)) as reply:
             received = events(await reply.read())
         assert '"model":"far"' in received[0]
         error = json.loads(received[-1])["error"]
         assert error["code"] == "upstream_error"
-        assert "sent nothing for 0.3 s" in error["message"]
+        assert "sent nothing for 1 s" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -190,7 +190,7 @@ async def test_remote_expert_request_is_closed_when_the_client_leaves(stream: bo
         asking = asyncio.create_task(s.ask(far("hang", stream=stream)))
         await until(lambda: len(upstream.asked) == 1, "it is asked")
         asking.cancel()
-        await asyncio.wait_for(upstream.gone.wait(), 10)
+        await asyncio.wait_for(upstream.gone.wait(), 60)
 
 
 @pytest.mark.parametrize("stream", [False, True])

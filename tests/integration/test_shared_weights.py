@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from service.pool.pool_builder import PoolBuilder
 from service.rpc.call_headers import Call
 from service.rpc.snapshot import Queue
 from service.telemetry.pool_metrics import PoolMetrics
+from tests.support.answer_gate import held_answers
 from tests.support.polling import until
 
 SLOTS = pytest.mark.parametrize("slots", [None, 1])
@@ -54,7 +56,7 @@ class Stage:
 
     async def reload(self, **experts: Any) -> None:
         await self.factory.reload(self.config(**experts))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.factory.settled()
 
     def engine(self, held: str) -> Any:
@@ -119,24 +121,27 @@ async def test_run_of_two_names_of_the_same_weights_answers_with_the_name_asked_
 
 @SLOTS
 async def test_snapshot_counts_each_name_s_own_requests_and_the_demand_of_all(
-    stage: Stage,
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("service.pool.slot_units._HALF_LIFE_S", math.inf)  # nothing decays
     await stage.start(a="m", b="m", c="n")
     await stage.ask("a")
-    calls = [asyncio.create_task(stage.ask(name, 40)) for name in ("a", "b", "b")]
-    await until(lambda: stage.pool.queued() == 3, "all run")
-    queues = stage.pool.snapshot().queues
-    assert queues == {"a": Queue(0, 1, 1), "b": Queue(0, 2, 2), "c": Queue()}
-    text = await stage.metrics.text({})
-    assert 'coe_requests_running{expert="b"} 2.0' in text
-    stage.pool.demand({"b": 3.0, "gone": 1.0})
-    if stage.slots is not None:
-        # Three requests, and the demand for the other name.
-        slot: Any = stage.pool._slot_of["a"]
-        assert slot._weights.state("a").demand == pytest.approx(7.0, abs=0.2)
-        await stage.pool.operate("pin", "b")
-        assert stage.pool.details()["a"]["pinned"]
-    await asyncio.gather(*calls)
+    with held_answers(limit=40) as gate:
+        calls = [asyncio.create_task(stage.ask(name, 40)) for name in ("a", "b", "b")]
+        await until(lambda: stage.pool.queued() == 3, "all run")
+        queues = stage.pool.snapshot().queues
+        assert queues == {"a": Queue(0, 1, 1), "b": Queue(0, 2, 2), "c": Queue()}
+        text = await stage.metrics.text({})
+        assert 'coe_requests_running{expert="b"} 2.0' in text
+        stage.pool.demand({"b": 3.0, "gone": 1.0})
+        if stage.slots is not None:
+            # Four requests, and the demand for the other name.
+            slot: Any = stage.pool._slot_of["a"]
+            assert slot._weights.state("a").demand == 7.0
+            await stage.pool.operate("pin", "b")
+            assert stage.pool.details()["a"]["pinned"]
+        gate.open()
+        await asyncio.gather(*calls)
     assert stage.pool.snapshot().queues["b"] == Queue()
     text = await stage.metrics.text({})
     counts = [line for line in text.splitlines() if line.startswith("coe_tokens_total{")]
@@ -152,13 +157,15 @@ async def test_reload_without_one_of_two_names_leaves_the_other_s_weights_and_re
     await stage.start(a="m", b="m", c="n")
     assert (await stage.ask(other))[0] == other
     engine = stage.engine("a")
-    running = [asyncio.create_task(stage.ask(name, 60, stream=True)) for name in "ab"]
-    await until(lambda: stage.pool.queued() == 2, "both run")
-    await stage.reload(**{other: "m", "c": "n"})
-    assert not any(task.done() for task in running), "they were waited for"
-    assert (await stage.ask(removed))[0] == "model_not_found"
-    assert stage.pool.snapshot().experts.keys() == {other, "c"}
-    assert [(await task)[0] for task in running] == ["a", "b"]
+    with held_answers() as gate:
+        running = [asyncio.create_task(stage.ask(name, stream=True)) for name in "ab"]
+        await until(lambda: gate.held == 2, "both run")
+        await stage.reload(**{other: "m", "c": "n"})
+        assert not any(task.done() for task in running), "they were waited for"
+        assert (await stage.ask(removed))[0] == "model_not_found"
+        assert stage.pool.snapshot().experts.keys() == {other, "c"}
+        gate.open()
+        assert [(await task)[0] for task in running] == ["a", "b"]
     # It comes back beside the other, wherever it stands in the config.
     await stage.reload(**{removed: "m", other: "m", "c": "n"})
     assert [(await stage.ask(name))[0] for name in "abc"] == ["a", "b", "c"]
@@ -171,15 +178,21 @@ async def test_reload_that_gives_the_first_name_other_weights_and_back(stage: St
     await stage.start(a="m", b="m")
     before = await stage.ask("b")
     engine = stage.engine("a")
-    running = asyncio.create_task(stage.ask("b", 60))
-    await until(lambda: stage.pool.queued() == 1, "it runs")
-    await stage.reload(a="n", b="m")
-    assert stage.engine("a") is engine
-    assert set(stage.pool._slot_of) == {"a", "a~2"}
-    assert await stage.ask("b") == before
-    model, text = await stage.ask("a")
-    assert (model, text[:4]) == ("a", "a~2:")
-    assert (await running)[0] == "b"
+    with held_answers(limit=5) as gate:
+        running = asyncio.create_task(stage.ask("b", 5))
+        await until(lambda: gate.held == 1, "it runs")
+        await stage.reload(a="n", b="m")
+        assert stage.engine("a") is engine
+        assert set(stage.pool._slot_of) == {"a", "a~2"}
+        assert await stage.ask("b") == before
+        # In the only slot another one's weights wait for who runs.
+        other = asyncio.create_task(stage.ask("a"))
+        if stage.slots is None:
+            await other
+        gate.open()
+        model, text = await other
+        assert (model, text[:4]) == ("a", "a~2:")
+        assert (await running)[0] == "b"
     await stage.reload(a="m", b="m")
     assert set(stage.pool._slot_of) == {"a"}
     assert (await stage.ask("a"))[1] == before[1]

@@ -42,5 +42,5 @@ def test_service_drains_and_ends_after_its_supervisor_was_killed(tmp_path: Path)
         service.process.wait(10)
         chunks += list(stream)
         assert len(chunks) == 150
-        wait_until(lambda: service.left() == [], "no process is left", 60)
+        wait_until(lambda: service.left() == [], "no process is left")
         assert not run_dir.exists()

@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 
 from service.config import Config
+from tests.support.answer_gate import held_answers
 from tests.support.in_process_service import chat, run_gateway
+from tests.support.polling import until
 
 # A lead of 10 points is worth 0.4 s at auto:fast, 2 s at auto and 12 s at auto:best.
 _LEAD, _ROOM, _TOKENS, _STEP_MS = 0.1, 2, 6, 20
@@ -57,6 +59,12 @@ async def test_auto_under_load_leaves_the_best_expert_when_waiting_outweighs_its
             assert status == 200
             told[headers["x-coe-expert"]] += 1
 
-        await asyncio.gather(*(ask() for _ in range(_REQUESTS)))
+        # However long it takes until all of them are there, none makes room for another.
+        with held_answers() as gate:
+            asked = [asyncio.create_task(ask()) for _ in range(_REQUESTS)]
+            pools = [pool.process.pool for pool in s.pools.values()]
+            await until(lambda: sum(p.queued() for p in pools) == _REQUESTS, "all are there")
+            gate.open()
+            await asyncio.gather(*asked)
         assert least <= told["best"] <= most, told
         assert told.total() == _REQUESTS

@@ -237,7 +237,7 @@ class World:
         )
         runner.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while not fate.dead:
                     found = await state.batch(batch_id)
                     assert found is not None

@@ -111,7 +111,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     """Look again and again; an AssertionError says what never happened."""
     end_s = time.monotonic() + timeout_s
     while not condition():
@@ -133,7 +133,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(config: Path, *, ready_s: float = 120) -> Iterator[Service]:
+def serve(config: Path, *, ready_s: float = 250) -> Iterator[Service]:
     """`coe serve` with a config, until it says that it is ready; stopped at the end."""
     folder = Path(tempfile.mkdtemp(prefix="coe-test-"))
     port = free_port()

@@ -38,6 +38,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="", help="the model's name in its answers")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--step-s", type=float, default=0.0, help="between two tokens")
+    parser.add_argument("--hold", help="file that must be there before a second token")
     parser.add_argument("--aborts", help="file to which it adds a line for each abort")
     parser.add_argument("--sleep-s", type=float, default=0.0)
     parser.add_argument("--refuse-sleep", action="store_true")
@@ -146,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
                 choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
                 self._event({"object": "chat.completion.chunk", "choices": [choice]}, body)
                 time.sleep(given.step_s)
+                while i == 0 and given.hold and not os.path.exists(given.hold):
+                    time.sleep(0.005)
                 if said == "break off" and i == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
             if (body.get("stream_options") or {}).get("include_usage"):

@@ -47,7 +47,7 @@ class GatewayThread:
     gateway: RunningGateway
     app: Any
 
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 120) -> T:
         """Run a coroutine in the loop of the thread, and wait for its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 
@@ -100,7 +100,7 @@ async def ask(
         "state": {},
     }
     answer = Answer()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await app(scope, receive, answer)
     return answer
 
@@ -123,12 +123,12 @@ def gateway_in_thread(config: Config) -> Iterator[GatewayThread]:
     living = asyncio.run_coroutine_threadsafe(live(), loop)
     living.add_done_callback(lambda done: made.done() or made.set_exception(_why(done)))
     try:
-        yield GatewayThread(loop, made.result(60), made.result().gateway)
+        yield GatewayThread(loop, made.result(120), made.result().gateway)
     finally:
         # Also after a failure: what is left open would fail the tests that come next.
         loop.call_soon_threadsafe(enough.set)
         try:
-            living.result(60)
+            living.result(120)
         finally:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def until(
-    condition: Callable[[], object | Awaitable[object]], what: str, timeout_s: float = 15
+    condition: Callable[[], object | Awaitable[object]], what: str, timeout_s: float = 60
 ) -> None:
     """Poll until the condition is true.
 

@@ -91,7 +91,7 @@ def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
         )
     try:
         made = Prometheus(f"http://{address}")
-        wait_until(lambda: made.ready() or process.poll() is not None, "Prometheus scrapes", 30)
+        wait_until(lambda: made.ready() or process.poll() is not None, "Prometheus scrapes")
         assert process.poll() is None, (folder / "prometheus.log").read_text()
         yield made
     finally:

@@ -173,4 +173,4 @@ def up(cluster: RayCluster) -> None:
         with contextlib.closing(socket.socket()) as probe:
             return probe.connect_ex((HEAD, cluster.dashboard_port)) == 0
 
-    wait_until(answers, "Ray's dashboard answers", 60)
+    wait_until(answers, "Ray's dashboard answers")

@@ -37,7 +37,7 @@ class RedisServer:
         command += ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", *self.more]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        end_s = time.monotonic() + 20
+        end_s = time.monotonic() + 60
         with Redis.from_url(self.url, socket_timeout=1) as client:
             while True:
                 with contextlib.suppress(RedisError, OSError):

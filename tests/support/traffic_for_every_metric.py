@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from service.engine.engine_interface import RoutingSample
 from service.gpu_devices import GpuMemory
 from service.telemetry import metric_declarations
 from tests.integration.test_recipes import Cast
+from tests.support.answer_gate import held_requests
 from tests.support.in_process_service import (
     CHAT,
     RunningGateway,
@@ -197,19 +197,20 @@ async def a_batch_ends(s: RunningGateway) -> None:
     status, _, batch = await s.ask(wanted, "/v1/batches")
     assert status == 200, batch
 
-    end_s = time.monotonic() + 20
-    while batch["status"] != "completed":
-        assert time.monotonic() < end_s, batch
-        await asyncio.sleep(0.05)
+    async def over() -> bool:
         async with s.client.get(f"{s.url}/v1/batches/{batch['id']}") as reply:
-            batch = await reply.json()
+            return bool((await reply.json())["status"] == "completed")
+
+    await until(over, "the batch is completed")
 
 
 async def an_engine_dies(s: RunningGateway) -> None:
     """While requests run on it: they are answered by the next one."""
     pool = s.pools["cpu"]
-    running = [asyncio.create_task(s.ask(chat(model="general", max_tokens=400))) for _ in range(2)]
-    await until(lambda: pool.engine.now == 2, "both run")
-    pool.engine.kill("told to die")
+    with held_requests() as gate:
+        running = [asyncio.create_task(s.ask(chat(model="general"))) for _ in range(2)]
+        await until(lambda: pool.engine.now == 2, "both run")
+        pool.engine.kill("told to die")
+        gate.open()
     for status, _, _ in await asyncio.gather(*running):
         assert status == 200

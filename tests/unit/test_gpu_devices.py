@@ -106,9 +106,9 @@ def test_numbers_of_other_scripts_name_no_visible_gpu() -> None:
 def test_nvidia_smi_that_no_signal_ends_is_left_behind(
     tool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool.write_text("#!/bin/sh\nexec sleep 3\n")
+    tool.write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr(gpu_devices, "_TIMEOUT_S", 0.1)
     monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
     began_s = time.monotonic()
     assert gpus() == ()
-    assert time.monotonic() - began_s < 2.5
+    assert time.monotonic() - began_s < 25

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from service.deployment.service_stop_signal import EndableApp, EndOfService
+from tests.support.fake_clock_loop import FastTime
 
 
 async def test_wait_for_requests_ends_with_the_last_request(tmp_path: Path) -> None:
     left = iter([2, 1, 0])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await EndOfService(tmp_path / "secret").wait_for_requests(lambda: next(left), 60)
 
 
 async def test_wait_for_requests_ends_in_time(tmp_path: Path) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await EndOfService(tmp_path / "secret").wait_for_requests(lambda: 1, 0.1)
 
 
@@ -29,7 +30,7 @@ async def test_wait_for_requests_ends_when_the_service_stops(tmp_path: Path) -> 
     assert not waiting.done()
     assert not here.announced
     there.announce()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await waiting
 
 
@@ -42,13 +43,14 @@ async def test_endable_app_ends_requests_after_the_drain_time(tmp_path: Path) ->
             await asyncio.sleep(scope["takes_s"])
             seen.append("answered")
 
+    FastTime(asyncio.get_running_loop())
     app, end = EndableApp(answer), EndOfService(tmp_path / "secret")
     await app({"type": "lifespan"}, None, None)
     ending = asyncio.create_task(app.end_after(end, 0.2))
     short = asyncio.create_task(app({"type": "http", "takes_s": 0.1}, None, None))
     long = asyncio.create_task(app({"type": "http", "takes_s": 60}, None, None))
     end.announce()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await ending
         await short
         with pytest.raises(asyncio.CancelledError):

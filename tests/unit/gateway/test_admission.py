@@ -30,6 +30,7 @@ from service.store.api_keys import digest_of
 from service.store.memory_store import MemoryStore
 from service.store.store_interface import Settlement
 from service.types import Tenant
+from tests.support.polling import until
 
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-tests-a"
@@ -96,15 +97,17 @@ async def test_enter_client_that_leaves_before_the_first_byte_is_counted_and_cha
 
     async def leaves() -> str:
         passage = RequestRecord(expert="big")
+        working = asyncio.Event()
 
         async def work() -> None:
             async with door.admitted(door.asked(max_tokens=2000), passage):
                 # The engine works on it; the client waits for a whole answer.
                 passage.unfinished.append(Unfinished(None, (30, 7)))
+                working.set()
                 await asyncio.Event().wait()
 
         task = asyncio.create_task(work())
-        await asyncio.sleep(0.001)
+        await until(lambda: working.is_set() or task.done(), "it works, or is refused")
         task.cancel()
         try:
             await task
@@ -155,8 +158,7 @@ async def test_admit_without_max_tokens_does_not_serialise_under_a_token_limit()
             await hold.wait()
 
     tasks = [asyncio.create_task(ask()) for _ in range(50)]
-    await asyncio.sleep(0.01)
-    assert len(entered) == 50
+    await until(lambda: len(entered) == 50, "all are admitted at once")
     assert all(asked.clipped is None for asked in entered)
     hold.set()
     await asyncio.gather(*tasks)

@@ -272,7 +272,7 @@ def test_pull_folder_named_like_another_model_raises(tmp_path: Path, root: Path,
 def _hold(root: Path, ready: Any, release: Any) -> None:
     with model_store.locked(root, "mine", Silent()):
         ready.set()
-        release.wait(10)
+        release.wait(120)
 
 
 def test_pull_concurrent_second_pull_waits_for_the_first(tmp_path: Path, root: Path) -> None:
@@ -282,7 +282,7 @@ def test_pull_concurrent_second_pull_waits_for_the_first(tmp_path: Path, root: P
     holder = context.Process(target=_hold, args=(root, ready, release))
     holder.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         notes = io.StringIO()
         done: list[Path] = []
         second = threading.Thread(
@@ -291,13 +291,13 @@ def test_pull_concurrent_second_pull_waits_for_the_first(tmp_path: Path, root: P
             )
         )
         second.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while "another pull" not in notes.getvalue() and time.monotonic() < deadline:
             time.sleep(0.005)
         assert "another pull of it is running" in notes.getvalue()
         assert done == []
         release.set()
-        second.join(10)
+        second.join(60)
         assert done == [root / "mine"]
     finally:
         release.set()

@@ -76,9 +76,9 @@ async def test_states_wait_for_no_driver_that_hangs_and_show_no_old_figures() ->
         waits = [asyncio.create_task(monitor.states()) for _ in range(3)]
         await asyncio.sleep(0)
         waits[0].cancel()
-        assert await asyncio.wait_for(asyncio.gather(*waits[1:]), 5) == [(), ()]
+        assert await asyncio.wait_for(asyncio.gather(*waits[1:]), 60) == [(), ()]
         now_s[0] += 3 * FRESH_S
-        assert await asyncio.wait_for(monitor.states(), 5) == ()
+        assert await asyncio.wait_for(monitor.states(), 60) == ()
         assert driver.readings == 2, "a second reading waits behind the first one"
     finally:
         hangs.set()

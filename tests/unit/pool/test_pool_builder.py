@@ -22,6 +22,7 @@ from service.pool.slots.dedicated_slot import DedicatedSlot
 from service.rpc.call_headers import Call
 from service.telemetry.pool_metrics import PoolMetrics
 from service.torch_build import TorchBuild
+from tests.support.answer_gate import held_answers
 from tests.support.polling import until
 from tests.unit.models.test_model_inspection import TENSORS, Tensors, make_model
 from tests.unit.moe.test_steering_profile import gates
@@ -49,7 +50,7 @@ class Running:
     async def reload(self, config: Config) -> None:
         """Go on by another config, until all that goes by it has gone."""
         await self.assembly.reload(config)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self.assembly.settled()
 
     async def ask(self, expert: str, tokens: int = 4) -> str:
@@ -72,12 +73,16 @@ async def test_reload_adds_and_removes_experts(slots: int | None) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     # One runs, one is asked for, one is new.
-    long = asyncio.create_task(running.ask("c", 60))
-    await until(lambda: running.pool.snapshot().queues["c"].running == 1, "c runs")
-    waiting = asyncio.create_task(running.ask("b")) if slots == 1 else None
-    await asyncio.sleep(0)
-    await running.reload(config("ad", slots))
-    assert await long == "ok", "who ran was not let end"
+    with held_answers(limit=5) as gate:
+        long = asyncio.create_task(running.ask("c", 5))
+        await until(lambda: running.pool.snapshot().queues["c"].running == 1, "c runs")
+        waiting = asyncio.create_task(running.ask("b")) if slots == 1 else None
+        await asyncio.sleep(0)
+        reload = asyncio.create_task(running.reload(config("ad", slots)))
+        await until(lambda: "c" not in running.pool.experts, "it goes")
+        gate.open()
+        await reload
+        assert await long == "ok", "who ran was not let end"
     if waiting is not None:
         assert await waiting in ("model_not_found", "ok")
     assert set(running.pool.snapshot().experts) == {"a", "d"}
@@ -105,15 +110,17 @@ async def test_reload_changed_expert_raises_retryable_and_removed_raises_not_fou
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     # Its running request keeps the old one of that name there for a while.
-    long = asyncio.create_task(running.ask("b", 60))
-    await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
-    reload = asyncio.create_task(running.reload(config("ab", slots, b="n")))
-    await until(lambda: "b" not in running.pool.experts, "it goes")
-    assert await running.ask("b") == "engine_restarting"
-    await until(lambda: "c" not in running.pool.experts, "it goes")
-    assert await running.ask("c") == "model_not_found"
-    assert await long == "ok"
-    await reload
+    with held_answers(limit=5) as gate:
+        long = asyncio.create_task(running.ask("b", 5))
+        await until(lambda: running.pool.snapshot().queues["b"].running == 1, "b runs")
+        reload = asyncio.create_task(running.reload(config("ab", slots, b="n")))
+        await until(lambda: "b" not in running.pool.experts, "it goes")
+        assert await running.ask("b") == "engine_restarting"
+        await until(lambda: "c" not in running.pool.experts, "it goes")
+        assert await running.ask("c") == "model_not_found"
+        gate.open()
+        assert await long == "ok"
+        await reload
     assert [await running.ask(name) for name in "abc"] == ["ok", "ok", "model_not_found"]
     await running.pool.stop(1)
 
@@ -125,7 +132,7 @@ async def test_reload_that_changes_all_experts_keeps_the_number_of_slots(
 ) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await running.reload(config("abc", slots, **dict.fromkeys(changed, "n")))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
     assert len(running.pool.shared) == (slots or 0)
@@ -149,7 +156,7 @@ async def test_reload_that_removes_all_units_of_a_shared_slot_stops_its_engine(s
     assert [await running.ask(name) for name in "abcdef"] == ["ok"] * 6
     under_way = [asyncio.create_task(running.ask(name, 30)) for name in "ae"]
     await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await running.reload(config(stay, 2))
     assert await asyncio.gather(*under_way) in (
         ["ok", "ok"],
@@ -438,12 +445,14 @@ async def test_reload_with_one_more_adapter_keeps_base_and_siblings_running(
     running = Running(adapted(tmp_path, "a a1 b"))
     assert [await running.ask(name) for name in ("a", "a1", "b")] == ["ok"] * 3
     engines = {name: engine_of(running, name) for name in ("a", "b")}
-    under_way = [asyncio.create_task(running.ask(name, 40)) for name in ("a", "a1")]
-    await until(lambda: running.pool.queued() == 2, "both run")
-    await running.reload(adapted(tmp_path, "a a1 a2 a3 b"))
-    assert not any(task.done() for task in under_way), "nobody was waited for"
-    assert [await running.ask(name) for name in ("a2", "a3")] == ["ok"] * 2
-    assert await asyncio.gather(*under_way) == ["ok", "ok"]
+    with held_answers(limit=5) as gate:
+        under_way = [asyncio.create_task(running.ask(name, 5)) for name in ("a", "a1")]
+        await until(lambda: gate.held == 2, "both run")
+        await running.reload(adapted(tmp_path, "a a1 a2 a3 b"))
+        assert not any(task.done() for task in under_way), "nobody was waited for"
+        assert [await running.ask(name) for name in ("a2", "a3")] == ["ok"] * 2
+        gate.open()
+        assert await asyncio.gather(*under_way) == ["ok", "ok"]
     assert {name: engine_of(running, name) for name in ("a", "b")} == engines
     await running.pool.stop(1)
 
@@ -455,14 +464,16 @@ async def test_reload_without_an_adapter_lets_its_requests_end_and_keeps_the_oth
     running = Running(adapted(tmp_path, "a a1 a2 b"))
     assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
     engine = engine_of(running, "a")
-    under_way = asyncio.create_task(running.ask("a1", 40))
-    await until(lambda: running.pool.queued() == 1, "it runs")
-    await running.assembly.reload(adapted(tmp_path, names))
-    assert not under_way.done()
-    assert await running.ask("a1") == "model_not_found"
-    assert "a1" not in running.pool.snapshot().experts
-    assert await running.ask("a") == "ok"
-    assert await under_way == "ok"
+    with held_answers(limit=5) as gate:
+        under_way = asyncio.create_task(running.ask("a1", 5))
+        await until(lambda: gate.held == 1, "it runs")
+        await running.assembly.reload(adapted(tmp_path, names))
+        assert not under_way.done()
+        assert await running.ask("a1") == "model_not_found"
+        assert "a1" not in running.pool.snapshot().experts
+        assert await running.ask("a") == "ok"
+        gate.open()
+        assert await under_way == "ok"
     await running.assembly.settled()
     assert engine_of(running, "a") is engine
     assert "a1" not in engine._loaded
@@ -477,12 +488,14 @@ async def test_reload_of_a_changed_adapter_replaces_only_it(tmp_path: Path) -> N
     running = Running(adapted(tmp_path, "a a1 a2"))
     assert [await running.ask(name) for name in ("a", "a1", "a2")] == ["ok"] * 3
     engine = engine_of(running, "a")
-    under_way = asyncio.create_task(running.ask("a1", 40))
-    await until(lambda: running.pool.queued() == 1, "it runs")
-    await running.assembly.reload(adapted(tmp_path, "a a1 a2", a1="other"))
-    assert await running.ask("a1") == "engine_restarting", "it comes again: ask again"
-    assert await running.ask("a2") == "ok"
-    assert await under_way == "ok"
+    with held_answers(limit=5) as gate:
+        under_way = asyncio.create_task(running.ask("a1", 5))
+        await until(lambda: gate.held == 1, "it runs")
+        await running.assembly.reload(adapted(tmp_path, "a a1 a2", a1="other"))
+        assert await running.ask("a1") == "engine_restarting", "it comes again: ask again"
+        assert await running.ask("a2") == "ok"
+        gate.open()
+        assert await under_way == "ok"
     await running.assembly.settled()
     assert await running.ask("a1") == "ok"
     assert engine_of(running, "a") is engine
@@ -519,17 +532,19 @@ async def test_reload_during_another_that_still_drains_applies_at_once(
 ) -> None:
     running = Running(config("abc", slots))
     assert [await running.ask(name) for name in "abc"] == ["ok"] * 3
-    under_way = asyncio.create_task(running.ask("b", 100))
-    await until(lambda: running.pool.queued() == 1, "it runs")
-    async with asyncio.timeout(0.9):
-        await running.assembly.reload(config("ac", slots))
-        await running.assembly.reload(config("acd", slots))
-        # b comes again, though it has not gone yet.
-        await running.assembly.reload(config("abcd", slots))
-    assert not under_way.done()
-    assert await running.ask("d") == "ok"
-    assert await running.ask("b") == "engine_restarting"
-    assert await under_way == "ok"
+    with held_answers(limit=5) as gate:
+        under_way = asyncio.create_task(running.ask("b", 5))
+        await until(lambda: gate.held == 1, "it runs")
+        async with asyncio.timeout(60):
+            await running.assembly.reload(config("ac", slots))
+            await running.assembly.reload(config("acd", slots))
+            # b comes again, though it has not gone yet.
+            await running.assembly.reload(config("abcd", slots))
+        assert not under_way.done()
+        assert await running.ask("d") == "ok"
+        assert await running.ask("b") == "engine_restarting"
+        gate.open()
+        assert await under_way == "ok"
     await running.assembly.settled()
     assert [await running.ask(name) for name in "abcd"] == ["ok"] * 4
     await running.pool.stop(1)

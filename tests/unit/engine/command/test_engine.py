@@ -135,13 +135,15 @@ async def test_run_stream_passes_events_with_the_experts_name(
 
 
 async def test_run_stream_sends_each_piece_as_it_comes(tmp_path: Path) -> None:
-    async with started(make(tmp_path, "--tokens", "3", "--step-s", "0.2")) as engine:
+    hold = tmp_path / "go on"
+    async with started(make(tmp_path, "--tokens", "3", "--hold", str(hold))) as engine:
         got = Collected()
         task = asyncio.create_task(engine.run(chat("hello", stream=True), got))
         await got.came.wait()
         assert not task.done()
         assert b"e0" in got.body
         assert b"e2" not in got.body
+        hold.touch()
         await task
     assert b"e2" in got.body
 
@@ -298,17 +300,32 @@ async def test_start_server_that_is_never_ready_fails_with_its_last_lines(
     tmp_path: Path, how: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOREIGN_KEY", "sesame-123")
-    pids = tmp_path / "pids"
+    limits: list[asyncio.Timeout] = []
+    real = asyncio.timeout
+
+    def timeout(delay_s: float | None) -> asyncio.Timeout:
+        limit = real(delay_s)
+        if delay_s == 500:
+            limits.append(limit)
+        return limit
+
+    monkeypatch.setattr(asyncio, "timeout", timeout)
+    pids, log = tmp_path / "pids", tmp_path / "logs" / "e.log"
     engine = make(
         tmp_path,
         *how,
         *("--say", "loading the weights", "--say-env", "FOREIGN_KEY", "--pids", str(pids)),
-        ready_timeout_s=1.0,
+        ready_timeout_s=500.0,
         secret_env=["FOREIGN_KEY"],
     )
+    starting = asyncio.create_task(engine.start())
+    await until(lambda: log.exists() and b"the key is" in log.read_bytes(), "it says so")
+    if how == ("--never-ready",):
+        await until(lambda: "503" in engine._refusal, "it says that it is not ready")
+    limits[0].reschedule(asyncio.get_running_loop().time())  # the time is up
     with pytest.raises(ExpertFailedError) as caught:
-        await engine.start()
-    assert "it was not ready within 1 s" in caught.value.message
+        await starting
+    assert "it was not ready within 500 s" in caught.value.message
     if how == ("--never-ready",):
         assert "(/health: status 503)" in caught.value.message
     assert "loading the weights | the key is ***" in caught.value.message
@@ -531,8 +548,10 @@ async def test_log_that_cannot_be_written_is_a_typed_failure(tmp_path: Path) -> 
 
 
 async def test_health_server_that_falls_silent_is_dead(tmp_path: Path) -> None:
-    async with started(make(tmp_path, health_timeout_s=0.4)) as engine:
-        await asyncio.sleep(0.6)
+    async with started(make(tmp_path, health_timeout_s=1.5)) as engine:
+        for _ in range(2):
+            alive_s = engine._alive_s
+            await until(lambda before_s=alive_s: engine._alive_s > before_s, "it is asked")
         assert engine.failure() is None
         await engine._ask("GET", "/health", 1.0)
         with contextlib.suppress(Exception):
@@ -542,13 +561,13 @@ async def test_health_server_that_falls_silent_is_dead(tmp_path: Path) -> None:
 
 
 async def test_health_long_answer_counts_as_alive(tmp_path: Path) -> None:
-    arguments = ("--tokens", "12", "--step-s", "0.1")
-    async with started(make(tmp_path, *arguments, health_timeout_s=0.4)) as engine:
+    arguments = ("--tokens", "1000", "--step-s", "0.1")
+    async with started(make(tmp_path, *arguments, health_timeout_s=1.5)) as engine:
         with contextlib.suppress(Exception):
             await engine._ask("GET", "/sick", 1.0)
         got = Collected()
         task = asyncio.create_task(engine.run(chat("hello", stream=True), got))
-        await asyncio.sleep(0.9)
+        await asyncio.sleep(2.0)
         assert engine.failure() is None
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -561,9 +580,9 @@ SLEEP: dict[str, Any] = {"sleep": {"url": "/sleep?level=1"}, "wake": {"url": "/w
 
 
 async def test_sleep_and_wake_serve_again(tmp_path: Path) -> None:
-    async with started(make(tmp_path, **SLEEP, health_timeout_s=0.4)) as engine:
+    async with started(make(tmp_path, **SLEEP, health_timeout_s=1.0)) as engine:
         await engine.sleep()
-        await asyncio.sleep(0.6)  # its health is nobody's business while it sleeps
+        await asyncio.sleep(1.3)  # its health is nobody's business while it sleeps
         assert engine.failure() is None
         assert (await ask(engine, chat("hello"))).status == 500
         await engine.wake()

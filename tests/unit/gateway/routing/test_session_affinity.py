@@ -251,20 +251,20 @@ class BadStore(MemoryVolatileStore):
 @pytest.mark.parametrize("hangs", [True, False])
 async def test_sessions_bad_store_is_no_error_and_no_wait(hangs: bool) -> None:
     store = BadStore(hangs=hangs)
-    sessions = service(store, shared=True, max_wait_ms=5)
+    sessions = service(store, shared=True, max_wait_ms=200)
     await sessions.start()
     began_s = time.monotonic()
     for i in range(50):
         assert await last(sessions, asked(SECOND, session=str(i))) == (None, False)
-    # A store that hangs is left alone for a while: 50 requests do not wait 5 ms each.
-    assert time.monotonic() - began_s < 50 * 0.005 + 0.5
+    # A store that hangs is left alone for a while: 50 requests do not wait 200 ms each.
+    assert time.monotonic() - began_s < 50 * 0.2 * 0.9
     if hangs:
         # Two values, the session's and the call's, and three times.
         assert store.asked <= 6
     # What this gateway knows itself needs no store.
     await answer(sessions, asked(session="own"), "a", CALLS[0])
     assert await last(sessions, asked(SECOND, session="own")) == ("a", True)
-    await asyncio.wait_for(sessions.stop(), 2)
+    await asyncio.wait_for(sessions.stop(), 60)
 
 
 CONFIG = Config.model_validate(

@@ -118,7 +118,7 @@ class Stand:
     async def evaluated(self) -> None:
         self.evaluator.start()
         try:
-            await asyncio.wait_for(self.evaluator.join(), 10)
+            await asyncio.wait_for(self.evaluator.join(), 60)
         finally:
             await self.evaluator.stop()
 

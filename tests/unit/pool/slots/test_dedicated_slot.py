@@ -52,7 +52,7 @@ class Stage:
         return self.engines[-1]
 
     async def until(self, expert: str, state: Residency) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.slot.states()[expert].state is not state:
                 self.told.clear()
                 await self.told.wait()
@@ -63,7 +63,7 @@ class Stage:
 
     async def close(self) -> None:
         self.supervisor.cancel()
-        done, _ = await asyncio.wait({self.supervisor}, timeout=5)
+        done, _ = await asyncio.wait({self.supervisor}, timeout=60)
         assert done == {self.supervisor}
         assert self.engines[-1].failure() is not None
 
@@ -74,10 +74,10 @@ async def test_base_expert_is_served_while_its_adapters_load() -> None:
     tuned = asyncio.create_task(stage.ask("tuned"))
     await asyncio.sleep(0)
     # One that waits for the adapter is ahead; it must not hold this one up.
-    await asyncio.wait_for(stage.ask("base"), 5)
+    await asyncio.wait_for(stage.ask("base"), 60)
     assert not tuned.done()
     stage.engines[0].go_on.set()
-    await asyncio.wait_for(tuned, 5)
+    await asyncio.wait_for(tuned, 60)
     await stage.close()
 
 
@@ -97,12 +97,12 @@ async def test_drain_refuses_new_requests_and_waits_for_running_ones() -> None:
     stage = Stage()
     await stage.until("base", Residency.DEVICE)
     async with stage.slot.lease("base"):
-        draining = asyncio.create_task(stage.slot.drain(5))
+        draining = asyncio.create_task(stage.slot.drain(60))
         await asyncio.sleep(0)
         with pytest.raises(PoolDrainingError):
             await stage.ask("base")
         assert not draining.done()
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, 60)
     await stage.close()
 
 
@@ -113,7 +113,7 @@ async def test_lease_of_an_expert_that_fails_to_load_raises_its_reason() -> None
     await asyncio.sleep(0)
     stage.engines[0].go_on.set()
     with pytest.raises(ExpertFailedError, match="its rank is odd"):
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, 60)
     assert stage.slot.states()["base"].state is Residency.DEVICE
     await stage.close()
 
@@ -122,7 +122,7 @@ async def rest(stage: Stage) -> None:
     await stage.until("base", Residency.DEVICE)
     stage.engines[-1].go_on.set()
     await stage.until("tuned", Residency.DEVICE)
-    assert await asyncio.wait_for(stage.slot.release(), 5)
+    assert await asyncio.wait_for(stage.slot.release(), 60)
 
 
 async def test_release_ends_the_engine_until_somebody_asks() -> None:
@@ -134,7 +134,7 @@ async def test_release_ends_the_engine_until_somebody_asks() -> None:
         assert (state.state, state.released) == (Residency.DISK, True)
         assert state.max_model_len  # what it can do is known
     assert not await stage.slot.release()  # there is nothing to give back
-    async with asyncio.timeout(5), stage.slot.lease("base") as lease:
+    async with asyncio.timeout(60), stage.slot.lease("base") as lease:
         assert lease.engine is stage.engines[1]
         with pytest.raises(ConflictError, match="requests run or wait"):
             await stage.slot.release()
@@ -157,7 +157,7 @@ async def test_slot_at_rest_takes_in_adapters_and_loads_them_with_the_next_engin
     await stage.slot.remove_adapter("tuned", "gone")
     assert stage.slot.states()["more"].released
     assert stage.slot.resting
-    async with asyncio.timeout(5), stage.slot.lease("more"):
+    async with asyncio.timeout(60), stage.slot.lease("more"):
         assert stage.slot.states()["more"].state is Residency.DEVICE
     await stage.close()
 

@@ -239,7 +239,7 @@ def test_score_text_slow_pattern_is_bounded(check: dict[str, Any]) -> None:
     begun = time.monotonic()
     with pytest.raises(ScoringError, match="took more than 1 s"):
         score_text(CHECKS.validate_python(check), text)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
 
 
 @given(st.floats(-1e9, 1e9, allow_nan=False).map(lambda x: round(x, 4)))

@@ -19,6 +19,7 @@ from router_models.outcome_recording.sandboxed_unit_tests import (
     probe,
     score_code,
 )
+from tests.support.polling import until
 
 ADD = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add('a', 'b') == 'ab'"]
 
@@ -246,12 +247,8 @@ async def test_sandbox_bounds_time_and_memory(source: str) -> None:
     before = children()
     score = await score_code(check("assert f() == 1", timeout_s=1.0), source + "\nf = lambda: 1")
     assert score.value == 0.0
-    assert time.monotonic() - begun < 12
-    for _ in range(100):
-        if children() <= before:
-            break
-        await asyncio.sleep(0.05)
-    assert children() <= before, "a process was left behind"
+    assert time.monotonic() - begun < 25
+    await until(lambda: children() <= before, "no process is left behind")
 
 
 def children() -> set[int]:
@@ -268,7 +265,7 @@ def children() -> set[int]:
 async def test_sandbox_a_test_cut_by_time_keeps_those_before() -> None:
     source = "def f(x):\n    while x == 2: pass\n    return x"
     tests = ["assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3"]
-    score = await score_code(check(*tests, partial=True, timeout_s=1.0), source)
+    score = await score_code(check(*tests, partial=True, timeout_s=2.0), source)
     assert score.value == pytest.approx(1 / 3)
 
 
