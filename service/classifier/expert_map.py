@@ -21,7 +21,7 @@ The map is immutable. Online learning adds its corrections elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +109,17 @@ class RecordedTokens:
             self.added[at],
         )
 
+    def with_copies(self, copies: Mapping[str, str]) -> RecordedTokens:
+        """Return the tokens with those of new experts, each with the figures of another one."""
+        at = {name: self.experts.index(o) for name, o in copies.items() if o in self.experts}
+        columns = [*range(len(self.experts)), *at.values()]
+        return RecordedTokens(
+            (*self.experts, *at),
+            self.prompt[:, columns],
+            self.answer[:, columns],
+            self.added[columns],
+        )
+
 
 NOT_RECORDED = -(2**31)
 
@@ -130,6 +141,12 @@ class RecordedThinking:
         """Return the samples of these experts as far as they are known, in the known order."""
         at = [e for e, name in enumerate(self.experts) if name in experts]
         return RecordedThinking(tuple(self.experts[e] for e in at), self.samples[:, :, at])
+
+    def with_copies(self, copies: Mapping[str, str]) -> RecordedThinking:
+        """Return the samples with those of new experts, each with the samples of another one."""
+        at = {name: self.experts.index(o) for name, o in copies.items() if o in self.experts}
+        columns = [*range(len(self.experts)), *at.values()]
+        return RecordedThinking((*self.experts, *at), self.samples[:, :, columns])
 
 
 class ExpertMap:
@@ -321,11 +338,50 @@ class ExpertMap:
         ]
         if not keep:
             raise ValueError("no recipe of the map uses only the experts named")
+        recipes = tuple(self.recipes[i] for i in keep)
+        tokens = self.tokens and self.tokens.only(experts)
+        thinking = self.thinking and self.thinking.only(experts)
+        return self._taking(keep, recipes, tokens, thinking)
+
+    def with_copies(self, copies: Mapping[str, str]) -> ExpertMap:
+        """Return the map with more experts that have the figures of others.
+
+        Args:
+            copies: By new expert, the one whose figures it has. Those that the map does not know
+                are left out.
+        """
+        single = {
+            recipe.members[0]: i for i, recipe in enumerate(self.recipes) if recipe.kind == "single"
+        }
+        new = {
+            name: single[other]
+            for name, other in copies.items()
+            if other in single and name not in single
+        }
+        if not new:
+            return self
+        recipes = (*self.recipes, *(Recipe("single", (name,)) for name in new))
+        named = {name: copies[name] for name in new}
+        return self._taking(
+            [*range(len(self.recipes)), *new.values()],
+            recipes,
+            self.tokens and self.tokens.with_copies(named),
+            self.thinking and self.thinking.with_copies(named),
+        )
+
+    def _taking(
+        self,
+        keep: list[int],
+        recipes: tuple[Recipe, ...],
+        tokens: RecordedTokens | None,
+        thinking: RecordedThinking | None,
+    ) -> ExpertMap:
+        """Return a map with the figures of these columns, for `recipes`."""
         cells = len(self.categories)
         slopes = self._slopes.reshape(cells, -1, 2, len(self.recipes))[..., keep]
         return ExpertMap(
             categories=self.categories,
-            recipes=tuple(self.recipes[i] for i in keep),
+            recipes=recipes,
             prior=self.prior,
             score=self.score[:, keep],
             count=self.count[:, keep],
@@ -336,8 +392,8 @@ class ExpertMap:
             max_novelty=self.max_novelty,
             direct=self.direct.only(keep),
             trust_power=self.trust_power,
-            tokens=self.tokens and self.tokens.only(experts),
-            thinking=self.thinking and self.thinking.only(experts),
+            tokens=tokens,
+            thinking=thinking,
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from service.cli.http_client import admin, url_option
 from service.cli.table_output import size
+from service.errors import ConfigError
 
 
 @click.group(invoke_without_command=True)
@@ -95,6 +97,75 @@ def unload(url: str, name: str | None, every: bool, keep: str | None, as_json: b
         click.echo(f"{pool}: unloaded {', '.join(told['released']) or 'nothing'}")
         for busy, why in told["busy"].items():
             click.echo(f"{pool}: {busy} stays: {why}")
+
+
+@experts.command(name="add")
+@click.argument("name")
+@click.option("--base", required=True, help="Expert of the config that it builds on.")
+@click.option("--adapter", help="Its LoRA adapter: a folder of the service, or ORG/NAME@COMMIT.")
+@click.option("--form", type=click.Choice(["adapter", "merged"]), help="How it is served.")
+@click.option("--system", help="System prompt of requests that have none.")
+@click.option("--category", "categories", multiple=True, help="Category that it answers.")
+@click.option(
+    "--file",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML with more of its fields, such as price, quality and examples.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def add_expert(
+    url: str,
+    name: str,
+    base: str,
+    adapter: str | None,
+    form: str | None,
+    system: str | None,
+    categories: tuple[str, ...],
+    file: Path | None,
+    as_json: bool,
+) -> None:
+    """Add an expert while the service runs: a LoRA adapter, or another way of asking a base."""
+    body: dict[str, Any] = _fields_of(file) if file is not None else {}
+    body |= {"name": name, "base": base}
+    if adapter is not None:
+        # The service may run elsewhere in the file system, so that only a name stays as it is.
+        is_local = adapter.startswith((".", "~"))
+        body["adapter"] = str(Path(adapter).expanduser().resolve()) if is_local else adapter
+    if form is not None:
+        body["form"] = form
+    if system is not None:
+        body["defaults"] = {**(body.get("defaults") or {}), "system": system}
+    if categories:
+        body["categories"] = list(categories)
+    result = admin(url, "POST", "/admin/experts", body)
+    click.echo(json.dumps(result) if as_json else f"added: {name}")
+
+
+def _fields_of(file: Path) -> dict[str, Any]:
+    import yaml
+
+    from service.config.strict_yaml_loader import ConfigLoader
+
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), ConfigLoader)  # a safe loader
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: a mapping with fields of an expert is needed")
+    return data
+
+
+@experts.command(name="remove")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def remove_expert(url: str, name: str, as_json: bool) -> None:
+    """Remove an expert that was added while the service ran. Its running requests finish."""
+    from urllib.parse import quote
+
+    result = admin(url, "DELETE", f"/admin/experts/{quote(name)}")
+    click.echo(json.dumps(result) if as_json else f"removed: {name}")
 
 
 _add_operation("pin", "Keep an expert's weights in host memory.")

@@ -177,6 +177,11 @@ class ExpertConfig(Section):
         description="Expected quality by category, in [0, 1]. Default: 1 on categories that no "
         "earlier expert names; elsewhere 0.5 for the fallback and 0 for other experts.",
     )
+    quality_from: str | None = Field(
+        None,
+        description="Another expert, whose expected quality it has where neither `quality` nor the "
+        "router's artifact has a figure of its own: usually its base.",
+    )
     vllm: ExpertKernels = Field(default_factory=lambda: ExpertKernels())
     price: PriceConfig | None = Field(
         None,

@@ -80,6 +80,19 @@ def read_config(data: object, source: str, folder: Path) -> Config:
     return _anchored(_validated(data, source), folder)
 
 
+def validated_config(data: object, source: str) -> Config:
+    """Validate a config whose paths are absolute already.
+
+    Args:
+        data: The config; sections of it may be validated already.
+        source: Name of the config in errors.
+
+    Raises:
+        ConfigError: The config is wrong; the message has one line per fault.
+    """
+    return _validated(data, source)
+
+
 def _validated(data: object, source: str, text: str | None = None) -> Config:
     """Validate `data`; with its source `text`, errors show values as they are written."""
     if not isinstance(data, dict):
@@ -93,7 +106,7 @@ def _validated(data: object, source: str, text: str | None = None) -> Config:
             f"{source}: it is nested too deeply, holds itself, or has over {_MAX_VALUES:,} values"
         ) from None
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error, source, text))) from None
+        raise ConfigError("\n".join(faults_of(error, source, text))) from None
 
 
 def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterator[str]:
@@ -124,7 +137,20 @@ def _variables(value: object, place: tuple[str, ...], left: list[int]) -> Iterat
         )
 
 
-def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[str]:
+def faults_of(
+    error: ValidationError,
+    source: str,
+    text: str | None = None,
+    section: tuple[int | str, ...] = (),
+) -> Iterator[str]:
+    """Yield a line for each fault that validation has found.
+
+    Args:
+        error: The faults.
+        source: Name of the config in errors.
+        text: The config as it was written, whose lines and values the errors show.
+        section: Path of the validated section in a config.
+    """
     for fault in error.errors(include_url=False):
         if fault["type"] == "categories":
             for place, said in fault["ctx"]["faults"]:
@@ -135,7 +161,7 @@ def _faults(error: ValidationError, source: str, text: str | None) -> Iterator[s
         path = ".".join(str(part) for part in fault["loc"] if part != "[key]")
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            allowed = sorted(_keys_at(fault["loc"][:-1]))
+            allowed = sorted(_keys_at((*section, *fault["loc"][:-1])))
             close = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
             hint = f" did you mean {close[0]!r}?" if close else ""
             message = f"unknown key;{hint} allowed: {', '.join(allowed)}"
@@ -228,6 +254,7 @@ def _anchored(config: Config, folder: Path) -> Config:
     outcomes = config.shadow.folder
     files = config.batches.folder
     responses = config.responses.folder
+    added = config.added_experts
     return config.model_copy(
         update={
             "experts": experts,
@@ -249,6 +276,12 @@ def _anchored(config: Config, folder: Path) -> Config:
             ),
             "store": config.store.model_copy(
                 update={"keys_file": at(keys_file) if keys_file is not None else None}
+            ),
+            "added_experts": added.model_copy(
+                update={
+                    "roots": tuple(map(at, added.roots)),
+                    "file": at(added.file) if added.file is not None else None,
+                }
             ),
             "models_dir": at(config.models_dir) if config.models_dir is not None else None,
         }

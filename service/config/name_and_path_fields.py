@@ -73,6 +73,7 @@ TEXT_FIELDS: Mapping[Place, Meaning] = {
     ("experts", "*", "defaults", "chat_template_kwargs"): Meaning.OTHER,
     ("experts", "*", "categories"): Meaning.CATEGORY,
     ("experts", "*", "quality"): Meaning.CATEGORY,
+    ("experts", "*", "quality_from"): Meaning.EXPERT,
     ("experts", "*", "vllm", "tuned_config_folder"): Meaning.PATH,
     ("experts", "*", "description"): Meaning.OTHER,
     ("experts", "*", "space"): Meaning.OTHER,
@@ -121,6 +122,8 @@ TEXT_FIELDS: Mapping[Place, Meaning] = {
     ("store", "keys_file"): Meaning.PATH,
     ("store", "cache_url"): Meaning.OTHER,
     ("store", "cache_url_env"): Meaning.OTHER,
+    ("added_experts", "roots"): Meaning.PATH,
+    ("added_experts", "file"): Meaning.PATH,
 }
 
 
@@ -161,6 +164,8 @@ def move_paths(data: dict[str, Any], move: Callable[[str], str]) -> None:
                 _move_draft(value, move)
             elif isinstance(value, str) and _leads_to_a_file(value, meaning):
                 holder[place[-1]] = move(value)
+            elif isinstance(value, list) and meaning is Meaning.PATH:
+                holder[place[-1]] = [move(path) for path in value if isinstance(path, str)]
     # A command without a folder runs in that of the config.
     for holder, _ in holders(data, ("experts", "*", "command", "run")):
         if "cwd" not in holder and (moved := move(".")) not in (".", "./"):

@@ -62,6 +62,13 @@ class EngineOptions(Section):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one engine.")
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = Field(8, description="Largest adapter rank.")
+    spare_adapters: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Adapters that may be added beside each base while its engine runs. The engine "
+        "starts with room for them, which takes memory, and computes a little slower.",
+    )
     moe_capture: MoeCapture | None = Field(
         None, description="Sample which routed experts each layer chooses. Default: off."
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.config.added_experts import AddedExpertsConfig
 from service.config.aliases import AliasConfig, AliasName, RollbackConfig, resolve_aliases
 from service.config.answer_cache import CacheConfig
 from service.config.autoscaling import AutoscalingConfig, GatewaysConfig
@@ -102,6 +103,7 @@ class Config(Section):
     batches: BatchesConfig = Field(default_factory=lambda: BatchesConfig())
     responses: ResponsesConfig = Field(default_factory=lambda: ResponsesConfig())
     store: StoreConfig = Field(default_factory=lambda: StoreConfig())
+    added_experts: AddedExpertsConfig = Field(default_factory=lambda: AddedExpertsConfig())
 
     @model_validator(mode="after")
     def _check_references(self) -> Config:
@@ -388,6 +390,16 @@ def _check_names(config: Config) -> None:
     for name in config.experts:
         if name == "auto" or name.startswith(("auto/", "auto:")):
             raise ValueError(f"experts.{name}: the prefix 'auto' is reserved")
+    for name, expert in config.experts.items():
+        if (other := expert.quality_from) is None:
+            continue
+        if other not in names or other == name:
+            raise ValueError(f"experts.{name}.quality_from: {_unknown(other, names - {name})}")
+        if (further := config.experts[other].quality_from) is not None:
+            raise ValueError(
+                f"experts.{name}.quality_from: {other!r} has its own quality from {further!r}; "
+                "name that one"
+            )
     _check_recipes(config, names)
     _check_spaces(config)
     for name in config.savings.against or ():
@@ -401,7 +413,7 @@ def _check_names(config: Config) -> None:
     if config.router.fallback is not None and config.router.fallback not in names:
         raise ValueError(f"router.fallback: {_unknown(config.router.fallback, names)}")
     for name, expert in config.experts.items():
-        if not expert.auto and (expert.categories or expert.quality):
+        if not expert.auto and (expert.categories or expert.quality or expert.quality_from):
             raise ValueError(
                 f"experts.{name}.auto: false leaves it to requests that name it, so that it has "
                 "neither categories nor quality"
@@ -677,4 +689,5 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("keys", "*", "budget"): SpendConfig,
     ("budgets", "*"): BudgetConfig,
     ("store",): StoreConfig,
+    ("added_experts",): AddedExpertsConfig,
 }

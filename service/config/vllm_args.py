@@ -42,8 +42,10 @@ OWNED: dict[str, str] = {
         enable_sleep_mode="swap.method: sleep",
         enable_cumem_allocator="swap.method: sleep",
         enable_lora="experts.NAME.adapter, which turns it on",
-        max_loras="experts.NAME.adapter; there is room for every adapter of the pool",
-        max_cpu_loras="experts.NAME.adapter; there is room for every adapter of the pool",
+        max_loras="experts.NAME.adapter; there is room for every adapter of the pool, and for "
+        "vllm.spare_adapters",
+        max_cpu_loras="experts.NAME.adapter; there is room for every adapter of the pool, and for "
+        "vllm.spare_adapters",
         default_mm_loras="experts.NAME.adapter",
         otlp_traces_endpoint="telemetry.traces_url",
         collect_detailed_traces="telemetry.traces_url",

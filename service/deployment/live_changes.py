@@ -16,6 +16,7 @@ from service.pool.same_weight_experts import share_weights
 # Sections that may change while the service runs.
 _LIVE = frozenset(
     {
+        "added_experts",
         "budgets",
         "categories",
         "experts",

@@ -228,8 +228,9 @@ class GatewayReplica:
         self._find_pools(config.pools.keys() - before.keys())
 
     def _wake_for(self, expert: str) -> None:
+        config = self._process.current.config  # with the experts that an admin has added
         for kind in self._config.pools:
-            if expert in self._config.experts and expert in self._config.local_experts(kind):
+            if expert in config.experts and expert in config.local_experts(kind):
                 self._wake(kind)
 
     def _wake(self, kind: str) -> None:

@@ -18,6 +18,7 @@ from service.gateway.console.event_stream import EventStream
 from service.gateway.cross_site_guard import CrossOriginMiddleware, CrossOriginRules
 from service.gateway.dependencies import GatewayServices
 from service.gateway.routes import (
+    added_experts,
     admin,
     batch_plan,
     batches,
@@ -97,6 +98,7 @@ def build_app(
 
     app.router.routes.extend(console_routes(events, may_watch, behind_serve=behind_serve))
     if services.admin_key is not None:
+        app.include_router(added_experts.router)
         app.include_router(admin.router)
     routes = [entry for entry in app.router.routes if isinstance(entry, Route)]
     for entry in routes:

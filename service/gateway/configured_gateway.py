@@ -16,6 +16,7 @@ from service.config import Config
 from service.default_prices import with_default_prices
 from service.encoder.shared_encoders import SharedEncoders
 from service.expert_capabilities import with_capabilities
+from service.gateway.added_experts import AddedExpertService
 from service.gateway.admission import Admission
 from service.gateway.app import build_app
 from service.gateway.auth import Authenticator
@@ -76,6 +77,7 @@ class GatewayResources:
         wake: Requests the start of a pool for an expert that no running pool holds.
         neighbours: Returns the metrics of the node's other gateways, as texts.
         behind_serve: Whether Ray Serve's HTTP server is around the gateway, see `build_app`.
+        added: The experts that an admin has added.
         reload: Reads the config's file again and applies it; None if another process does this.
         screens: Screens that replace the guard's built-in screens, by name.
         encoders: The router's encoders.
@@ -95,6 +97,7 @@ class GatewayResources:
     wake: Callable[[str], None]
     neighbours: Callable[[], Awaitable[list[str]]]
     behind_serve: bool
+    added: AddedExpertService
     reload: Reload | None
     screens: Mapping[str, Screen] | None
     encoders: SharedEncoders
@@ -110,6 +113,8 @@ class ConfiguredGateway:
         resources: The objects that the gateway keeps from one config to the next.
         ledger: Counts this config's limits and budgets.
         predecessor: The gateway of the previous config. Clients can still vote on its replies.
+        same_file: Whether only added experts differ from the previous config. What a new file
+            begins anew, such as roll-backs of aliases, then goes on.
 
     Raises:
         ConfigError: The config can't be served.
@@ -122,6 +127,8 @@ class ConfiguredGateway:
         resources: GatewayResources,
         ledger: Ledger,
         predecessor: ConfiguredGateway | None = None,
+        *,
+        same_file: bool = False,
     ) -> None:
         self.config = config
         config = with_default_prices(with_capabilities(config))
@@ -199,8 +206,14 @@ class ConfiguredGateway:
             self._registry,
             random,
         )
-        self.alias_traffic = AliasTraffic(config, self._registry, resources.volatile, shared=shared)
-        self._succeeds = predecessor is not None
+        self.alias_traffic: AliasTraffic = AliasTraffic(
+            config,
+            self._registry,
+            resources.volatile,
+            shared=shared,
+            after=predecessor.alias_traffic if predecessor is not None and same_file else None,
+        )
+        self._begins_anew = predecessor is not None and not same_file
         self.aliases = AliasResolution(config, self.alias_traffic.left_out)
         stored = resources.responses
         self._keeper = ResponseKeeper(stored, self._registry)
@@ -243,6 +256,7 @@ class ConfiguredGateway:
             remote_failures=self._remote_failures,
             neighbours=resources.neighbours,
             admin_key=resources.admin_key,
+            added=resources.added,
             reload=resources.reload,
             batches=resources.batches,
             batch_planner=planner,
@@ -317,7 +331,7 @@ class ConfiguredGateway:
         await self.feedback.start()
         self.shadow.start()
         await self.sessions.start()
-        await self.alias_traffic.start(anew=self._succeeds)
+        await self.alias_traffic.start(anew=self._begins_anew)
         await self._stages.start(self._resources.encoders)
 
     async def stop(self) -> None:

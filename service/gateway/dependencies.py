@@ -15,6 +15,7 @@ from service.batches.batch_service import BatchService
 from service.broker.pool_state import PoolView
 from service.config import Config
 from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
+from service.gateway.added_experts import AddedExpertService
 from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
 from service.gateway.dispatch.recipe_executor import RecipeExecutor
@@ -58,6 +59,7 @@ class GatewayServices:
         remote_failures: Returns for each remote expert why it can't be used, or None.
         neighbours: Returns the metrics of the node's other gateways, as texts.
         admin_key: The admin key; without one there are no admin endpoints.
+        added: The experts that an admin has added.
         reload: Puts the config's file in force again; None where the gateway doesn't own it.
         batches: Files and batches; None where the service has none.
         batch_planner: Plans batches; None where the service has none.
@@ -80,6 +82,7 @@ class GatewayServices:
     remote_failures: Callable[[], dict[str, str | None]]
     neighbours: Callable[[], Awaitable[list[str]]]
     admin_key: str | None
+    added: AddedExpertService
     reload: Reload | None
     batches: BatchService | None = None
     batch_planner: BatchPlanner | None = None

@@ -14,6 +14,7 @@ from service.config import Config
 from service.encoder.shared_encoders import SharedEncoders
 from service.engine.remote_engine import RemoteEngine
 from service.errors import CoeError
+from service.gateway.added_experts import AddedExpertService, effective_config
 from service.gateway.batch_setup import GatewayBatches
 from service.gateway.budget_prices import BudgetPrices
 from service.gateway.configured_gateway import ConfiguredGateway, GatewayResources
@@ -22,7 +23,7 @@ from service.gateway.dispatch.remote_pool import RemotePool
 from service.gateway.guard.screen_interface import Screen
 from service.gateway.response_setup import GatewayResponses
 from service.gateway.state_across_reloads import GatewayState, replaced
-from service.gateway.store_setup import open_store, open_volatile
+from service.gateway.store_setup import expert_book, open_store, open_volatile
 from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.rpc.pool_directory import PoolDirectory
@@ -74,6 +75,9 @@ class GatewayRuntime:
         count_replicas: CountReplicas | None = None,
     ) -> None:
         self._files = _files(config)
+        # The config of the file. The gateway serves it with the experts that an admin has added.
+        self._given = config
+        self._turn = asyncio.Lock()
         self.state = GatewayState.new(config.server.breaker)
         self.directory = PoolDirectory(gateway_id, secret)
         self.store: Store = open_store(config, gateway_id)
@@ -96,6 +100,14 @@ class GatewayRuntime:
         self.responses: GatewayResponses | None = None
         if config.responses.enabled:
             self.responses = GatewayResponses(config, self.state.metrics.registry)
+        self.added = AddedExpertService(
+            expert_book(config, self.store),
+            self.directory,
+            lambda: self._given,
+            self._serve_added,
+            wake,
+            shared=config.store.kind != "memory",
+        )
         self._resources = GatewayResources(
             state=self.state,
             directory=self.directory,
@@ -109,6 +121,7 @@ class GatewayRuntime:
             wake=wake,
             neighbours=self._neighbours,
             behind_serve=behind_serve,
+            added=self.added,
             reload=reload,
             screens=screens,
             encoders=SharedEncoders(),
@@ -160,6 +173,7 @@ class GatewayRuntime:
             await self.responses.start()
         if self.batches is not None:
             await self.batches.start()
+        await self.added.start()
 
     async def _connect(self, name: str, pool: RemotePool) -> None:
         await pool.start()
@@ -167,19 +181,39 @@ class GatewayRuntime:
             log.error("expert %s failed: %s", name, pool.failed)
 
     async def reload(self, config: Config) -> None:
-        """Replace the config, without waiting for requests in flight.
+        """Replace the config of the file, without waiting for requests in flight.
 
-        If this raises an error, the old config stays in use.
+        The experts that an admin has added stay, as far as they fit into it. If this raises an
+        error, the old config stays in use.
 
         Raises:
             ConfigError: The config can't be served.
             ArtifactError: The router's artifact can't be used.
             StoreUnavailableError: The store can't be reached.
         """
+        async with self._turn:
+            found = await asyncio.to_thread(effective_config, config, self.added.known)
+            await self._replace(found.config)
+            self._given = config
+            self.added.tell(found)
+
+    async def _serve_added(self) -> None:
+        """Serve the added experts that are known now.
+
+        Raises:
+            CoeError: They can't be served; the gateway goes on as before.
+        """
+        async with self._turn:
+            found = await asyncio.to_thread(effective_config, self._given, self.added.known)
+            if found.config != self.current.config:
+                await self._replace(found.config, same_file=True)
+            self.added.tell(found)
+
+    async def _replace(self, config: Config, *, same_file: bool = False) -> None:
         before = self.current
         files = await asyncio.to_thread(_files, config)
         ledger = Ledger(config, self.store)
-        after = ConfiguredGateway(config, self._resources, ledger, before)
+        after = ConfiguredGateway(config, self._resources, ledger, before, same_file=same_file)
         try:
             await after.start()
         except BaseException:
@@ -299,6 +333,7 @@ class GatewayRuntime:
 
     async def stop(self) -> None:
         """Close every connection, and stop the gateways of earlier configs."""
+        await self.added.stop()
         for task in list(self._retiring):
             task.cancel()
         await asyncio.gather(*self._retiring, return_exceptions=True)

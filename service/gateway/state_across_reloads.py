@@ -33,6 +33,7 @@ _NOT_WEIGHTS = {
     "idle_unload_s",
     "categories",
     "quality",
+    "quality_from",
     "price",
     "description",
     "capabilities",

@@ -13,7 +13,12 @@ from urllib.parse import urlsplit
 from service.config import Config, StoreConfig
 from service.errors import ConfigError
 from service.gateway.auth import any_key
-from service.rpc.local_paths import admin_key_path, keys_path
+from service.rpc.local_paths import added_experts_path, admin_key_path, keys_path
+from service.store.added_expert_repository import (
+    AddedExpertRepository,
+    FileExpertRepository,
+    StoreExpertRepository,
+)
 from service.store.api_keys import FileKeyRepository, KeyRepository, KeyService, StoreKeyRepository
 from service.store.memory_store import MemoryStore
 from service.store.store_interface import Store
@@ -106,6 +111,14 @@ def key_book(config: Config, store: Store) -> KeyRepository:
         given = config.store.keys_file
         return FileKeyRepository(Path(given) if given is not None else keys_path())
     return StoreKeyRepository(store)
+
+
+def expert_book(config: Config, store: Store) -> AddedExpertRepository:
+    """Open the repository of the experts that an admin adds at run time."""
+    if config.store.kind != "memory":
+        return StoreExpertRepository(store)
+    given = config.added_experts.file
+    return FileExpertRepository(Path(given) if given else added_experts_path(config.server.port))
 
 
 def keys_marker(config: Config) -> Path:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.config import Config
+from service.config.effective_config import is_hub_adapter
 from service.errors import CoeError, ConfigError
-from service.models import inspect_model, locate, pull
+from service.models import inspect_model, locate, model_root, pull
+from service.models.pull import hub_name
 from service.models.weights_version import version_of
 
 
@@ -25,6 +27,27 @@ def folder_here(config: Config, expert: str) -> Path | None:
     """Return the folder of an expert's full weights, or None if there is none on this machine."""
     source, root = _source(config, expert)
     return locate(source, root=root) if source is not None else None
+
+
+def adapter_folder(config: Config, adapter: str) -> str:
+    """Return the folder of an added expert's adapter, which may be in the model store or not yet.
+
+    Args:
+        config: The config.
+        adapter: An absolute path, or a name of the hub with its commit.
+    """
+    if not is_hub_adapter(adapter):
+        return adapter
+    root = Path(models_folder(config))
+    try:
+        return str(locate(adapter, root=root) or root / hub_name(adapter))
+    except CoeError:
+        return str(root / hub_name(adapter))
+
+
+def models_folder(config: Config) -> str:
+    """Return the model store's folder."""
+    return str(config.models_dir if config.models_dir is not None else model_root())
 
 
 def file_versions(config: Config, experts: Iterable[str]) -> dict[str, str]:

@@ -201,7 +201,9 @@ class EngineFactory:
         if self._command_of(base) is not None:
             return LazyEngine(partial(self._make_command, base, self._index_of(base)))
         if adapters or self._config.experts[base].form != "merged":
-            return LazyEngine(partial(self._make_vllm, base, adapters, self._index_of(base)))
+            spare = settings.vllm.spare_adapters
+            slot = self._index_of(base)
+            return LazyEngine(partial(self._make_vllm, base, adapters, slot, spare=spare))
         slot = self._index_of(base)
         return LazyEngine(partial(self._make_swapping, base, alone=True, slot=slot))
 
@@ -309,7 +311,9 @@ class EngineFactory:
         self._gpu_shares[slot] = GpuShare(float(given), devices, layer_bytes)
         return GpuShare(float(given), devices if len(groups) > 1 else (), layer_bytes)
 
-    def _make_vllm(self, base: str, adapters: tuple[str, ...], slot: int) -> SwappingEngine:
+    def _make_vllm(
+        self, base: str, adapters: tuple[str, ...], slot: int, *, spare: int = 0
+    ) -> SwappingEngine:
         # The import takes seconds, and only a pool with real engines needs it.
         from service.engine.vllm.engine import VllmEngine, VllmModel
 
@@ -319,7 +323,10 @@ class EngineFactory:
         info = inspect_model(Path(folder))
         if isinstance(info, ModelInfo):
             self._observer.on_weights(base, weights_bytes(info, settings.vllm.dtype))
-        model = VllmModel(base, folder, paths, pooling_runner=config.uses_pooling_runner(base))
+        if isinstance(info, ModelInfo) and info.is_moe and settings.gpus == 0:
+            spare = 0  # vLLM has no adapters of mixtures on CPU
+        pools = config.uses_pooling_runner(base)
+        model = VllmModel(base, folder, paths, pooling_runner=pools, spare_adapters=spare)
         options = config.vllm_of(self._kind, base)
         return VllmEngine(
             model,

@@ -113,6 +113,7 @@ class Pool:
         self._draining = self._is_replaced = False
         # Experts of the config that only other kinds of pools have.
         self._elsewhere: frozenset[str] = frozenset()
+        self.added_revision = 0
         self._seq = 0
         # Counts what a snapshot may tell, also what alone is no reason to send one.
         self._revision = 0
@@ -632,6 +633,7 @@ class Pool:
             kind=self.kind,
             seq=self._seq,
             draining=self._draining,
+            added=self.added_revision,
             experts={name: states[own] for name, own in held.items()},
             queues=by_name,
             capacity={name: capacity[own] for name, own in held.items()},

@@ -15,7 +15,7 @@ from service.models.expert_folders import file_versions
 from service.moe.virtual_expert_profiles import profile_digests
 from service.pool.engine_factory import EngineFactory
 from service.pool.pool import Pool
-from service.pool.pool_diff import PoolDiff, units_of
+from service.pool.pool_diff import PoolDiff, UnitSource, units_of
 from service.pool.same_weight_experts import share_weights
 from service.pool.slot_units import UnitState
 from service.pool.slots.base_slot import BaseSlot
@@ -78,7 +78,11 @@ class PoolBuilder:
         # The bases of adapters that are being removed. The engines of these bases keep running.
         self._base_of: dict[str, str] = {}
         # Units whose engine has LoRA support, so that adapters can be added while it runs.
-        self._with_adapters = {n for n, unit in self._wanted.items() if len(unit.experts) > 1}
+        self._with_adapters = {
+            name
+            for name, unit in self._wanted.items()
+            if len(unit.experts) > 1 or self._spare_adapters
+        }
         self._turn = asyncio.Lock()
         self.pool = pool
         pool.serve(self._held, _elsewhere(given, kind))
@@ -98,6 +102,31 @@ class PoolBuilder:
     @property
     def _settings(self) -> PoolConfig:
         return self._config.pools[self._kind]
+
+    @property
+    def _spare_adapters(self) -> int:
+        return self._settings.vllm.spare_adapters
+
+    def difference(self, config: Config) -> PoolDiff:
+        """Return what a reload to another config would change. It reads files' versions.
+
+        Raises:
+            ConfigError: A steering profile can't be read.
+        """
+        sharing = share_weights(self._with_method(config), self._kind, self._config)
+        config = sharing.config
+        versions = file_versions(config, config.local_experts(self._kind))
+        wanted = units_of(config, self._kind, profile_digests(config), versions)
+        return self._difference(wanted)
+
+    def _difference(self, wanted: dict[str, UnitSource]) -> PoolDiff:
+        return PoolDiff.between(
+            self._present,
+            wanted,
+            leaving=self._leaving,
+            shared=[name for name in self._present if self.pool.is_shared(name)],
+            with_adapters=self._with_adapters,
+        )
 
     # --- reloading
 
@@ -124,13 +153,7 @@ class PoolBuilder:
             self._wanted = units_of(config, self._kind, profiles, versions)
             self.pool.set_policy(_policy(self._settings))
             self.pool.set_idle_policy(_idle_policy(given, self._kind, self._held))
-            diff = PoolDiff.between(
-                self._present,
-                self._wanted,
-                leaving=self._leaving,
-                shared=[name for name in self._present if self.pool.is_shared(name)],
-                with_adapters=self._with_adapters,
-            )
+            diff = self._difference(self._wanted)
             for name, reason in diff.restarts.items():
                 log.warning("the engine of %s starts again: %s", name, reason)
             # New units are added first, because they may take over the slot of a removed unit.
@@ -385,7 +408,7 @@ class PoolBuilder:
     def _dedicated_engine(self, base: str) -> SwappingEngine:
         """Make an engine that runs one unit with its present adapters."""
         adapters = tuple(name for name in self._present[base].experts if name != base)
-        if adapters:
+        if adapters or self._spare_adapters:
             self._with_adapters.add(base)
         else:
             self._with_adapters.discard(base)

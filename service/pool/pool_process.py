@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from service.config import Config
-from service.errors import CoeError, UnknownModelError
+from service.config.effective_config import (
+    AddedExperts,
+    EffectiveConfig,
+    allowed_roots,
+    with_added,
+)
+from service.errors import (
+    CoeError,
+    ConfigError,
+    ConflictError,
+    DisallowedFieldError,
+    UnknownModelError,
+)
 from service.gpu_devices import gpu_memory, visible_gpus
 from service.models import inspect_model
-from service.models.expert_folders import folder_here
+from service.models.expert_folders import adapter_folder, folder_here, models_folder
 from service.moe.virtual_expert_profiles import profile_bytes
+from service.pool.added_expert_check import check_diff, check_files
 from service.pool.gpu_memory_monitor import GpuMemoryMonitor, GpuState
 from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
@@ -59,6 +73,10 @@ class PoolProcess:
         if self._traces is not None:
             self.pool_metrics.traced = self._traces.pooled
         self.pool_metrics.follow(self.pool)
+        # The config of the file, and the experts that an admin has added to it.
+        self._given = config
+        self._added = AddedExperts()
+        self._turn = asyncio.Lock()
         self._config = config
         self._weights: dict[str, int] = {}
         self._gpu_monitor = GpuMemoryMonitor(
@@ -83,7 +101,57 @@ class PoolProcess:
             await self._node.stop()
 
     async def reload(self, config: Config) -> None:
-        """Change the pool to match another config."""
+        """Change the pool to match another config. The experts that an admin has added stay."""
+        async with self._turn:
+            effective = await self._effective(config, self._added)
+            self._given = config
+            await self._change(effective)
+
+    async def set_added(self, added: AddedExperts) -> None:
+        """Serve these added experts and no others. Those of an earlier revision are left out."""
+        async with self._turn:
+            if added.revision <= self._added.revision:
+                return
+            effective = await self._effective(self._given, added)
+            if effective != self._config:
+                await self._change(effective)
+            self._added = added
+        self.pool.added_revision = added.revision
+        self.pool.changed()
+
+    async def check_added(self, added: AddedExperts, name: str) -> None:
+        """Check that the pool can take an added expert in without touching another one.
+
+        Raises:
+            DisallowedFieldError: The expert's adapter lies in no allowed folder.
+            ConflictError: It can't be served here.
+        """
+        await asyncio.to_thread(self._check_added, added, name)
+
+    def _check_added(self, added: AddedExperts, name: str) -> None:
+        found = self._with_added(self._given, added)
+        kind = self.pool.kind
+        try:
+            if (why := found.left_out.get(name)) is not None:
+                raise ConfigError(why)
+            if name not in found.config.local_experts(kind):
+                return
+            roots = allowed_roots(self._given.added_experts, models_folder(self._given))
+            check_files(found.config, kind, name, added.experts[name], roots)
+            check_diff(self._builder.difference(found.config), name)
+        except DisallowedFieldError:
+            raise
+        except CoeError as error:
+            raise ConflictError(error.message) from None
+
+    async def _effective(self, config: Config, added: AddedExperts) -> Config:
+        return (await asyncio.to_thread(self._with_added, config, added)).config
+
+    @staticmethod
+    def _with_added(config: Config, added: AddedExperts) -> EffectiveConfig:
+        return with_added(config, added, unserved=True, folder_of=partial(adapter_folder, config))
+
+    async def _change(self, config: Config) -> None:
         self._config = config
         self._weights.clear()
         await self._builder.reload(config)

@@ -19,6 +19,11 @@ def keys_path() -> Path:
     return admin_key_path().with_name("keys.jsonl")
 
 
+def added_experts_path(port: int) -> Path:
+    """Default path of the experts that an admin has added to this machine's service on a port."""
+    return admin_key_path().with_name(f"experts-{port}.json")
+
+
 def node_folder(secret: str) -> Path:
     """Folder of the metrics sockets of a cluster's processes on this node."""
     digest = hashlib.blake2b(secret.encode(), digest_size=8).hexdigest()

@@ -12,7 +12,14 @@ from typing import Any, Literal, Protocol
 
 import orjson
 
-from service.errors import CoeError, InvalidRequestError, UnauthorizedError, UnknownEndpointError
+from service.config.effective_config import AddedExperts
+from service.errors import (
+    CoeError,
+    ConfigError,
+    InvalidRequestError,
+    UnauthorizedError,
+    UnknownEndpointError,
+)
 from service.http.asgi_helpers import (
     ClientDisconnectedError,
     Message,
@@ -91,6 +98,20 @@ class PoolReports(Protocol):
             CoeError: No command starts it.
         """
 
+    async def check_added(self, added: AddedExperts, name: str) -> None:
+        """Check that the pool can take an added expert in without touching another one.
+
+        Raises:
+            CoeError: It can't; the message says why.
+        """
+
+    async def set_added(self, added: AddedExperts) -> None:
+        """Serve these added experts and no others. Those of an earlier revision are left out.
+
+        Raises:
+            CoeError: They can't be served; the pool goes on as before.
+        """
+
 
 class PoolApp:
     """The application of one pool.
@@ -123,6 +144,8 @@ class PoolApp:
             ("POST", "demand"): self._record_demand,
             ("POST", "operate"): self._operate,
             ("POST", "release"): self._release,
+            ("POST", "added-experts"): self._set_added,
+            ("POST", "added-experts-check"): self._check_added,
         }
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -207,6 +230,21 @@ class PoolApp:
             None if not keep else "host" if keep == "host" else "disk"
         )
         await reply.json(await self._pool.release(place))
+
+    async def _check_added(self, name: str, receive: Receive, reply: _Reply) -> None:
+        await self._reports.check_added(await self._added(receive), name)
+        await reply.json({})
+
+    async def _set_added(self, _: str, receive: Receive, reply: _Reply) -> None:
+        await self._reports.set_added(await self._added(receive))
+        await reply.json({})
+
+    async def _added(self, receive: Receive) -> AddedExperts:
+        body = await read_body(receive, self._max_body_bytes)
+        try:
+            return AddedExperts.from_json(orjson.loads(body))
+        except (ConfigError, orjson.JSONDecodeError):
+            raise InvalidRequestError("these are no added experts of this version") from None
 
 
 class _Reply:

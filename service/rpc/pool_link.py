@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 import orjson
 
+from service.config.effective_config import AddedExperts
 from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
@@ -240,6 +241,31 @@ class PoolLink:
             PoolUnavailableError: The pool can't be reached.
         """
         return await self._request("GET", f"/server-log/{quote(expert, safe='')}", timeout_s=10)
+
+    async def check_added(self, added: AddedExperts, name: str) -> tuple[int, bytes]:
+        """Ask whether the pool can take an added expert in without touching another one.
+
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        path = f"/added-experts-check/{quote(name, safe='')}"
+        body = orjson.dumps(added.to_json())
+        return await self._request("POST", path, timeout_s=60, body=body)
+
+    async def set_added(self, added: AddedExperts) -> tuple[int, bytes]:
+        """Let the pool serve these added experts and no others.
+
+        Returns:
+            The pool's status and body.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        body = orjson.dumps(added.to_json())
+        return await self._request("POST", "/added-experts", timeout_s=120, body=body)
 
     async def used(self, request_id: str) -> tuple[int, int] | None:
         """Fetch prompt and answer tokens of a cancelled call; None if they are unknown."""

@@ -113,6 +113,7 @@ class Snapshot:
         kind: Kind of the pool.
         seq: Sequence number of this state.
         draining: Whether the pool is stopping.
+        added: Revision of the added experts that the pool has.
         experts: State of each expert.
         queues: Requests of each expert.
         capacity: Requests that may run at once, by expert.
@@ -128,6 +129,7 @@ class Snapshot:
     kind: str
     seq: int = 0
     draining: bool = False
+    added: int = 0
     experts: dict[str, ExpertState] = field(default_factory=dict)
     queues: dict[str, Queue] = field(default_factory=dict)
     capacity: dict[str, int] = field(default_factory=dict)
@@ -206,12 +208,13 @@ class _Line(_Tables, forbid_unknown_fields=True):
     kind: str | None = None
     seq: int | None = None
     draining: bool | None = None
+    added: int | None = None
     changed: _Tables | None = None
     removed: dict[str, list[str]] = {}
 
 
 _DECODER = msgspec.json.Decoder(_Line)
-_LINE_FIELDS = ("boot", "kind", "seq", "draining", *_TABLES)
+_LINE_FIELDS = ("boot", "kind", "seq", "draining", "added", *_TABLES)
 
 
 def decode(line: bytes, before: Snapshot | None) -> tuple[Snapshot, SnapshotDelta | None]:

@@ -68,6 +68,7 @@ ONLY_IN = {
         *(
             f"service/gateway/routes/{name}.py"
             for name in (
+                "added_experts",
                 "admin",
                 "batch_plan",
                 "batches",

@@ -78,12 +78,19 @@ class VllmModel:
         adapters: The folders of LoRA adapters by expert.
         pooling_runner: Whether the model makes vectors, scores or classes, even if its
             architecture could make text.
+        spare_adapters: Room for adapters that are loaded while the engine runs.
     """
 
     name: str
     path: str
     adapters: dict[str, str]
     pooling_runner: bool = False
+    spare_adapters: int = 0
+
+    @property
+    def adapter_room(self) -> int:
+        """The number of adapters that the engine is started for."""
+        return len(self.adapters) + self.spare_adapters
 
 
 class VllmEngine:
@@ -156,7 +163,7 @@ class VllmEngine:
             on_cpu=self._on_cpu,
             enforce_eager=self._options.enforce_eager,
             pooling_runner=self._model.pooling_runner,
-            adapters=len(self._model.adapters),
+            adapters=self._model.adapter_room,
             sleep=self._sleep_level > 0,
             gpu_share=self._gpu_share,
         )
@@ -227,7 +234,7 @@ class VllmEngine:
     async def load(self, expert: str, adapter: str | None = None) -> None:
         if expert == self._model.name:
             return
-        if not self._model.adapters:
+        if not self._model.adapter_room:
             raise ExpertFailedError(
                 f"the engine of {self._model.name!r} was started without adapters", retry_after_s=30
             )
@@ -241,7 +248,7 @@ class VllmEngine:
             raise ExpertFailedError(first_line(error), retry_after_s=30) from None
 
     async def unload(self, expert: str) -> None:
-        if not self._model.adapters:
+        if not self._model.adapter_room:
             return  # nothing was loaded
         try:
             unloaded = await self._app_for(expert).unload_adapter(expert)

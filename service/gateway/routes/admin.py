@@ -28,7 +28,10 @@ _MAX_BODY_BYTES = 10_000
 
 @router.get("/admin/experts")
 async def list_experts(services: Services) -> Response:
-    """Return every pool's own account of its experts; a pool that is gone is left out."""
+    """Return every pool's own account of its experts, and the experts that an admin has added.
+
+    A pool that is gone is left out.
+    """
     links = services.directory.links()
     accounts = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
     pools = {
@@ -36,7 +39,7 @@ async def list_experts(services: Services) -> Response:
         for link, account in zip(links, accounts, strict=True)
         if isinstance(account, dict)
     }
-    return json_response({"pools": pools})
+    return json_response({"pools": pools, "added": services.added.to_json()})
 
 
 @router.get("/admin/aliases")

@@ -58,6 +58,8 @@ class AliasTraffic:
         store: The volatile store.
         shared: Whether other gateways use the same store.
         clock: Seconds since 1970, which all gateways agree on.
+        after: The traffic of the config before, where that is of the same file. Its counts and
+            roll-backs go on.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class AliasTraffic:
         *,
         shared: bool,
         clock: Callable[[], float] = time.time,
+        after: AliasTraffic | None = None,
     ) -> None:
         resolved = resolve_aliases(config.aliases)
         self._traffic = {
@@ -81,6 +84,13 @@ class AliasTraffic:
         self._clock = clock
         # When each alias was rolled back or restored last, by any gateway.
         self._changed_s = dict.fromkeys(self._traffic, 0.0)
+        for name, traffic in self._traffic.items():
+            before = after._traffic.get(name) if after is not None else None
+            if before is None or after is None:
+                continue
+            if before.weights == traffic.weights and before.rule == traffic.rule:
+                self._traffic[name] = before
+                self._changed_s[name] = after._changed_s[name]
         self._follower: asyncio.Task[None] | None = None
         self._writes: set[asyncio.Task[None]] = set()
 

@@ -102,6 +102,11 @@ class QualityModel:
             for column, name in enumerate(catalog.experts):
                 usual = _OWN if name == owner else _FALLBACK if name == config.fallback else _OTHER
                 self._table[row, column] = config.experts[name].quality.get(label, usual)
+            for column, name in enumerate(catalog.experts):
+                expert = config.experts[name]
+                if expert.quality_from and label not in expert.quality and name != owner:
+                    of_other = self._table[row, catalog.index[expert.quality_from]]
+                    self._table[row, column] = of_other
         for recipe in config.recipes.values():
             at = catalog.recipe_index[recipe.recipe()]
             for row, label in enumerate(counted):

@@ -74,6 +74,8 @@ class RoutingSetup:
         )
         whole = found is not None and artifact is not None and _is_whole(artifact, found)
         self.presets = presets_of(config.router.presets, artifact if whole else None)
+        if found is not None:
+            found = found.with_copies(_copies(config))
         self.map_categories = found.categories if found else ()
         self.tokens = found.tokens if found else None
         self.thinking = recorded_thinking(found)
@@ -135,6 +137,15 @@ class RoutingSetup:
                 named[names[best]] = best
             against = () if best is None else (names[best],)
         return SavingsModel(catalog, self.cost_model, against, named)
+
+
+def _copies(config: Config) -> dict[str, str]:
+    """The experts without figures of their own that have those of another one."""
+    return {
+        name: expert.quality_from
+        for name, expert in config.experts.items()
+        if expert.quality_from is not None and not expert.quality
+    }
 
 
 def _is_whole(artifact: Artifact, known: ExpertMap) -> bool:

@@ -219,3 +219,17 @@ def test_expert_map_without_recorded_tokens_has_none(folder: Path) -> None:
     assert ExpertMap.from_artifact(load_artifact(folder)).tokens is None
     assert ExpertMap.from_artifact(load_artifact(folder)).thinking is None
     assert ExpertMap.from_artifact(load_artifact(folder)).only(["a"]).tokens is None
+
+
+def test_copies_have_the_figures_of_their_originals_alone(folder: Path) -> None:
+    found = ExpertMap.from_artifact(load_artifact(folder))
+    more = found.with_copies({"tuned": "b", "stranger": "nobody", "a": "b"})
+    assert more.recipes == (*RECIPES, Recipe("single", ("tuned",)))
+    factors = np.array([0.5])
+    before, after = found.quality_by_category(factors), more.quality_by_category(factors)
+    assert np.array_equal(after[:, :3], before)
+    assert np.array_equal(after[:, 3], before[:, 1])
+    for name in ("score", "count", "cost", "reach"):
+        assert np.array_equal(getattr(more, name)[:, 3], getattr(found, name)[:, 1])
+    assert np.array_equal(more.direct.score[3], found.direct.score[1])
+    assert found.with_copies({"x": "nobody"}) is found

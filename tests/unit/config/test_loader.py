@@ -62,9 +62,10 @@ def test_config_every_field_has_a_description() -> None:
         ),
         (
             {"servers": {}},
-            "coe.yaml: servers: unknown key; did you mean 'server'? allowed: aliases, "
-            "batches, budgets, categories, experts, feedback, keys, models_dir, pools, prices, "
-            "recipes, responses, router, savings, server, shadow, store, telemetry, tenants",
+            "coe.yaml: servers: unknown key; did you mean 'server'? allowed: added_experts, "
+            "aliases, batches, budgets, categories, experts, feedback, keys, models_dir, pools, "
+            "prices, recipes, responses, router, savings, server, shadow, store, telemetry, "
+            "tenants",
         ),
         (
             {"server": {"port": 70_000}},

@@ -358,7 +358,7 @@ def _with_text(place: tuple[str, ...], value: Any) -> dict[str, Any]:
     here = data
     for key in place[:-1]:
         here = here.setdefault(list(here)[-1] if key == "*" else key, {})
-    here[place[-1]] = value
+    here[place[-1]] = [value] if place[-1] == "roots" else value
     return data
 
 

@@ -39,10 +39,13 @@ class Clock:
         return self.now_s
 
 
-def traffic(store: Any = None, *, shared: bool = False, clock: Any = None) -> AliasTraffic:
+def traffic(
+    store: Any = None, *, shared: bool = False, clock: Any = None, after: AliasTraffic | None = None
+) -> AliasTraffic:
     registry = MetricsRegistry(Side.GATEWAY)
     kept = MemoryVolatileStore(10**6) if store is None else store
-    return AliasTraffic(CONFIG, registry, kept, shared=shared, clock=clock or Clock())
+    clock = clock or Clock()
+    return AliasTraffic(CONFIG, registry, kept, shared=shared, clock=clock, after=after)
 
 
 def ended(status: int = 200, outcome: str = "ok", attempts: int = 1, **more: Any) -> RequestRecord:
@@ -209,3 +212,11 @@ async def test_rollback_works_alone_where_the_store_is_away_or_wrong(value: byte
     await one._read_all()
     assert list(one.left_out("prod")) == ["new"]
     await one.stop()
+
+
+def test_rollback_goes_on_where_only_added_experts_differ() -> None:
+    first = traffic()
+    fail(first)
+    assert first.left_out("prod")
+    assert not traffic().left_out("prod")
+    assert traffic(after=first).left_out("prod") == first.left_out("prod")
