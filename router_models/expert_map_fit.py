@@ -24,7 +24,6 @@ _PENALTY_FOLDS = 5
 _LOADING_PENALTY = 1.0
 # In costs of the dearest expert.
 _TRUST_PRICES = np.geomspace(0.01, 1.0, 8)
-_LOSS_ERRORS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +214,14 @@ def choose_trust_power(
     settings: Settings,
     trust_powers: Sequence[float],
 ) -> float:
-    """The greatest of `trust_powers` with which choices lose nothing that these rows can show.
+    """The greatest of `trust_powers` that is within one standard error of the best.
 
     On prompts of the same kinds the categories choose about as well as the direct estimate, or
-    better; on others they mislead. So the most careful power is taken that loses at most
-    `_LOSS_ERRORS` standard errors to the best one (after the one standard error rule of Breiman
-    et al., Classification and Regression Trees, 1984). What counts is what the chosen expert got
-    in five folds less what it cost, at prices from nothing to the dearest expert's cost for one
-    right answer.
+    better; on others they mislead, and no fold of these rows shows it. So the most careful power
+    is taken whose mean is at most one standard error of the best one's mean below it (the one
+    standard error rule of Breiman et al., Classification and Regression Trees, 1984). What counts
+    is what the chosen expert got in five folds less what it cost, at prices from nothing to the
+    dearest expert's cost for one right answer.
 
     Args:
         alone: The results of single experts on N rows.
@@ -264,9 +263,10 @@ def choose_trust_power(
                 choice = (np.arange(len(outside)), utility.argmax(axis=1))
                 got = score[outside][choice] - price * cost[outside][choice]
                 gained[i, outside] += np.nan_to_num(got) / len(prices)
-    lost = gained[int(gained.mean(axis=1).argmax())] - gained
-    error = lost.std(axis=1) / np.sqrt(max(len(score), 1))
-    return powers[int(np.flatnonzero(lost.mean(axis=1) <= _LOSS_ERRORS * error)[-1])]
+    mean = gained.mean(axis=1)
+    best = int(mean.argmax())
+    error = gained[best].std() / np.sqrt(max(len(score), 1))
+    return powers[int(np.flatnonzero(mean >= mean[best] - error)[-1])]
 
 
 def _means(values: Floats) -> Floats:

@@ -40,6 +40,6 @@ class Settings:
     inner_folds: int = 5
     max_recipes: int = MAX_RECIPES
     min_confidence: float = 0.3
-    trust_powers: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    trust_powers: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     min_max_novelty: float = 0.5
     seed: int = 0
