@@ -294,13 +294,17 @@ class SwappingVllmEngine(VllmEngine):
             "coe_load_to_host", expert, source.folder, source.adapter, source.strength
         )
         result = await self.worker_rpc("coe_load_result", expert)
-        while result["state"] == "loading":  # the other process offers no event to await
-            await asyncio.sleep(self._poll_s)
+        reason = result.get("reason")
+        while result["state"] == "loading" or result.get("others_load"):
+            await asyncio.sleep(self._poll_s)  # the other process offers no event to await
             result = await self.worker_rpc("coe_load_result", expert)
+            reason = reason or result.get("reason")
         if result["state"] != "host":
+            # Where one rank failed, others may hold their parts, which nobody would count.
+            await self.worker_rpc("coe_evict", expert, False)
             self._begun.pop(expert, None)
             await self._release_weights(expert)
-            reason = result.get("reason", "its weights went away while they were loaded")
+            reason = reason or "its weights went away while they were loaded"
             raise ExpertFailedError(
                 f"expert {expert!r} could not be loaded: {reason}", retry_after_s=30
             )
@@ -632,10 +636,13 @@ def _canary_answer(reply: dict[str, Any]) -> tuple[list[int], list[float]]:
 def _merge_rank_results(answers: list[Any]) -> Any:
     """Merge the results of all ranks: the least progress, the worst status, and sums of bytes."""
     results = [answer for answer in answers if isinstance(answer, dict)]
+    states = {result.get("state") for result in results}
     for state in ("failed", "loading", "disk"):
         for result in results:
             if result.get("state") == state:
-                return result
+                # A failure is reported once, and the other ranks' loads can't be stopped.
+                others_load = state == "failed" and "loading" in states
+                return {**result, "others_load": True} if others_load else result
     for result in results:
         if "error" in result:
             # A rank that did swap has other weights than before, too.

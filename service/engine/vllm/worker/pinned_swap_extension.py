@@ -198,8 +198,10 @@ class PinnedExtension(SwapExtension):
 
     def _coe_probe_of(self, model: torch.nn.Module) -> WeightProbe | None:
         """Record a probe. Without one, every swap compares values with their source instead."""
+        parameters = {name for name, _ in model.named_parameters()}
+        others = [tensor for name, tensor in self._coe_live().items() if name not in parameters]
         try:
-            return super()._coe_probe_of(model)
+            return WeightProbe.of(model, self.vllm_config.model_config.dtype, others)
         except Exception as error:
             log.warning("no probe of the weights, a kernel refused: %s", error)
             return None

@@ -7,6 +7,7 @@ packing empties them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,7 @@ class WeightProbe:
 
     Attributes:
         layers: The linear layers, each with its packed weight and its output.
-        values: The parameters, each with its first values.
+        values: The parameters and other tensors, each with its first values.
         checked: The number of layers that were checked so far.
         dtype: The dtype of the model's activations.
     """
@@ -43,7 +44,9 @@ class WeightProbe:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, model: torch.nn.Module, dtype: torch.dtype) -> WeightProbe:
+    def of(
+        cls, model: torch.nn.Module, dtype: torch.dtype, others: Iterable[torch.Tensor] = ()
+    ) -> WeightProbe:
         """Record a model. This must not run in a thread beside the running model.
 
         oneDNN's kernels in vLLM share one scratch pad, so two threads would corrupt each other's
@@ -52,13 +55,14 @@ class WeightProbe:
         Args:
             model: The model.
             dtype: The dtype of the model's activations. Quantised weights have another one.
+            others: Tensors besides parameters, such as those that kernels hold.
         """
         probe = cls(dtype=dtype)
         with torch.inference_mode():
             linears = linear_layers(model)
             for module in linears[:: max(1, len(linears) // 12)]:
                 probe.layers.append((module, packed_weight(module), _output(module, dtype)))
-            for parameter in model.parameters():
+            for parameter in (*model.parameters(), *others):
                 probe.values.append((parameter, _first_values(parameter)))
         return probe
 

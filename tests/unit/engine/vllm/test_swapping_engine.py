@@ -1,12 +1,15 @@
-"""Swaps that fail, without a GPU: the old expert's weights are whole, or the engine is broken.
+"""Loads and swaps that fail, without a GPU: the old expert is whole, or the engine is broken.
 
 The ranks' extensions are the real ones of a GPU, with a CUDA runtime that fails on demand. Between
-them and the engine stands what vLLM's executor does with the answers of several workers.
+them and the engine stands what vLLM's executor does with the answers of several workers. Experts
+are plain, or quantised with a fused mixture: these are made ready layer by layer as they are
+loaded, and what their kernels hold besides parameters is copied as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -19,19 +22,28 @@ import pytest
 
 from service.config import VllmOptions
 from service.engine.engine_interface import EngineRequest
-from service.errors import CoeError, EngineRestartingError
+from service.errors import CoeError, EngineDeadError, EngineRestartingError, ExpertFailedError
 
 torch = pytest.importorskip("torch")
 
 from service.engine.vllm import swapping_engine  # noqa: E402
 from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights  # noqa: E402
-from service.engine.vllm.worker import pinned_swap_extension  # noqa: E402
-from service.engine.vllm.worker.pinned_swap_extension import tensors_of  # noqa: E402
-from tests.support.engine import dense_model, fake_cuda  # noqa: E402
+from service.engine.vllm.worker import (  # noqa: E402
+    pinned_swap_extension,
+    swap_extension,
+)
+from service.engine.vllm.worker.model_state import ModelState, same_bytes  # noqa: E402
+from service.engine.vllm.worker.pinned_swap_extension import is_plain, tensors_of  # noqa: E402
+from tests.support.engine import dense_model, fake_cuda, processed_model  # noqa: E402
 
 RANKS = 2
-TENSORS = 4
 NAMES = ("a", "b", "c")
+# By kind of weights, the tensors that a swap copies on each rank.
+TENSORS = {"plain": 4, "processed": 9}
+MAKERS: dict[str, Callable[[int], Any]] = {
+    "plain": dense_model.dense_model,
+    "processed": processed_model.processed_model,
+}
 
 
 class _ReachedVllmError(Exception):
@@ -50,6 +62,7 @@ class Executor:
         self.errored = False
         self.paused = False
         self.hangs = self.dies = False
+        self.fails_in = "coe_swap_in"
         self.fails: str | None = None
         self.rendering = self.generates = None
         self._answers: list[deque[Any]] = [deque() for _ in workers]
@@ -71,7 +84,7 @@ class Executor:
         self._fail("rendering")
 
     async def collective_rpc(self, method: str, *args: object) -> list[Any]:
-        if "coe_swap_in" in args and (self.hangs or self.dies):
+        if self.fails_in in args and (self.hangs or self.dies):
             self.errored = self.dies
             await asyncio.Event().wait()  # vLLM never completes the call
         for worker, answers in zip(self.workers, self._answers, strict=True):
@@ -88,10 +101,54 @@ class Executor:
         return found
 
 
+class Files:
+    """In place of a second model: the experts' files, some of which can't be read.
+
+    Attributes:
+        stage: The stage.
+        fails: `read`, or the number of the layer that can't be made ready.
+        fails_on: The rank that fails.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.fails: str | int | None = None
+        self.fails_on = 0
+
+    def second_model(self, config: Any, folder: str, device: str | None) -> Any:
+        del device
+        rank = config.rank
+        model = self.stage.models[rank][folder]
+        here = self.fails if rank == self.fails_on else None
+
+        def load(*_: Any, finish: bool) -> None:
+            assert not finish
+            if here == "read":
+                raise OSError(errno.EIO, "Input/output error")
+
+        def process(device: Any, turns: Any, shared: Any) -> None:
+            assert shared
+            for number in range(3):
+
+                def ready(number: int = number) -> None:
+                    if number == here:
+                        raise MemoryError("told to have no room")
+
+                turns.take(ready)
+
+        return SimpleNamespace(model=model, load=load, process=process)
+
+
 class Engine(SwappingVllmEngine):
     """The engine itself, whose canary is the models' output."""
 
     canary_fails = False
+
+    async def _version_of(self, source: Weights) -> str:
+        return source.folder
+
+    async def _load_frontend_or_evict(self, expert: str, source: Weights) -> None:
+        """Do nothing: the experts have their OpenAI layers."""
 
     async def check_canary(self, expert: str) -> bool:
         if self.canary_fails:
@@ -102,7 +159,11 @@ class Engine(SwappingVllmEngine):
 class Stage:
     """An engine of two ranks that holds three experts and runs the first."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind = kind
+        make = MAKERS[kind]
+        self.copies = RANKS * TENSORS[kind]
+        self.folder = folder
         self.cuda = fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
         self.fails_at: set[int] = set()
         self.drops_at: set[int] = set()
@@ -122,23 +183,34 @@ class Stage:
                 copy(source, offset, target)
 
         monkeypatch.setattr(pinned_swap_extension, "_copy_pinned", counted)
+        self.fills_fail: set[int] = set()
+        self._fills = itertools.count()
+        fill = pinned_swap_extension.copy_to
+
+        def filled(tensors: Any, name: str, memory: memoryview) -> None:
+            if next(self._fills) in self.fills_fail:
+                raise OSError(errno.EIO, "Input/output error")
+            fill(tensors, name, memory)
+
+        monkeypatch.setattr(pinned_swap_extension, "copy_to", filled)
         self.models = [
-            {name: dense_model.dense_model(10 * rank + i) for i, name in enumerate(NAMES)}
-            for rank in range(RANKS)
+            {name: make(10 * rank + i) for i, name in enumerate(NAMES)} for rank in range(RANKS)
         ]
         self.workers = [
-            dense_model.extension(dense_model.dense_model(10 * rank), folder, rank, RANKS)
-            for rank in range(RANKS)
+            dense_model.extension(make(10 * rank), folder, rank, RANKS) for rank in range(RANKS)
         ]
-
-        def prepare(worker: Any, expert: str, load: Any) -> Any:
-            return lambda: worker._coe_hold(expert, tensors_of(self.models[worker.rank][expert]))
-
-        monkeypatch.setattr(pinned_swap_extension.SwapExtension, "_coe_prepare_load", prepare)
-        weights = {name: Weights("/none") for name in NAMES}
+        for rank, worker in enumerate(self.workers):
+            worker.vllm_config.rank = rank
+        self.files = Files(self)
+        monkeypatch.setattr(swap_extension, "SecondModel", self.files.second_model)
+        # It takes a tenth of a second in this process, and changes nothing that is looked at.
+        monkeypatch.setattr(swap_extension, "gc", SimpleNamespace(collect=int))
+        # A folder is known by its expert's name.
+        weights = {name: Weights(name) for name in NAMES}
         self.engine = Engine(
             "a", weights, VllmOptions(), on_cpu=False, canary_interval=1, canaries={}
         )
+        self.engine._poll_s = 0.001
         self.executor = Executor(self.workers)
         self.engine._handle = self.executor  # type: ignore[assignment]
         self.engine._running = "a"
@@ -152,18 +224,17 @@ class Stage:
 
     async def hold(self) -> None:
         """Make all experts held, as a slot would."""
-        await self.engine.worker_rpc("coe_register_initial", "a")
+        assert not await self.engine.worker_rpc("coe_register_initial", "a")
         for name in NAMES[1:]:
-            for worker in self.workers:
-                assert dense_model.loaded(worker, name)["state"] == "host"
+            await self.engine.load_to_host(name)
         self._counts = True
 
     def runs(self, expert: str) -> bool:
         """Whether every value of all ranks' models is this expert's."""
         return all(
-            torch.equal(live, tensors_of(models[expert])[name])
+            same_bytes(live, _tensors(models[expert])[name])
             for models, worker in zip(self.models, self.workers, strict=True)
-            for name, live in tensors_of(worker.model_runner.model).items()
+            for name, live in _tensors(worker.model_runner.model).items()
         )
 
     async def answers(self) -> set[str]:
@@ -195,11 +266,15 @@ class Stage:
             assert self.runs(name)
 
 
-@pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def _tensors(model: Any) -> dict[str, Any]:
+    return tensors_of(model) if is_plain(model) else ModelState.of(model).tensors
+
+
+@pytest.fixture(params=["plain", "processed"])
+def stage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setattr(swapping_engine, "_SWAP_TIMEOUT_S", 2.0)
     monkeypatch.setattr(swapping_engine, "_CHECK_ALIVE_S", 0.01)
-    return Stage(tmp_path, monkeypatch)
+    return Stage(request.param, tmp_path, monkeypatch)
 
 
 Fault = Callable[[Stage], object]
@@ -219,33 +294,39 @@ def _set(**what: Any) -> Fault:
     return act
 
 
-COPIES = RANKS * TENSORS
-# By what fails, whether the old expert goes on.
-FAULTS: dict[str, tuple[Fault, bool]] = {
-    **{f"copy {n}": (_copy(n), True) for n in range(COPIES)},
-    # The copies back fail, too, on either rank: they come after those of both ranks.
-    **{
-        f"copy {n} and {m} back": (_copy(n, *range(m, m + 2 * COPIES)), False)
-        for n in (1, TENSORS + 1)
-        for m in (COPIES, COPIES + 3, COPIES + TENSORS)
-    },
-    "the end of the copies": (_set(copies_fail=1), True),
-    "the end of all copies": (_set(copies_fail=99), False),
-    "the core's life": (_set(dies=True), False),
-    "the driver": (_set(hangs=True), False),
-    "the pause": (_set(fails="pause"), False),
-    "the resume": (_set(fails="resume"), False),
-    "the tokenizer's change": (_set(fails="rendering"), False),
-    "the canary": (_set(canary_fails=True), False),
-}
+def faults(kind: str) -> dict[str, tuple[Fault, bool]]:
+    """By what fails in a swap, whether the old expert goes on."""
+    tensors = TENSORS[kind]
+    copies = RANKS * tensors
+    return {
+        **{f"copy {n}": (_copy(n), True) for n in range(copies)},
+        # The copies back fail, too, on either rank: they come after those of both ranks.
+        **{
+            f"copy {n} and {m} back": (_copy(n, *range(m, m + 2 * copies)), False)
+            for n in (1, tensors + 1)
+            for m in (copies, copies + 3, copies + tensors)
+        },
+        "the end of the copies": (_set(copies_fail=1), True),
+        "the end of all copies": (_set(copies_fail=99), False),
+        "the core's life": (_set(dies=True), False),
+        "the driver": (_set(hangs=True), False),
+        "the pause": (_set(fails="pause"), False),
+        "the resume": (_set(fails="resume"), False),
+        "the tokenizer's change": (_set(fails="rendering"), False),
+        "the canary": (_set(canary_fails=True), False),
+    }
 
 
-@pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [(kind, what) for kind in TENSORS for what in faults(kind)],
+    indirect=["stage"],
+)
 async def test_swap_that_fails_leaves_the_old_expert_or_a_broken_engine(
     stage: Stage, what: str
 ) -> None:
     await stage.hold()
-    fault, goes_on = FAULTS[what]
+    fault, goes_on = faults(stage.kind)[what]
     fault(stage)
     with pytest.raises((CoeError, ValueError)):
         await stage.engine.swap_in("b")
@@ -260,15 +341,103 @@ async def test_swap_that_fails_leaves_the_old_expert_or_a_broken_engine(
             await stage.check(name)
 
 
-@pytest.mark.parametrize("number", range(COPIES))
-async def test_swap_whose_copy_is_lost_is_not_answered_from(stage: Stage, number: int) -> None:
-    """No error tells of it: the comparison with the source does."""
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [(kind, n) for kind, tensors in TENSORS.items() for n in range(RANKS * tensors)],
+    indirect=["stage"],
+)
+@pytest.mark.parametrize("swaps", [0, 2])
+async def test_swap_whose_copy_is_lost_is_not_answered_from(
+    stage: Stage, number: int, swaps: int
+) -> None:
+    """No error tells of it: the comparison with the source does, and later on the probe."""
     await stage.hold()
-    stage.drops_at.add(number)
+    for name in ("b", "a")[:swaps]:
+        assert (await stage.engine.swap_in(name)).ok
+    stage.drops_at.add(swaps * stage.copies + number)
     assert not (await stage.engine.swap_in("b")).ok
     assert await stage.answers() == set()
     # As a slot does that goes back to the base.
     assert (await stage.engine.swap_in("a")).ok
+    await stage.check("a")
+
+
+def _fill(*numbers: int) -> Fault:
+    """Let the writing of these tensors to shared memory fail. The first ones are expert a's."""
+    return lambda stage: stage.fills_fail.update(numbers)
+
+
+def _files(what: str | int, rank: int) -> Fault:
+    def act(stage: Stage) -> None:
+        stage.files.fails, stage.files.fails_on = what, rank
+
+    return act
+
+
+def _other_form(stage: Stage) -> None:
+    """A model whose kernels were built with another number, or with other shapes."""
+    other: Any = (
+        dense_model.dense_model(1, width=16)
+        if stage.kind == "plain"
+        else processed_model.processed_model(1, block=64)
+    )
+    stage.models[1]["b"] = other
+
+
+def load_faults(kind: str) -> dict[str, Fault]:
+    """What fails in a load."""
+    tensors = TENSORS[kind]
+    layers = range(3) if kind == "processed" else ()
+    return {
+        **{f"the disk of rank {rank}": _files("read", rank) for rank in range(RANKS)},
+        **{f"layer {n} of rank {rank}": _files(n, rank) for n in layers for rank in range(RANKS)},
+        **{
+            f"the writing of tensor {n}": _fill(n)
+            for n in (0, tensors - 1, tensors, 2 * tensors, 4 * tensors - 1)
+        },
+        **{f"registration {n}": _set(fails_at=n) for n in range(2 * RANKS)},
+        "the form": _other_form,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [(kind, what) for kind in TENSORS for what in load_faults(kind)],
+    indirect=["stage"],
+)
+async def test_load_that_fails_leaves_the_old_expert_and_can_be_repeated(
+    stage: Stage, what: str
+) -> None:
+    right = dict(stage.models[1])
+    await stage.engine.worker_rpc("coe_register_initial", "a")
+    load_faults(stage.kind)[what](stage)
+    with pytest.raises(ExpertFailedError, match=r"expert 'b' could not be loaded: [A-Z]"):
+        await stage.engine.load_to_host("b")
+    await stage.check("a")
+    assert await stage.answers() == {"a"}
+    for worker in stage.workers:
+        assert not worker._coe().loads
+        assert set(worker._coe().held) == {"a"}, "nobody would count it"
+    with pytest.raises(CoeError, match="the weights of 'b' are not held"):
+        await stage.engine.swap_in("b")
+    assert not list(stage.folder.glob("*.new"))
+    # The cause is mended.
+    stage.models[1].update(right)
+    stage.files.fails = stage.cuda.fails_at = None
+    stage.fills_fail.clear()
+    for name in ("b", "c"):
+        await stage.engine.load_to_host(name)
+    for name in ("b", "c", "a"):
+        assert (await stage.engine.swap_in(name)).ok
+        await stage.check(name)
+
+
+async def test_load_in_which_the_core_dies_breaks_the_engine(stage: Stage) -> None:
+    await stage.engine.worker_rpc("coe_register_initial", "a")
+    stage.executor.dies, stage.executor.fails_in = True, "coe_load_result"
+    with pytest.raises(EngineDeadError):
+        await stage.engine.load_to_host("b")
+    assert stage.engine.failure() is not None
     await stage.check("a")
 
 
