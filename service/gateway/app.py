@@ -28,6 +28,7 @@ from service.gateway.routes import (
     keys,
     metrics,
     models,
+    ollama,
     openapi,
     route,
     stored_responses,
@@ -37,7 +38,7 @@ from service.gateway.routes.inference import InferenceEndpoint
 from service.gateway.unknown_path_hints import hint_for
 from service.http.asgi_helpers import Message, Receive, Send, send_response
 from service.http.error_formats import Dialect, ErrorResponse, dialect_of, error_response
-from service.http.prompt_endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS, OLLAMA_ENDPOINTS
 from service.telemetry.metric_declarations import REQUESTS_REJECTED
 
 log = logging.getLogger("coe.api")
@@ -76,6 +77,10 @@ def build_app(
     app.state.services = services
     for path in ENDPOINTS:
         app.router.routes.append(Route(path, inference, methods=["POST"]))
+    for path in OLLAMA_ENDPOINTS:
+        face = ollama.OllamaEndpoint(path, services, inference)
+        app.router.routes.append(Route(path, face, methods=["POST"]))
+    app.include_router(ollama.router)
     app.include_router(health.router)
     app.include_router(models.router)
     app.include_router(route.router)

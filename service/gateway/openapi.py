@@ -74,7 +74,17 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["tokens"],
     ),
 }
+_OLLAMA_POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "/api/chat": ("Ollama: chat", {"messages": _MESSAGES}, []),
+    "/api/generate": ("Ollama: an answer to one prompt", {"prompt": {"type": "string"}}, []),
+    "/api/embed": ("Ollama: embeddings", {"input": _TEXTS}, ["input"]),
+    "/api/embeddings": ("Ollama: one embedding", {"prompt": {"type": "string"}}, ["prompt"]),
+    "/api/show": ("Ollama: one model", {}, []),
+}
 _GETS = {
+    "/api/tags": "Ollama: the models that the key may use",
+    "/api/ps": "Ollama: those whose weights are on a device",
+    "/api/version": "Ollama: the version of its API",
     "/v1/models": "The experts, and where their weights are",
     "/v1/models/{name}": "One expert",
     "/v1/usage": "The key's limits, what is left of them, and its use by day",
@@ -149,6 +159,10 @@ _ERROR = {
 _ANTHROPIC_ERROR = {
     "description": "An error in Anthropic's shape",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/AnthropicError"}}},
+}
+_OLLAMA_ERROR = {
+    "description": "An error in Ollama's shape",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/OllamaError"}}},
 }
 # The empty alternative stands for a service that has never had a key.
 _KEY: list[dict[str, list[str]]] = [{"key": []}, {}]
@@ -259,6 +273,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
             "additionalProperties": True,
         }
         paths[path] = {"post": _post(path, summary, body, ok, _HEADERS)}
+    paths |= _ollama_paths(model)
     if config.feedback.enabled:
         path, summary = "/v1/feedback", "Say how good a reply of `auto` was: each has one vote"
         counted = {"application/json": {"schema": {"type": "object"}}}
@@ -270,7 +285,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {
             "summary": summary,
-            "responses": {"200": {"description": summary}, "default": _ERROR},
+            "responses": {"200": {"description": summary}, "default": _error_of(path)},
         }
         if "{name}" in path:
             operation["parameters"] = [
@@ -279,7 +294,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         if path == "/v1/usage":
             days = {"type": "integer", "minimum": 1, "maximum": 400, "default": 30}
             operation["parameters"] = [{"name": "days", "in": "query", "schema": days}]
-        if path.startswith("/v1/"):
+        if path.startswith(("/v1/", "/api/")) and path != "/api/version":
             operation["security"] = _KEY
         paths[path] = {"get": operation}
     error = {
@@ -319,7 +334,15 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         "info": {"title": "coe", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {"Error": error, "AnthropicError": anthropic_error},
+            "schemas": {
+                "Error": error,
+                "AnthropicError": anthropic_error,
+                "OllamaError": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {"error": {"type": "string"}},
+                },
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -364,6 +387,29 @@ def _stored_response_paths() -> dict[str, Any]:
             )
         },
     }
+
+
+def _ollama_paths(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the paths of Ollama's API that take a body."""
+    paths = {}
+    for path, (summary, properties, required) in _OLLAMA_POSTS.items():
+        fields = {"model": model, **properties}
+        ok: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+        if path in ("/api/chat", "/api/generate"):
+            fields["stream"] = {"type": "boolean", "default": True}
+            ok["application/x-ndjson"] = {
+                "schema": {"description": "One JSON object a line; the last has the counts"}
+            }
+        body = {"type": "object", "properties": fields, "required": ["model", *required]}
+        headers = [] if path == "/api/show" else _HEADERS
+        paths[path] = {"post": _post(path, summary, body, ok, headers)}
+    return paths
+
+
+def _error_of(path: str) -> dict[str, Any]:
+    if path.startswith("/api/"):
+        return _OLLAMA_ERROR
+    return _ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR
 
 
 def _batch_paths() -> dict[str, Any]:
@@ -411,6 +457,6 @@ def _post(
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {
             "200": {"description": "The answer", "content": ok},
-            "default": _ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR,
+            "default": _error_of(path),
         },
     }

@@ -2,7 +2,7 @@
 
 OpenAI's: https://platform.openai.com/docs/guides/error-codes; its Responses streams:
 https://platform.openai.com/docs/api-reference/responses-streaming/error; Anthropic's:
-https://docs.anthropic.com/en/api/errors.
+https://docs.anthropic.com/en/api/errors; Ollama's: https://docs.ollama.com/api/errors.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ class Dialect(StrEnum):
     CHAT = "chat"
     RESPONSES = "responses"
     MESSAGES = "messages"
+    OLLAMA = "ollama"
 
 
 def dialect_of(path: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> Dialect:
@@ -118,6 +119,8 @@ def dialect_of(path: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> Dialec
     """
     if path.startswith("/v1/messages"):
         return Dialect.MESSAGES
+    if path.startswith("/api/"):
+        return Dialect.OLLAMA
     if path.startswith("/v1/models") and any(name == ANTHROPIC_HEADER for name, _ in headers):
         return Dialect.MESSAGES
     return Dialect.RESPONSES if path.startswith("/v1/responses") else Dialect.CHAT
@@ -133,6 +136,8 @@ def error_body(detail: Mapping[str, Any], status: int, dialect: Dialect) -> byte
     """
     if dialect is Dialect.MESSAGES:
         return orjson.dumps({"type": "error", "error": _anthropic_detail(detail, status)})
+    if dialect is Dialect.OLLAMA:
+        return orjson.dumps({"error": str(detail.get("message"))})
     return orjson.dumps({"error": detail})
 
 
@@ -197,6 +202,8 @@ def stream_error(
     if dialect is Dialect.MESSAGES:
         event = {"type": "error", "error": _anthropic_detail(detail, status)}
         return b"event: error\ndata: " + orjson.dumps(event) + b"\n\n"
+    if dialect is Dialect.OLLAMA:
+        return error_body(detail, status, dialect) + b"\n"
     if dialect is Dialect.CHAT:
         return b"data: " + orjson.dumps({"error": detail}) + b"\n\n"
     code, message = detail.get("code"), str(detail.get("message"))

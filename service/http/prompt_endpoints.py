@@ -67,6 +67,8 @@ TABLE: dict[str, Endpoint] = {
     "/detokenize": Endpoint(),
 }
 ENDPOINTS = tuple(TABLE)
+# Endpoints of Ollama's API that carry a prompt. Each is a face of one of the others.
+OLLAMA_ENDPOINTS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
 # Paths of endpoints that servers know by another name. There is no standard for classes.
 UPSTREAM_PATHS = {"/v1/classify": "/classify"}
 # They make nothing but counts and tokens, so they are not charged.

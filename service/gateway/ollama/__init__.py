@@ -1,0 +1,1 @@
+"""Ollama's API as a thin face over the endpoints that carry a prompt. Pure."""
