@@ -156,11 +156,18 @@ def _chunk(data: bytes) -> bytes:
 
 
 class Redis:
-    """A Redis server of our own, which can be stopped, hung and started again with its data."""
+    """A Redis server of our own, which can be stopped, hung and started again with its data.
 
-    def __init__(self, port: int, folder: Path) -> None:
+    Args:
+        port: Its port.
+        folder: Where its data is.
+        fsync: When it writes to its disk (`appendfsync`).
+    """
+
+    def __init__(self, port: int, folder: Path, fsync: str = "everysec") -> None:
         self._port = port
         self._folder = folder
+        self._fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
@@ -174,6 +181,7 @@ class Redis:
             [
                 *("redis-server", "--port", str(self._port), "--bind", "127.0.0.1"),
                 *("--dir", str(self._folder), "--appendonly", "yes", "--save", ""),
+                *("--appendfsync", self._fsync),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -185,6 +193,12 @@ class Redis:
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self._process.terminate()
+            self._process.wait(10)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
             self._process.wait(10)
 
     def hang(self) -> None:

@@ -1,7 +1,8 @@
 """A fake OpenAI server that does almost nothing, in a process of its own.
 
 Proxies are measured in front of it, and so is the load generator's own limit. A stream has
-`max_tokens` chunks: the first comes at once, and the others follow at intervals of `--step-ms`.
+`max_tokens` chunks: the first comes at once, and the others follow at intervals of `--step-ms`. A
+reply that is no stream comes after `--whole-ms`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ _LAST = event(" word", last=True)
 class Upstream(asyncio.Protocol):
     """Serves one connection."""
 
-    def __init__(self, step_s: float) -> None:
+    def __init__(self, step_s: float, whole_s: float) -> None:
         self._step_s = step_s
+        self._whole_s = whole_s
         self._loop = asyncio.get_running_loop()
         self._parts: list[bytes] = []
 
@@ -79,6 +81,8 @@ class Upstream(asyncio.Protocol):
         words = int(data.get("max_tokens") or 1)
         if data.get("stream"):
             self._step(self._loop.time(), 0, words)
+        elif self._whole_s:
+            self._loop.call_later(self._whole_s, self._transport.write, whole(words))
         else:
             self._transport.write(whole(words))
 
@@ -94,11 +98,11 @@ class Upstream(asyncio.Protocol):
         self._loop.call_at(began_s + (i + 1) * self._step_s, self._step, began_s, i + 1, words)
 
 
-async def serve(port: int, step_ms: float) -> None:
+async def serve(port: int, step_ms: float, whole_ms: float) -> None:
     """Serve until cancelled."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Upstream(step_ms / 1000), "127.0.0.1", port, backlog=1024
+        lambda: Upstream(step_ms / 1000, whole_ms / 1000), "127.0.0.1", port, backlog=1024
     )
     await server.serve_forever()
 
@@ -108,8 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=20.0, help="between chunks, in ms")
+    parser.add_argument("--whole-ms", type=float, default=0.0, help="until whole replies, in ms")
     given = parser.parse_args()
-    uvloop.run(serve(given.port, given.step_ms))
+    uvloop.run(serve(given.port, given.step_ms, given.whole_ms))
 
 
 if __name__ == "__main__":

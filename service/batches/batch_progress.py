@@ -150,7 +150,7 @@ def progress_of(
     tokens = sum(one.tokens for one in done.values())
     lines = sum(one.lines for one in done.values())
     expected = sum(_per_line(shares.get(name)) * done[name].completed for name in names)
-    correction = tokens / expected if expected and tokens else 1.0
+    correction = tokens / expected if expected >= 1 and tokens else 1.0
     left_s: dict[str, float | None] = dict.fromkeys(names)
     if elapsed_s is not None and lines:
         for name in names:

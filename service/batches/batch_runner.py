@@ -60,6 +60,7 @@ from service.batches.line_call import (
     has_deadline,
     result_of,
     wait_s,
+    with_used,
 )
 from service.config import BatchesConfig
 from service.errors import (
@@ -73,7 +74,7 @@ from service.http.on_behalf import OnBehalf
 from service.store.store_interface import Settlement, Store, WorkItem
 from service.store.stored_settlement import dumps, loads
 from service.task_cancellation import cancel_and_wait
-from service.types import Tenant
+from service.types import NOBODY, Tenant
 
 log = logging.getLogger("coe.batches")
 
@@ -582,12 +583,14 @@ class BatchRunner:
             tries = failures = 0
             while True:
                 tries += 1
-                reply, settlements = await self._try(job, choice, line.body, name, may_cost)
+                reply, behalf = await self._try(job, choice, line.body, name, may_cost)
+                settlements = behalf.settlements
                 after = after_reply(
                     reply.status,
                     waits=reply.retry_after_s is not None,
                     failures=failures,
                     own_deadline=has_deadline(line.body),
+                    answered=behalf.used.completion_tokens > 0,
                 )
                 if after is After.FINISHED:
                     break
@@ -599,6 +602,7 @@ class BatchRunner:
                     await asyncio.sleep(wait_s(tries, reply.retry_after_s, random.random()))
             stored = dumps(settlements) if settlements else None
             result = result_of(line.number, line.custom_id, name, reply, stored)
+            result = with_used(result, behalf.used)
             await self._put(job, replace(result, model=model), settlements)
         finally:
             if math.isfinite(may_cost):
@@ -633,7 +637,7 @@ class BatchRunner:
 
     async def _try(
         self, job: _Job, choice: LineChoice, body: dict[str, Any], name: str, may_cost: float
-    ) -> tuple[LineReply, list[Settlement]]:
+    ) -> tuple[LineReply, OnBehalf[Settlement]]:
         """Make a line's request once, in a place of this gateway, for `may_cost` at most.
 
         Returns:
@@ -645,7 +649,7 @@ class BatchRunner:
                 tenant = self._parts.identify(batch.tenant, batch.key)
             except CoeError as error:
                 reply.refuse(error)
-                return reply, []
+                return reply, OnBehalf(NOBODY)
             named = body.get("model", "auto")
             behalf = OnBehalf[Settlement](tenant, named if isinstance(named, str) else None)
             model = self._parts.model_of(named, choice.model, tenant)
@@ -669,7 +673,7 @@ class BatchRunner:
             except Exception as error:
                 log.error("a line of batch %s failed: %s", batch.id, _place(error))
                 reply.status = 0
-        return reply, behalf.settlements
+        return reply, behalf
 
     async def _settle_cancelled(self, behalf: OnBehalf[Settlement], *, pays: bool) -> None:
         """Settle a request that was cancelled, once its tokens are counted."""

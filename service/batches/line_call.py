@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -15,7 +15,7 @@ from service.batches.batch_records import LineResult
 from service.errors import CoeError
 from service.http.asgi_helpers import Message, Receive, Send
 from service.http.error_formats import error_response
-from service.http.on_behalf import OnBehalf
+from service.http.on_behalf import OnBehalf, UsedByCalls
 from service.http.token_usage import token_counts, usage_of
 from service.store.store_interface import Settlement
 
@@ -69,20 +69,30 @@ class LineReply:
         return float(given) if given.isdigit() else None
 
 
-def after_reply(status: int, *, waits: bool, failures: int, own_deadline: bool = False) -> After:
+def after_reply(
+    status: int,
+    *,
+    waits: bool,
+    failures: int,
+    own_deadline: bool = False,
+    answered: bool = False,
+) -> After:
     """Decide what follows a reply. Pure.
 
-    A line may be repeated safely, because only the try whose result is stored is charged.
+    A line may be repeated safely, because only the try whose result is stored is charged. A line
+    whose answer takes longer than a line may take would keep an engine busy until the batch's end,
+    and nobody would pay for it. So it has as many tries as one whose server fails.
 
     Args:
         status: The HTTP status; 0 for a reply that was cut off.
         waits: Whether the reply says when to come again.
         failures: How many replies of the line failed before, without having to wait.
         own_deadline: Whether the line's body sets a deadline, which then was too short.
+        answered: Whether an engine has made tokens of an answer.
     """
     if status == 504 and own_deadline:
         return After.FINISHED
-    if status in (503, 504) or (status == 429 and waits):
+    if status == 503 or (status == 504 and not answered) or (status == 429 and waits):
         return After.WAIT
     if status == 0 or (status >= 500 and status != 507):
         return After.FINISHED if failures + 1 >= MOST_FAILURES else After.TRY_AGAIN
@@ -213,6 +223,23 @@ def result_of(
         float(cost) if isinstance(cost, (int, float)) else 0.0,
         _detail(usage, ("prompt_tokens_details", "input_tokens_details"), "cached_tokens"),
         _detail(usage, ("completion_tokens_details", "output_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def with_used(result: LineResult, used: UsedByCalls) -> LineResult:
+    """Return a result with what its calls came to, where it has no answer that tells it.
+
+    Args:
+        result: The result of a line.
+        used: What the calls of its last try came to.
+    """
+    if not result.failed:
+        return result
+    return replace(
+        result,
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        cost=used.cost,
     )
 
 

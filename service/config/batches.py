@@ -55,7 +55,8 @@ class BatchesConfig(Section):
         ge=1,
         le=86_400,
         description="Longest wait for the answer to a line, in s. It is "
-        "tried again after that, as long as the batch has time.",
+        "tried again after that, as long as the batch has time; three times in all, where an "
+        "engine had begun the answer.",
     )
     lease_s: float = Field(
         15.0,

@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +38,7 @@ from service.gateway.request_record import ExpertCall, RequestRecord
 from service.gateway.usage_meter import UsageMeter
 from service.http.asgi_helpers import ClientDisconnectedError
 from service.http.error_formats import status_of
-from service.http.on_behalf import OnBehalf
+from service.http.on_behalf import OnBehalf, UsedByCalls
 from service.http.prompt_endpoints import TABLE, UNCHARGED
 from service.store.store_interface import Settlement
 from service.telemetry.json_logging import log_fields
@@ -192,7 +192,8 @@ class Admission:
             finally:
                 self._savings(entry, record.calls)
                 if behalf is not None:
-                    behalf.ended.set()
+                    # A task of its own, as for a request that is charged.
+                    await asyncio.shield(self._in_background(self._count_used(entry)))
             return
         try:
             entry.held.append(await self.ledger.arrive(entry.id, tenant))
@@ -213,10 +214,7 @@ class Admission:
             raise
         finally:
             # A task of its own, because a client that leaves cancels this one.
-            settling = asyncio.create_task(self._settle(entry))
-            self._settling.add(settling)
-            settling.add_done_callback(self._settling.discard)
-            await asyncio.shield(settling)
+            await asyncio.shield(self._in_background(self._settle(entry)))
 
     async def admit(
         self,
@@ -325,14 +323,25 @@ class Admission:
             places=request.sequences,
         )
 
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task for which `stop` waits."""
+        task = asyncio.create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return task
+
+    async def _count_used(self, entry: Entry) -> None:
+        """Tell the maker of a request that nobody is charged for what its calls came to."""
+        assert entry.behalf is not None
+        try:
+            entry.behalf.used = _used(_usage_of(await self._calls(entry, entry.record.expert)))
+        finally:
+            entry.behalf.ended.set()
+
     async def _settle(self, entry: Entry) -> None:
         expert = entry.record.expert
         calls = await self._calls(entry, expert)
-        usage = Usage(
-            sum(call.prompt_tokens or 0 for call in calls),
-            sum(call.completion_tokens or 0 for call in calls),
-            sum(call.cost for call in calls),
-        )
+        usage = _usage_of(calls)
         self._charged(entry.tenant, entry.outcome, calls)
         savings = self._savings(entry, calls)
         # Only a reservation with lines is settled in the store; the last of these carries the
@@ -352,6 +361,7 @@ class Admission:
         ]
         if entry.behalf is not None:
             entry.behalf.settlements += settlements
+            entry.behalf.used = _used(usage)
             entry.behalf.ended.set()
             return
         settled = await asyncio.gather(
@@ -391,3 +401,15 @@ class Admission:
             if name in self._prices:
                 calls.append(ExpertCall(name, self._prices[name], prompt, completion))
         return calls
+
+
+def _usage_of(calls: Sequence[ExpertCall]) -> Usage:
+    return Usage(
+        sum(call.prompt_tokens or 0 for call in calls),
+        sum(call.completion_tokens or 0 for call in calls),
+        sum(call.cost for call in calls),
+    )
+
+
+def _used(usage: Usage) -> UsedByCalls:
+    return UsedByCalls(usage.prompt_tokens, usage.completion_tokens, usage.cost)

@@ -280,6 +280,7 @@ class ConfiguredGateway:
             state.savings,
             self._frontier(routing),
             self.alias_traffic.to_json,
+            None if resources.batches is None else resources.batches.statistics,
         )
         self.app = build_app(
             self.services, self.inference, self.events, behind_serve=resources.behind_serve

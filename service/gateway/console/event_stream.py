@@ -7,19 +7,21 @@ and recent requests. Then follow `state`, at most twice a second, and `routes`, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from service import __version__
+from service.batches.batch_state import BatchStatistics
 from service.broker.pool_state import PoolView
 from service.broker.savings import SavingsTotal
 from service.config import Config
-from service.errors import OverCapacityError, PoolUnavailableError
+from service.errors import CoeError, OverCapacityError, PoolUnavailableError
 from service.gateway.console.expert_views import describe_experts, describe_pools
 from service.gateway.console.request_history import RequestHistory
 from service.rpc.pool_directory import PoolDirectory
@@ -57,6 +59,8 @@ class EventStream:
         routing: What `auto` chooses at which price (`Frontier.to_json`); None without a router.
         savings: What requests saved, by baseline.
         aliases: Returns the aliases that share requests (`AliasTraffic.to_json`).
+        batches: Counts the batches of all tenants that have not ended; None where the service has
+            no batches.
     """
 
     def __init__(
@@ -72,8 +76,13 @@ class EventStream:
         savings: Mapping[str, SavingsTotal],
         routing: Mapping[str, Any] | None = None,
         aliases: Callable[[], Mapping[str, Any]] = dict,
+        batches: Callable[[], Awaitable[BatchStatistics]] | None = None,
     ) -> None:
         self._config = config
+        self._batches = batches
+        # What the page needs to see that there is news: it reads its tenant's batches itself.
+        none: dict[str, Any] = {"states": {}, "lines": 0}
+        self._open_batches = None if batches is None else none
         self._aliases = aliases
         self._routing = routing
         self._budgets = budgets
@@ -143,6 +152,7 @@ class EventStream:
                 {"against": name, **total.to_json()} for name, total in self._savings.items()
             ],
             "aliases": self._aliases(),
+            "batches": self._open_batches,
             "totals": self._recent.totals(now_s),
             "flows": self._recent.flows(now_s),
         }
@@ -205,6 +215,7 @@ class EventStream:
                 raise reply
         self._details = details
         self._gpus = await self._gpus_of(links)
+        await self._count_batches()
         counted = {
             (boot, name): int(expert.get("tokens", 0))
             for boot, experts in details.items()
@@ -220,6 +231,14 @@ class EventStream:
             self._rates[key] = rate
             by_expert[key[1]] = round(by_expert.get(key[1], 0.0) + rate, 1)
         self._history.append({"at_s": round(time.time(), 1), "tokens_per_s": by_expert})
+
+    async def _count_batches(self) -> None:
+        if self._batches is None:
+            return
+        # While their state is away, the page keeps what it has.
+        with contextlib.suppress(CoeError):
+            counted = await self._batches()
+            self._open_batches = {"states": dict(counted.by_status), "lines": counted.lines}
 
     async def _gpus_of(self, links: Sequence[PoolLink]) -> dict[str, list[dict[str, Any]]]:
         """Fetch the memory of GPUs from the pools that have any, by boot id."""

@@ -17,10 +17,11 @@ from service.batches.line_call import (
     fault_of,
     result_of,
     wait_s,
+    with_used,
 )
-from service.errors import RateLimitExceededError, UnauthorizedError
+from service.errors import DeadlineExceededError, RateLimitExceededError, UnauthorizedError
 from service.http.asgi_helpers import send_response
-from service.http.on_behalf import OnBehalf, on_behalf
+from service.http.on_behalf import OnBehalf, UsedByCalls, on_behalf
 from service.types import NOBODY
 
 
@@ -35,6 +36,7 @@ from service.types import NOBODY
         (429, False, 0, After.FINISHED),
         (503, False, 99, After.WAIT),
         (504, False, 99, After.WAIT),
+        (504, False, MOST_FAILURES - 2, After.WAIT),
         (500, False, 0, After.TRY_AGAIN),
         (502, False, MOST_FAILURES - 2, After.TRY_AGAIN),
         (502, False, MOST_FAILURES - 1, After.FINISHED),
@@ -47,6 +49,10 @@ def test_after_reply(status: int, waits: bool, failures: int, after: After) -> N
     own = after_reply(status, waits=waits, failures=failures, own_deadline=True)
     # A deadline of the line's own would be too short again.
     assert own is (After.FINISHED if status == 504 else after)
+    # An engine that has made tokens all the time would make them again, for nobody's account.
+    if status == 504:
+        after = After.TRY_AGAIN if failures < MOST_FAILURES - 1 else After.FINISHED
+    assert after_reply(status, waits=waits, failures=failures, answered=True) is after
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,18 @@ async def test_result_of_a_cut_answer_is_an_error(body: bytes) -> None:
     result = result_of(0, "a", "r", await reply_with(200, body), None)
     assert result.failed
     assert json.loads(result.body)["error"]["code"] == "no_answer"
+
+
+async def test_result_without_an_answer_has_what_its_last_try_made() -> None:
+    used = UsedByCalls(9, 40, 0.5)
+    reply = LineReply()
+    reply.refuse(DeadlineExceededError("too late"))
+    late = with_used(result_of(0, "a", "r", reply, b"[]"), used)
+    assert (late.prompt_tokens, late.completion_tokens, late.cost) == (9, 40, 0.5)
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "coe": {"cost": 3.0}}
+    answer = await reply_with(200, json.dumps({"usage": usage}).encode())
+    told = with_used(result_of(0, "a", "r", answer, b"[]"), used)
+    assert (told.prompt_tokens, told.completion_tokens, told.cost) == (1, 2, 3.0)
 
 
 async def test_result_of_an_error_reply_keeps_status_and_body() -> None:

@@ -29,7 +29,7 @@ from service.http.on_behalf import OnBehalf
 from service.store.api_keys import digest_of
 from service.store.memory_store import MemoryStore
 from service.store.store_interface import Settlement
-from service.types import Tenant
+from service.types import NOBODY, Tenant
 from tests.support.polling import until
 
 CHAT = "/v1/chat/completions"
@@ -268,6 +268,35 @@ async def test_request_on_behalf_leaves_its_settlements_to_the_maker() -> None:
         await door.ledger.deliver(settlement)
     assert await door.spent("tokens") == (10, 0)
     assert (await door.spent("budget"))[1] == 0
+    used = behalf.used
+    assert (used.prompt_tokens, used.completion_tokens) == (7, 3)
+    assert used.cost > 0
+
+
+@pytest.mark.parametrize("charged", [True, False])
+async def test_request_on_behalf_that_missed_its_deadline_tells_what_was_made(
+    charged: bool,
+) -> None:
+    door = Door(tokens_per_min=10_000)
+    door.admission._counts = charged
+    behalf: OnBehalf[Settlement] = OnBehalf(door.tenant if charged else NOBODY)
+    record = RequestRecord(expert="big", own_deadline=True)
+
+    async def miss() -> None:
+        async with door.admission.enter({}, record, behalf) as entry:
+            await door.admission.admit(
+                entry, door.asked(max_tokens=50), lambda: [("big",)], lambda: 64.0
+            )
+            record.unfinished.append(Unfinished(None, (9, 40)))
+            raise DeadlineExceededError("too late")
+
+    with pytest.raises(DeadlineExceededError):
+        await miss()
+    assert behalf.ended.is_set()
+    assert (behalf.used.prompt_tokens, behalf.used.completion_tokens) == (9, 40)
+    for settlement in behalf.settlements:
+        await door.ledger.deliver(settlement)
+    assert await door.spent("tokens") == ((49, 0) if charged else (0, 0))
 
 
 async def test_request_on_behalf_that_is_refused_ends_without_settlements() -> None:

@@ -1,5 +1,6 @@
 // The page: one stream of events in, everything drawn from it.
 
+import { followBatches, reloadBatches, startBatches } from "./batches.js";
 import { addSample, rebuildChart, startChart } from "./chart.js";
 import { byId, el, setOrder } from "./dom.js";
 import { drawExperts, drawGpus, gather, gatherGpus } from "./experts.js";
@@ -29,6 +30,7 @@ function draw() {
   drawBudgets(state.budgets);
   drawAliases(state.aliases);
   drawSavings(state.savings);
+  followBatches(state.batches);
   const rates = Object.fromEntries(all.map((one) => [one.name, one.tokensPerS]));
   addSample(state.at_s, rates);
   const ready = all.filter((one) => one.state === "device" || one.state === "host" || one.released).length;
@@ -55,6 +57,7 @@ follow({
     startPlayground(experts);
     startChart(experts, told.history);
     nameUnit(told.cost_unit);
+    startBatches(told.cost_unit);
     startFrontier(told.routing);
     clearRoutes();
     addRoutes(told.routes);
@@ -87,6 +90,8 @@ async function withoutFeed() {
   experts = (await reply.json()).data.filter((one) => one.id !== "auto").map((one) => ({ name: one.id, categories: [] }));
   setOrder(experts.map((one) => one.name));
   startPlayground(experts);
+  followBatches();
+  setInterval(followBatches, 1000);
 }
 let offered = false;
 
@@ -109,6 +114,7 @@ byId("keys").addEventListener("close", () => {
   if (byId("keys").returnValue === "keep") {
     setKey("api", byId("api-key").value.trim());
     setKey("admin", byId("admin-key").value.trim());
+    reloadBatches();
   }
   byId("api-key").value = byId("admin-key").value = byId("keys").returnValue = "";
   if (state) draw();
@@ -116,6 +122,7 @@ byId("keys").addEventListener("close", () => {
 byId("forget").addEventListener("click", () => {
   setKey("api", "");
   setKey("admin", "");
+  reloadBatches();
   byId("keys").close();
 });
 

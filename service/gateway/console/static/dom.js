@@ -38,6 +38,13 @@ export function ms(value) {
   return `${value.toFixed(1)} ms`;
 }
 
+export function duration(seconds) {
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
 export const ago = (seconds) =>
   seconds < 60 ? `${Math.round(seconds)} s ago` : seconds < 3600 ? `${Math.round(seconds / 60)} min ago` : `${Math.round(seconds / 3600)} h ago`;
 
@@ -45,6 +52,7 @@ export const ago = (seconds) =>
 const order = [];
 export function setOrder(names) { order.splice(0, order.length, ...names); }
 export const colour = (name) => `var(--c${Math.max(0, order.indexOf(name)) % 8})`;
+export const isKnown = (name) => order.includes(name);
 export const swatch = (name) => el("i", { class: "dot", style: { background: colour(name) } });
 export const resolved = (name) =>
   getComputedStyle(document.documentElement).getPropertyValue(`--c${Math.max(0, order.indexOf(name)) % 8}`).trim();
