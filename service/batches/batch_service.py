@@ -34,6 +34,7 @@ from service.errors import (
     RateLimitExceededError,
     UnknownModelError,
 )
+from service.http.client_metadata import check_metadata
 from service.store.list_page import Page
 from service.task_cancellation import cancel_and_wait
 from service.types import Tenant
@@ -41,7 +42,6 @@ from service.types import Tenant
 log = logging.getLogger("coe.batches")
 
 _SWEEP_S = 3600.0
-_MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 _SHORTEST_S, _LONGEST_S = 3600, 2_592_000
 _FIELDS = frozenset(
     {
@@ -255,7 +255,7 @@ class BatchService:
                 f"`completion_window` must be {WINDOW!r}; `coe.deadline` sets another time",
                 param="completion_window",
             )
-        metadata = _metadata(body.get("metadata"))
+        metadata = check_metadata(body.get("metadata"))
         terms = parse_terms(body)
         lives_s = expires_after(body.get("output_expires_after"), "output_expires_after")
         input_id = body.get("input_file_id")
@@ -360,27 +360,6 @@ class BatchService:
             except Exception as error:
                 log.error("expired files can't be deleted: %s", type(error).__name__)
             await asyncio.sleep(_SWEEP_S)
-
-
-def _metadata(given: object) -> dict[str, str] | None:
-    """Check a batch's metadata.
-
-    Raises:
-        InvalidRequestError: It is too large, or has other values than texts.
-    """
-    if given is None:
-        return None
-    fits = isinstance(given, dict) and len(given) <= _MAX_PAIRS
-    if not fits or not all(
-        isinstance(value, str) and len(name) <= _MAX_KEY and len(value) <= _MAX_VALUE
-        for name, value in given.items()  # type: ignore[attr-defined]  # it is a dict by now
-    ):
-        raise InvalidRequestError(
-            f"`metadata` must be an object of at most {_MAX_PAIRS} texts of at most {_MAX_VALUE} "
-            f"characters, under names of at most {_MAX_KEY}",
-            param="metadata",
-        )
-    return dict(given)  # type: ignore[call-overload, no-any-return]
 
 
 def expires_after(given: object, param: str) -> int | None:

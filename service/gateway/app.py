@@ -22,6 +22,7 @@ from service.gateway.routes import (
     admin,
     batch_plan,
     batches,
+    conversations,
     feedback,
     files,
     health,
@@ -95,6 +96,8 @@ def build_app(
         app.include_router(batches.router)
     if services.responses is not None:
         app.include_router(stored_responses.router)
+    if services.conversations is not None:
+        app.include_router(conversations.router)
     if services.admin_key is not None:
         app.include_router(keys.router)
 

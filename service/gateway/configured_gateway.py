@@ -53,6 +53,7 @@ from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
 from service.store.store_interface import Store
 from service.store.volatile_store import VolatileStore
+from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService
 from service.telemetry import metric_declarations
 from service.telemetry.tracing import Traces
@@ -83,6 +84,7 @@ class GatewayResources:
         encoders: The router's encoders.
         batches: Files and batches; None where the service has none.
         responses: Stored responses; None where the service has none.
+        conversations: Stored conversations; None where the service has none.
     """
 
     state: GatewayState
@@ -103,6 +105,7 @@ class GatewayResources:
     encoders: SharedEncoders
     batches: BatchService | None = None
     responses: ResponseService | None = None
+    conversations: ConversationService | None = None
 
 
 class ConfiguredGateway:
@@ -215,14 +218,14 @@ class ConfiguredGateway:
         )
         self._begins_anew = predecessor is not None and not same_file
         self.aliases = AliasResolution(config, self.alias_traffic.left_out)
-        stored = resources.responses
+        stored, conversations = resources.responses, resources.conversations
         self._keeper = ResponseKeeper(stored, self._registry)
         intake = RequestIntake(
             config,
             Guard(config, resources.screens),
             self._registry,
             self.aliases,
-            None if stored is None else StoredTurns(stored),
+            StoredTurns(stored, conversations) if stored and conversations else None,
         )
         planner = BatchPlanner(
             BatchEstimator(
@@ -261,6 +264,7 @@ class ConfiguredGateway:
             batches=resources.batches,
             batch_planner=planner,
             responses=stored,
+            conversations=conversations,
         )
         self.batch_planner: PlansBatches = planner
         # By recipe, the experts that it asks first.

@@ -14,7 +14,12 @@ from service.batches.batch_planner import BatchPlanner
 from service.batches.batch_service import BatchService
 from service.broker.pool_state import PoolView
 from service.config import Config
-from service.errors import CoeError, StoreUnavailableError, UnauthorizedError
+from service.errors import (
+    CoeError,
+    InvalidRequestError,
+    StoreUnavailableError,
+    UnauthorizedError,
+)
 from service.gateway.added_experts import AddedExpertService
 from service.gateway.admission import Admission
 from service.gateway.audit_log import REFUSALS, acted
@@ -26,9 +31,11 @@ from service.gateway.routing.candidate_planner import CandidatePlanner
 from service.gateway.routing.feedback_learning import FeedbackService
 from service.gateway.routing.session_affinity import SessionService
 from service.gateway.state_across_reloads import GatewayState
+from service.http.asgi_helpers import read_body
 from service.rpc.cluster_secret import same
 from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
+from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService
 from service.types import Tenant
 
@@ -64,6 +71,7 @@ class GatewayServices:
         batches: Files and batches; None where the service has none.
         batch_planner: Plans batches; None where the service has none.
         responses: Stored responses; None where the service has none.
+        conversations: Stored conversations; None where the service has none.
     """
 
     config: Config
@@ -87,6 +95,7 @@ class GatewayServices:
     batches: BatchService | None = None
     batch_planner: BatchPlanner | None = None
     responses: ResponseService | None = None
+    conversations: ConversationService | None = None
 
     def keyless(self) -> bool:
         """Whether requests need no key. While the store can't tell, they need one."""
@@ -143,6 +152,12 @@ async def _responses(services: Services) -> ResponseService:
     return services.responses
 
 
+async def _conversations(services: Services) -> ConversationService:
+    # Without it there are no routes that depend on it.
+    assert services.conversations is not None
+    return services.conversations
+
+
 # The tenant behind the request's key.
 CurrentTenant = Annotated[Tenant, Depends(_current_tenant)]
 # The same, and the request counts against the tenant's limits.
@@ -151,6 +166,30 @@ CountedTenant = Annotated[Tenant, Depends(_counted_tenant)]
 BatchEndpoints = Annotated[BatchService, Depends(_batches)]
 # The stored responses of the service.
 StoredResponseEndpoints = Annotated[ResponseService, Depends(_responses)]
+# The stored conversations of the service.
+ConversationEndpoints = Annotated[ConversationService, Depends(_conversations)]
+
+
+async def json_object(request: Request, services: GatewayServices, most: int) -> dict[str, Any]:
+    """Read a body of at most `most` bytes that is a JSON object.
+
+    Raises:
+        InvalidRequestError: It is no JSON object, too large, too deep, or has too many values.
+    """
+    raw = await read_body(
+        request.receive,
+        most,
+        declared=headers_of(request).get(b"content-length", b""),
+        timeout_s=services.config.server.limits.body_timeout_s,
+    )
+    services.intake.check_shape(raw)
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    return body
 
 
 def json_response(body: dict[str, Any], status_code: int = 200) -> Response:

@@ -127,6 +127,7 @@ class GatewayRuntime:
             encoders=SharedEncoders(),
             batches=None if self.batches is None else self.batches.service,
             responses=None if self.responses is None else self.responses.service,
+            conversations=None if self.responses is None else self.responses.conversations,
         )
         self.current = ConfiguredGateway(config, self._resources, ledger)
         self._app = self.current.app

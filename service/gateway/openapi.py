@@ -12,6 +12,7 @@ from service import __version__
 from service.batches.batch_records import ENDPOINTS as BATCH_ENDPOINTS
 from service.batches.batch_types import WINDOW
 from service.config import Config
+from service.stored_responses.conversation_service import MAX_NEW_ITEMS
 
 _TEXTS = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _MESSAGES = {
@@ -281,7 +282,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
     if config.batches.enabled:
         paths |= _batch_paths()
     if config.responses.enabled:
-        paths |= _stored_response_paths()
+        paths |= _stored_response_paths() | _conversation_paths()
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {
             "summary": summary,
@@ -410,6 +411,39 @@ def _error_of(path: str) -> dict[str, Any]:
     if path.startswith("/api/"):
         return _OLLAMA_ERROR
     return _ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR
+
+
+def _conversation_paths() -> dict[str, Any]:
+    """Return the paths of conversations."""
+    root = "/v1/conversations"
+    items = {"type": "array", "maxItems": MAX_NEW_ITEMS, "items": {"type": "object"}}
+    metadata = {"type": "object", "additionalProperties": {"type": "string"}}
+    made = {"type": "object", "properties": {"items": items, "metadata": metadata}}
+    changed = {"type": "object", "properties": {"metadata": metadata}, "required": ["metadata"]}
+    added = {"type": "object", "properties": {"items": items}, "required": ["items"]}
+    by_item = {**_BY_ID, "name": "item_id"}
+    update = _post(f"{root}/one", "Replace a conversation's metadata", changed, _OK, [_BY_ID])
+    add = _post(f"{root}/items", "Add items to a conversation", added, _OK, [_BY_ID])
+    return {
+        root: {"post": _post(root, "Begin a conversation", made, _OK, [])},
+        f"{root}/{{id}}": {
+            "get": _operation("A conversation", "v1_conversation", _BY_ID),
+            "post": update,
+            "delete": _operation(
+                "Delete a conversation with all its items", "v1_conversation_delete", _BY_ID
+            ),
+        },
+        f"{root}/{{id}}/items": {
+            "get": _operation("A conversation's items", "v1_conversation_list", _BY_ID, *_PAGES),
+            "post": add,
+        },
+        f"{root}/{{id}}/items/{{item_id}}": {
+            "get": _operation("One item", "v1_conversation_item", _BY_ID, by_item),
+            "delete": _operation(
+                "Delete an item for good", "v1_conversation_item_delete", _BY_ID, by_item
+            ),
+        },
+    }
 
 
 def _batch_paths() -> dict[str, Any]:

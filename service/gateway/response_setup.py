@@ -11,6 +11,7 @@ from service.config import Config
 from service.errors import CoeError
 from service.gateway.store_setup import store_url
 from service.rpc.local_paths import admin_key_path
+from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService
 from service.stored_responses.response_state import ResponseState
 from service.stored_responses.sqlite_responses import SqliteResponses
@@ -51,7 +52,8 @@ class GatewayResponses:
         registry: Counts what is stored.
 
     Attributes:
-        service: What the endpoints use.
+        service: What the endpoints of responses use.
+        conversations: What the endpoints of conversations use.
     """
 
     def __init__(self, config: Config, registry: MetricsRegistry) -> None:
@@ -63,6 +65,7 @@ class GatewayResponses:
             max_bytes=config.server.max_body_bytes,
             evicted=lambda count: registry.add(metric_declarations.RESPONSES_EVICTED, count),
         )
+        self.conversations = ConversationService(self.service, self._state)
 
     async def start(self) -> None:
         """Open what is there, and begin to delete what expires."""

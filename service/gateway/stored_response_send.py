@@ -19,7 +19,7 @@ from service.errors import CoeError, StorageFullError
 from service.gateway.request.parsing import InferenceRequest
 from service.gateway.request.stored_turn import StoredTurn
 from service.http.asgi_helpers import ClientDisconnectedError, LineBuffer, Message, Send
-from service.stored_responses.response_service import ResponseService
+from service.stored_responses.response_service import CONTINUED, ResponseService
 from service.stored_responses.stored_records import StoredResponse, stored_items
 from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
@@ -118,6 +118,8 @@ class ResponseKeeper:
             tuple(items[len(made) :]),
             tuple(items[: len(made)]),
             turn.previous,
+            turn.conversation,
+            turn.seen,
         )
 
     async def _store(self, response: StoredResponse) -> bool:
@@ -190,6 +192,9 @@ class StoringSend:
         """
         if self._begun is None or self._ended or not self._turn.keeps:
             return None
+        if self._turn.conversation is not None:
+            # A conversation gets whole turns only.
+            return None
         self._ended = True
         given = {**self._begun, "status": status, "output": self._partial}
         return self._keeper.response(self._request, self._turn, given)
@@ -248,6 +253,8 @@ class StoringSend:
         named = self._named(given, stored=self._turn.keeps)
         if not self._turn.keeps:
             return named
+        if self._turn.conversation is not None and named.get("status") not in CONTINUED:
+            return {**named, "store": False}
         # It is stored even where the client leaves meanwhile, and may wait for the next turn.
         response = self._keeper.response(self._request, self._turn, named)
         if await asyncio.shield(self._keeper.begin_store(response)):
@@ -256,5 +263,11 @@ class StoringSend:
 
     def _named(self, given: dict[str, Any], *, stored: bool) -> dict[str, Any]:
         turn = self._turn
-        ours = {"id": turn.response_id, "store": stored, "previous_response_id": turn.previous}
+        ours: dict[str, Any] = {
+            "id": turn.response_id,
+            "store": stored,
+            "previous_response_id": turn.previous,
+        }
+        if turn.conversation is not None:
+            ours["conversation"] = {"id": turn.conversation}
         return {**given, **ours}

@@ -23,7 +23,7 @@ log = logging.getLogger("coe.responses")
 
 _SWEEP_S = 3600.0
 # A response in one of these states can be gone on from.
-_CONTINUED = ("completed", "incomplete")
+CONTINUED = ("completed", "incomplete")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,13 @@ class StoredContext:
 
     Attributes:
         items: The items before its own.
-        thread: The name of the conversation: that of its first response.
+        thread: The name of the conversation: its id, or that of its first response.
+        seen: The number of the last item, where they are those of a conversation.
     """
 
     items: Sequence[StoredItem]
     thread: str
+    seen: int = 0
 
 
 class ResponseService:
@@ -48,6 +50,9 @@ class ResponseService:
         max_bytes: Most bytes of a conversation that a request may go on from.
         evicted: Called with the number of entries that made room for another one.
         clock: Returns seconds since 1970.
+
+    Attributes:
+        quota: What each tenant may keep.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class ResponseService:
         self._max_bytes = max_bytes
         self._evicted = evicted
         self._clock = clock
-        self._quota = Quota(config.tenant_entries, config.tenant_bytes)
+        self.quota = Quota(config.tenant_entries, config.tenant_bytes)
         self._sweeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -90,7 +95,7 @@ class ResponseService:
             tenant.name, response_id, self.config.max_chain, self._max_bytes
         )
         found = chain.responses
-        if not found or self._has_expired(found[-1].used_s):
+        if not found or self.has_expired(found[-1].used_s):
             raise UnknownModelError(
                 f"no response {response_id[:64]!r} is kept here",
                 param="previous_response_id",
@@ -111,13 +116,30 @@ class ResponseService:
             )
         if chain.cut:
             raise self._too_long()
-        if found[-1].status not in _CONTINUED:
+        if found[-1].status not in CONTINUED:
             raise InvalidRequestError(
                 f"{response_id} can't be gone on from: its status is {found[-1].status}",
                 param="previous_response_id",
             )
-        items = [item for response in found for item in response.items]
-        return StoredContext(items, found[0].id)
+        before = await self._before_first(found[0])
+        items = [*before, *(item for response in found for item in response.items)]
+        return StoredContext(items, found[0].container)
+
+    async def _before_first(self, first: StoredResponse) -> list[StoredItem]:
+        """The items of the conversation that a chain's first response was made in."""
+        if first.conversation is None:
+            return []
+        return await self.items_until(first.conversation, first.seen)
+
+    async def items_until(self, conversation_id: str, number: int) -> list[StoredItem]:
+        """Return the items of a conversation up to a number.
+
+        Raises:
+            BodyTooLargeError: They have too many bytes for a request.
+        """
+        items = await self._state.items_until(conversation_id, number, self._max_bytes)
+        self.check_size(sum(len(item.body) for item in items))
+        return items
 
     def check_size(self, size: int) -> None:
         """Check the bytes of a request together with what it goes on from.
@@ -141,9 +163,10 @@ class ResponseService:
             StorageFullError: The disk is full; nothing was stored.
             StoreUnavailableError: It can't be written.
         """
-        return self._count(await self._state.add_response(response, self._quota))
+        return self.count(await self._state.add_response(response, self.quota))
 
-    def _count(self, added: Added) -> bool:
+    def count(self, added: Added) -> bool:
+        """Count what was evicted. Return whether the new entry is kept."""
         if added.evicted:
             self._evicted(added.evicted)
         return added.kept
@@ -157,7 +180,7 @@ class ResponseService:
             UnknownModelError: The tenant has no such response.
         """
         found = await self._state.response(response_id)
-        if found is None or found.tenant != tenant.name or self._has_expired(found.used_s):
+        if found is None or found.tenant != tenant.name or self.has_expired(found.used_s):
             raise UnknownModelError(
                 f"no response {response_id[:64]!r} is kept here",
                 param="id",
@@ -186,10 +209,12 @@ class ResponseService:
     async def _before(self, tenant: Tenant, response: StoredResponse) -> list[StoredItem]:
         """The items of earlier turns that are still there."""
         if response.previous is None:
-            return []
+            return await self._before_first(response)
         most = self.config.max_chain
         chain = await self._state.chain(tenant.name, response.previous, most, self._max_bytes)
-        return [item for earlier in chain.responses for item in earlier.items]
+        first = chain.responses[0] if chain.responses and chain.broken is None else response
+        before = await self._before_first(first)
+        return [*before, *(item for earlier in chain.responses for item in earlier.items)]
 
     async def delete(self, tenant: Tenant, response_id: str) -> None:
         """Delete a tenant's response for good, with its items.
@@ -200,7 +225,8 @@ class ResponseService:
         response = await self.response(tenant, response_id)
         await self._state.remove_response(response.id)
 
-    def _has_expired(self, used_s: float) -> bool:
+    def has_expired(self, used_s: float) -> bool:
+        """Whether what was used last at this time is kept no more."""
         return used_s < self._clock() - self.config.retention_days * 86_400
 
     # --- retention

@@ -72,6 +72,7 @@ ONLY_IN = {
                 "admin",
                 "batch_plan",
                 "batches",
+                "conversations",
                 "feedback",
                 "files",
                 "health",

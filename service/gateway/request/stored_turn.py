@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from service.errors import InvalidRequestError
+from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService, StoredContext
 from service.stored_responses.stored_records import StoredItem, bodies, input_items, new_response_id
 from service.types import BATCH, Tenant
@@ -30,6 +31,8 @@ class StoredTurn:
         previous: The response that it goes on from; None without one.
         thread: A name that all turns of its conversation share; None where nothing is stored.
         known: The ids of the items before it.
+        conversation: The conversation that it is added to; None without one.
+        seen: The number of the last item of that conversation before it.
     """
 
     response_id: str
@@ -38,6 +41,8 @@ class StoredTurn:
     previous: str | None = None
     thread: str | None = None
     known: frozenset[str] = frozenset()
+    conversation: str | None = None
+    seen: int = 0
 
     def own_items(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """The items that this turn adds, from the body that experts get."""
@@ -50,10 +55,12 @@ class StoredTurns:
 
     Args:
         service: The stored responses.
+        conversations: The conversations.
     """
 
-    def __init__(self, service: ResponseService) -> None:
+    def __init__(self, service: ResponseService, conversations: ConversationService) -> None:
         self._service = service
+        self._conversations = conversations
 
     async def begin(self, raw: bytes, tenant: Tenant) -> tuple[bytes, StoredTurn | None]:
         """Put the conversation that a request goes on from before its input.
@@ -68,7 +75,7 @@ class StoredTurns:
 
         Raises:
             InvalidRequestError: A field is not valid, or the response can't be gone on from.
-            UnknownModelError: The tenant has no such response.
+            UnknownModelError: The tenant has no such response or conversation.
             BodyTooLargeError: The conversation has too many bytes.
             StoreUnavailableError: It can't be read.
         """
@@ -90,9 +97,22 @@ class StoredTurns:
             raise InvalidRequestError(
                 "`previous_response_id` must be the id of a response", param="previous_response_id"
             )
+        conversation = _conversation(data.pop("conversation", None))
+        if conversation is not None and previous is not None:
+            raise InvalidRequestError(
+                "`conversation` and `previous_response_id` exclude each other",
+                param="previous_response_id",
+            )
+        if conversation is not None and store is False:
+            raise InvalidRequestError(
+                "`conversation` keeps its turns; `store: false` can't be had with it", param="store"
+            )
         before: StoredContext | None = None
         if previous is not None:
             before = await self._service.context(tenant, previous)
+        elif conversation is not None:
+            before = await self._conversations.context(tenant, conversation)
+            keeps = True
         own = input_items(given)
         if isinstance(given, list) and len(own) != len(given):
             # Experts refuse items that are no objects.
@@ -117,8 +137,27 @@ class StoredTurns:
             previous,
             first if before is None else before.thread,
             frozenset() if before is None else frozenset(item.id for item in before.items),
+            conversation,
+            0 if before is None else before.seen,
         )
         return whole, turn
+
+
+def _conversation(given: object) -> str | None:
+    """The id of the conversation in a body's `conversation`, a text or an object with `id`.
+
+    Raises:
+        InvalidRequestError: It is neither.
+    """
+    if given is None:
+        return None
+    found = given.get("id") if isinstance(given, dict) else given
+    if not isinstance(found, str):
+        raise InvalidRequestError(
+            "`conversation` must be the id of a conversation, or an object with it as `id`",
+            param="conversation",
+        )
+    return found
 
 
 def _joined(before: Sequence[StoredItem], own: Sequence[Any]) -> bytes:

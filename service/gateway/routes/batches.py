@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.errors import InvalidRequestError
 from service.gateway.dependencies import (
     BatchEndpoints,
     CountedTenant,
     Services,
-    headers_of,
+    json_object,
     json_response,
 )
 from service.gateway.list_pages import page_of, to_list
-from service.http.asgi_helpers import read_body
 
 router = APIRouter()
 
@@ -28,18 +25,7 @@ async def create_batch(
     request: Request, services: Services, batches: BatchEndpoints, tenant: CountedTenant
 ) -> Response:
     """Create a batch from a file of requests."""
-    raw = await read_body(
-        request.receive,
-        _MAX_BODY_BYTES,
-        declared=headers_of(request).get(b"content-length", b""),
-        timeout_s=services.config.server.limits.body_timeout_s,
-    )
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidRequestError("the body must be a JSON object")
+    body = await json_object(request, services, _MAX_BODY_BYTES)
     batch = await batches.create(tenant, body)
     return json_response(batches.to_json(batch))
 

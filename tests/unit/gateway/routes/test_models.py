@@ -76,6 +76,10 @@ def test_openapi_describes_every_endpoint() -> None:
         "/v1/responses/{id}",
         "/v1/responses/{id}/cancel",
         "/v1/responses/{id}/input_items",
+        "/v1/conversations",
+        "/v1/conversations/{id}",
+        "/v1/conversations/{id}/items",
+        "/v1/conversations/{id}/items/{item_id}",
     }
     ids = [
         operation["operationId"]
