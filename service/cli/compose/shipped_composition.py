@@ -7,16 +7,24 @@ of the models that the map knows. `sizes.json` beside it has the bytes of their 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from service.cli.machine_resources import Machine
 from service.errors import ConfigError
+
+if TYPE_CHECKING:
+    from router_models.composition.composition_value import Composition
 
 EXPERTS = "experts.yaml"
 SIZES = "sizes.json"
 _NAME = "public@"
 # Other programs need memory, too.
 _MEMORY_SHARE = 0.75
+_DISK_SHARE = 0.8
+# The size that a model is given which is not to be bought, in bytes.
+_FITS_NOWHERE = 10**13
 _TIME_LIMIT_S = 20
 
 
@@ -33,18 +41,40 @@ def shipped_map(artifacts: Path) -> Path | None:
 def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
     """Write the best composition of the shipped models for a machine.
 
-    GPUs of another size than the largest one are left out.
+    GPUs of another size than the largest one are left out. Models whose files do not fit the disk
+    are left out as well, the largest first.
 
     Returns:
         A line that describes it, or None where none of the models fits.
     """
-    from service.cli.compose.command import compose, run
-
     if not machine.gpus and _too_slow(shipped, machine):
         return None
+    sizes = _sizes(shipped)
+    with tempfile.TemporaryDirectory(prefix="coe-init-") as folder:
+        while True:
+            if (bought := _buy(shipped, sizes, machine, Path(folder), output)) is None:
+                output.unlink(missing_ok=True)
+                return None
+            used = {name: sizes.get(name, 0) for name in bought.experts}
+            if sum(used.values()) <= _DISK_SHARE * machine.disk_bytes:
+                break
+            sizes[max(used, key=lambda name: used[name])] = _FITS_NOWHERE
+    return (
+        f"{len(bought.experts)} public models, {100 * bought.quality:.0f} % expected quality by "
+        f"{shipped.name}"
+    )
+
+
+def _buy(
+    shipped: Path, sizes: dict[str, int], machine: Machine, folder: Path, output: Path
+) -> Composition | None:
+    """Write the best composition of models with these sizes; None where none fits the memory."""
+    from service.cli.compose.command import compose, run
+
     words = ["--map", str(shipped), "--config", str(shipped / EXPERTS), "--out", str(output)]
-    if (shipped / SIZES).is_file():
-        words += ["--sizes", str(shipped / SIZES)]
+    if sizes:
+        (folder / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        words += ["--sizes", str(folder / SIZES)]
     words += ["--analysis-s", "0", "--time-limit", str(_TIME_LIMIT_S)]
     if machine.gpus:
         largest = max(gpu.memory_bytes for gpu in machine.gpus)
@@ -53,13 +83,17 @@ def write_composed(shipped: Path, machine: Machine, output: Path) -> str | None:
     words += ["--memory", str(int(_MEMORY_SHARE * machine.memory_bytes))]
     options = compose.make_context("compose", words).params
     try:
-        bought = run({**options, "quiet": True, "use_idle": True})
+        return run({**options, "quiet": True, "use_idle": True})
     except (ConfigError, ValueError):
         return None
-    return (
-        f"{len(bought.experts)} public models, {100 * bought.quality:.0f} % expected quality by "
-        f"{shipped.name}"
-    )
+
+
+def _sizes(shipped: Path) -> dict[str, int]:
+    """Return the bytes of each expert's weights, as far as they are known."""
+    if not (shipped / SIZES).is_file():
+        return {}
+    found: dict[str, int] = json.loads((shipped / SIZES).read_text(encoding="utf-8"))
+    return found
 
 
 def _too_slow(shipped: Path, machine: Machine) -> bool:
@@ -71,6 +105,6 @@ def _too_slow(shipped: Path, machine: Machine) -> bool:
     if not (shipped / SIZES).is_file():
         return False
     base = yaml.safe_load((shipped / EXPERTS).read_text(encoding="utf-8"))
-    sizes = json.loads((shipped / SIZES).read_text(encoding="utf-8"))
+    sizes = _sizes(shipped)
     size_bytes = sizes[base["router"]["fallback"]]
     return bool(size_bytes / 2 > PARAMETERS_PER_CORE * machine.cores)

@@ -71,9 +71,12 @@ def test_shipped_map_is_the_newest_with_experts(artifacts: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("machine", "experts"),
     [
-        (Machine((Gpu("a", 24 * GIB),) * 2, 64 * GIB, 0, 8), {"small", "coder"}),
-        (Machine((Gpu("a", 96 * GIB), Gpu("b", 8 * GIB)), 64 * GIB, 0, 8), {"small", "large"}),
-        (Machine((), 24 * GIB, 0, 8), {"small"}),
+        (Machine((Gpu("a", 24 * GIB),) * 2, 64 * GIB, 999 * GIB, 8), {"small", "coder"}),
+        (
+            Machine((Gpu("a", 96 * GIB), Gpu("b", 8 * GIB)), 64 * GIB, 999 * GIB, 8),
+            {"small", "large"},
+        ),
+        (Machine((), 24 * GIB, 999 * GIB, 8), {"small"}),
     ],
 )
 def test_write_composed_buys_what_fits_the_machine(
@@ -87,6 +90,32 @@ def test_write_composed_buys_what_fits_the_machine(
     assert experts <= set(config.experts)
     assert config.router.artifact == str(artifacts / "public@2")
     assert all((pool.gpus > 0) == bool(machine.gpus) for pool in config.pools.values())
+
+
+@pytest.mark.parametrize(
+    ("disk_gb", "experts"),
+    [
+        (200, {"small", "large"}),
+        (60, {"small", "coder"}),
+        (12, {"small"}),
+        (3, None),
+    ],
+)
+def test_write_composed_leaves_out_models_that_do_not_fit_the_disk(
+    artifacts: Path, tmp_path: Path, disk_gb: int, experts: set[str] | None
+) -> None:
+    shipped = tmp_path / "public@3"
+    shutil.copytree(artifacts / "public@2", shipped)
+    sizes = {"small": 3, "coder": 14, "large": 64}
+    (shipped / SIZES).write_text(json.dumps({name: gb * 10**9 for name, gb in sizes.items()}))
+    machine = Machine((Gpu("a", 80 * GIB),) * 2, 256 * GIB, disk_gb * 10**9, 8)
+    out = tmp_path / "coe.yaml"
+    told = write_composed(shipped, machine, out)
+    assert (told is None) == (experts is None) == (not out.exists())
+    if experts is not None:
+        bought = set(load_config(out).experts)
+        assert bought >= experts
+        assert sum(sizes[name] for name in bought) <= 0.8 * disk_gb
 
 
 def test_write_composed_machine_that_is_too_small_gets_none(
@@ -104,7 +133,7 @@ def test_init_writes_the_bought_composition_where_a_map_is_shipped(
     monkeypatch.setattr(
         "service.cli.compose.shipped_composition.shipped_map", lambda _: artifacts / "public@2"
     )
-    machine = Machine((Gpu("a", 24 * GIB),), 64 * GIB, 0, 8)
+    machine = Machine((Gpu("a", 24 * GIB),), 64 * GIB, 999 * GIB, 8)
     monkeypatch.setattr("service.cli.machine_resources.inspect_machine", lambda _: machine)
     done = CliRunner().invoke(cli, ["init", "--yes", "-o", str(tmp_path / "c.yaml"), *words])
     assert done.exit_code == 0, done.output
@@ -134,5 +163,5 @@ def test_write_composed_leaves_out_models_too_slow_for_the_cores(
     shutil.copytree(artifacts / "public@2", shipped)
     sizes = {"small": 3, "coder": 14, "large": 64}
     (shipped / SIZES).write_text(json.dumps({name: gb * 10**9 for name, gb in sizes.items()}))
-    machine = Machine((), 24 * GIB, 0, cores)
+    machine = Machine((), 24 * GIB, 999 * GIB, cores)
     assert (write_composed(shipped, machine, tmp_path / "coe.yaml") is not None) == fits
