@@ -206,9 +206,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- fail "without secrets.apiKey it needs config.keys, keys in a Redis, or config.server.allow_unauthenticated" -}}
 {{- end -}}
 {{- if not (or .Values.redis.enabled .Values.externalRedis.existingSecret (hasKey (.Values.config.store | default dict) "url") (hasKey (.Values.config.store | default dict) "url_env")) -}}
-{{- if or (gt (int .Values.plain.replicas) 1) (gt (include "coe.gatewayMost" . | int) 1) -}}
+{{- $most := ternary .Values.keda.maxReplicas .Values.plain.replicas .Values.keda.enabled -}}
+{{- if or (gt (int $most) 1) (gt (include "coe.gatewayMost" . | int) 1) -}}
 {{- fail "several gateways need a Redis that they share: redis.enabled or externalRedis.existingSecret" -}}
 {{- end -}}
+{{- end -}}
+{{- if and .Values.keda.enabled (ne .Values.mode "plain") -}}
+{{- fail "keda.enabled is for mode plain; with kuberay Ray scales pools (config.pools.KIND.max_replicas) and gateways" -}}
+{{- end -}}
+{{- if and .Values.keda.enabled (gt (int .Values.keda.minReplicas) (int .Values.keda.maxReplicas)) -}}
+{{- fail "keda.maxReplicas must be at least keda.minReplicas" -}}
 {{- end -}}
 {{- if and .Values.kuberay.gcsFaultTolerance (not .Values.redis.enabled) -}}
 {{- fail "kuberay.gcsFaultTolerance needs redis.enabled" -}}

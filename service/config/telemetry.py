@@ -19,6 +19,12 @@ class TelemetryConfig(Section):
         "port has all metrics; if keys are required, it needs the admin key.",
     )
     metrics_host: str = Field("127.0.0.1", description="Address that `metrics_port` listens on.")
+    model_server_metrics: bool = Field(
+        False,
+        description="Answer GET /metrics/model-server without a key: how many requests wait and "
+        "run, how full KV caches are, and the names of adapters. For an endpoint picker of "
+        "Kubernetes' Gateway API Inference Extension, which has no key.",
+    )
     traces_url: str | None = Field(
         None,
         pattern=r"^https?://",

@@ -56,6 +56,7 @@ from service.store.volatile_store import VolatileStore
 from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService
 from service.telemetry import metric_declarations
+from service.telemetry.model_server_metrics import ModelServerLoad
 from service.telemetry.tracing import Traces
 from service.types import NOBODY, Tenant
 
@@ -257,6 +258,7 @@ class ConfiguredGateway:
             directory=resources.directory,
             views=self.dispatcher.views,
             remote_failures=self._remote_failures,
+            remote_load=self._remote_load,
             neighbours=resources.neighbours,
             admin_key=resources.admin_key,
             added=resources.added,
@@ -325,6 +327,12 @@ class ConfiguredGateway:
             for name, owner in self._remote_owners.items()
             if owner in pools
         }
+
+    def _remote_load(self) -> ModelServerLoad:
+        pools = self._resources.remote_pools.values()
+        return ModelServerLoad(
+            waiting=sum(pool.waiting for pool in pools), running=sum(pool.running for pool in pools)
+        )
 
     async def start(self) -> None:
         """Start to follow changes of keys and votes.

@@ -37,6 +37,7 @@ from service.rpc.pool_directory import PoolDirectory
 from service.store.api_keys import KeyService
 from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService
+from service.telemetry.model_server_metrics import ModelServerLoad
 from service.types import Tenant
 
 # Puts the config's file in force again, and returns what changed.
@@ -64,6 +65,7 @@ class GatewayServices:
         directory: Links to pools.
         views: Returns the state of every pool.
         remote_failures: Returns for each remote expert why it can't be used, or None.
+        remote_load: Returns the load of the remote experts together.
         neighbours: Returns the metrics of the node's other gateways, as texts.
         admin_key: The admin key; without one there are no admin endpoints.
         added: The experts that an admin has added.
@@ -88,6 +90,7 @@ class GatewayServices:
     directory: PoolDirectory
     views: Callable[[], list[PoolView]]
     remote_failures: Callable[[], dict[str, str | None]]
+    remote_load: Callable[[], ModelServerLoad]
     neighbours: Callable[[], Awaitable[list[str]]]
     admin_key: str | None
     added: AddedExpertService

@@ -32,6 +32,7 @@ from service.pool.pool import Pool
 from service.pool.pool_builder import PoolBuilder
 from service.rpc.pool_asgi_app import PoolApp
 from service.telemetry import metric_declarations
+from service.telemetry.model_server_metrics import ModelServerLoad
 from service.telemetry.pool_metrics import PoolMetrics
 from service.telemetry.telemetry_setup import node_target, traces_of
 
@@ -185,6 +186,31 @@ class PoolProcess:
         except CoeError:
             return None
         return self._weights[expert]
+
+    def model_server_load(self) -> dict[str, Any]:
+        """Return the load by which an endpoint picker chooses (`ModelServerLoad`)."""
+        kind = self.pool.kind
+        adapters = [
+            name
+            for name in self._config.local_experts(kind)
+            if self._config.experts[name].adapter is not None
+            and self._config.experts[name].form == "adapter"
+        ]
+        load = ModelServerLoad.of_pool(
+            self.pool.snapshot(), adapters, self._adapter_room(), self.pool_metrics.kv_usage()
+        )
+        return load.to_wire()
+
+    def _adapter_room(self) -> int:
+        """The number of adapters that engines of this pool are started for."""
+        config, kind = self._given, self.pool.kind
+        settings = config.pools[kind]
+        takes_turns = settings.slots is not None and settings.slots < len(config.groups(kind))
+        spare = 0 if takes_turns else settings.vllm.spare_adapters
+        return sum(
+            len(unit) - 1 + (spare if config.experts[unit[0]].model is not None else 0)
+            for unit in config.units(kind)
+        )
 
     async def gpus(self) -> list[dict[str, Any]]:
         return [state.to_wire() for state in await self._gpu_states()]

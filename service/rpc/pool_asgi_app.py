@@ -81,6 +81,9 @@ class PoolReports(Protocol):
     def experts(self) -> dict[str, Any]:
         """Details of each expert's residency, as JSON."""
 
+    def model_server_load(self) -> dict[str, Any]:
+        """The load by which an endpoint picker of Kubernetes chooses, as JSON."""
+
     async def gpus(self) -> list[dict[str, Any]]:
         """Memory of the replica's GPUs, as JSON: total, used, free and reserved bytes."""
 
@@ -138,6 +141,7 @@ class PoolApp:
             ("GET", "metrics"): self._send_metrics,
             ("GET", "experts"): self._send_experts,
             ("GET", "gpus"): self._send_gpus,
+            ("GET", "model-server-load"): self._send_model_server_load,
             ("GET", "used"): self._send_used,
             ("GET", "moe-statistics"): self._send_moe_statistics,
             ("GET", "server-log"): self._send_server_log,
@@ -199,6 +203,9 @@ class PoolApp:
 
     async def _send_experts(self, _: str, _receive: Receive, reply: _Reply) -> None:
         await reply.json(self._reports.experts())
+
+    async def _send_model_server_load(self, _: str, _receive: Receive, reply: _Reply) -> None:
+        await reply.json(self._reports.model_server_load())
 
     async def _send_gpus(self, _: str, _receive: Receive, reply: _Reply) -> None:
         await reply.json(await self._reports.gpus())

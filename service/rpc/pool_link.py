@@ -193,6 +193,15 @@ class PoolLink:
         found: list[dict[str, Any]] = orjson.loads(await self._get("/gpus"))
         return found
 
+    async def model_server_load(self) -> dict[str, Any]:
+        """Fetch the load by which an endpoint picker of Kubernetes chooses.
+
+        Raises:
+            PoolUnavailableError: The pool can't be reached.
+        """
+        found: dict[str, Any] = orjson.loads(await self._get("/model-server-load"))
+        return found
+
     async def operate(self, act: str, expert: str) -> tuple[int, bytes]:
         """Load, evict, unload, pin or unpin an expert.
 

@@ -22,6 +22,8 @@ from service.telemetry.moe_collector import MoeCollector
 from service.telemetry.prometheus_exposition import text_of
 from service.types import Residency
 
+_KV_USAGE = "vllm:kv_cache_usage_perc"
+
 
 class LoadByExpert(Protocol):
     """The load of a pool that metrics tell."""
@@ -169,6 +171,18 @@ class PoolMetrics:
         return fresh
 
     # --- reading
+
+    def kv_usage(self) -> float:
+        """Return the used share of the fullest engine's KV cache; 0 where no engine tells."""
+        return max(
+            (
+                sample.value
+                for engine in self._engines.values()
+                for family in engine.restricted_registry([_KV_USAGE]).collect()
+                for sample in family.samples
+            ),
+            default=0.0,
+        )
 
     async def routing_stats(self, expert: str) -> dict[str, Any]:
         return (await self._moe.tally(expert)).to_wire()

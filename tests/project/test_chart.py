@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import yaml
 
 from service.config import ServerConfig, read_config
 from service.launch.ray_environment import every_node, node_env
+from service.telemetry import metric_declarations
 from tests.support import helm_chart
 from tests.support.helm_chart import CHART, HELMS, ROOT, VALUES, Object, of_kind, rendered
 
 KUBERNETES = "1.37.0"
 CUSTOM = {"RayService", "HTTPRoute", "PodMonitor", "PrometheusRule"}
+# Custom kinds whose schemas are not at hand; a test of their own says what is in them.
+OTHER = {"ScaledObject"}
 
 
 def test_chart_has_enough_value_files() -> None:
@@ -79,6 +83,11 @@ def test_chart_renders_the_same_with_helm_3_and_4(values: str) -> None:
         ("ingress.paths[0]=v1", "paths"),
         ("redis.cache.maxMemory=much", "maxMemory"),
         ("tmpSize=4", "tmpSize"),
+        ("keda.enabled=true", "for mode plain"),
+        ("mode=plain,keda.enabled=true,keda.maxReplicas=0", "maxReplicas"),
+        ("mode=plain,keda.enabled=true,keda.minReplicas=9", "at least keda.minReplicas"),
+        ("mode=plain,keda.enabled=true,redis.enabled=false", "need a Redis"),
+        ("mode=plain,keda.enabled=true,keda.threshold=0", "threshold"),
     ],
 )
 def test_chart_invalid_values_are_refused(version: str, setting: str, message: str) -> None:
@@ -107,7 +116,7 @@ def test_chart_values_are_all_in_the_schema_and_described() -> None:
 @pytest.mark.parametrize("values", VALUES)
 def test_chart_core_kinds_are_valid(newest: str, values: str) -> None:
     for item in rendered(newest, values):
-        if item["kind"] not in CUSTOM:
+        if item["kind"] not in CUSTOM | OTHER:
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
     # Pods inside custom resources are pods all the same.
     for name, pod in helm_chart.pods(rendered(newest, values)):
@@ -310,7 +319,8 @@ def test_chart_services_are_accepted_by_ray(newest: str) -> None:
         for values in VALUES
         if (services := of_kind(rendered(newest, values), "RayService"))
     }
-    assert set(VALUES) - set(specs) == {"minimal-cpu-values.yaml", "single-gpu-values.yaml"}
+    plain = {f"{name}-values.yaml" for name in ("minimal-cpu", "single-gpu", "inference-gateway")}
+    assert set(VALUES) - set(specs) == plain
     ran = subprocess.run(
         [sys.executable, "-m", "tests.support.rayservice_reader"],
         cwd=ROOT,
@@ -387,6 +397,52 @@ def test_chart_monitoring_resources(newest: str) -> None:
     }
     folder = ROOT / "deploy" / "grafana" / "dashboards"
     assert boards == {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_chart_scales_whole_services_by_their_queues(newest: str) -> None:
+    objects = rendered(newest, "inference-gateway-values.yaml")
+    (scaled,) = of_kind(objects, "ScaledObject")
+    (deployment,) = of_kind(objects, "Deployment")
+    assert scaled["apiVersion"] == "keda.sh/v1alpha1"
+    spec = scaled["spec"]
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+    assert spec.pop("scaleTargetRef") == target
+    # KEDA decides alone; an upgrade of the release must not set another number.
+    assert "replicas" not in deployment["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 6)
+    (trigger,) = spec["triggers"]
+    query = trigger["metadata"].pop("query")
+    assert trigger == {
+        "type": "prometheus",
+        "metricType": "AverageValue",
+        "metadata": {
+            "serverAddress": "http://prometheus-operated.monitoring.svc:9090",
+            "threshold": "4",
+        },
+    }
+    # It asks for a metric that there is, of the pods of this release alone.
+    (name, labels) = re.fullmatch(r"sum\((\w+)\{(.+)\}\)", query).groups()  # type: ignore[union-attr]
+    assert name == metric_declarations.REQUESTS_WAITING.name
+    pods = dict(re.findall(r'(\w+)=~?"([^"]*)"', labels))
+    assert (pods["job"], pods["namespace"]) == ("coe", "coe")
+    assert re.fullmatch(pods["pod"], f"{deployment['metadata']['name']}-5d4f8-x2x9z")
+    assert not of_kind(rendered(newest, "minimal-cpu-values.yaml"), "ScaledObject")
+
+
+def test_chart_endpoint_picker_reads_pods_of_whole_services(newest: str) -> None:
+    """The selector, the port and the path that the page on inference gateways names."""
+    objects = rendered(newest, "inference-gateway-values.yaml")
+    page = (ROOT / "docs" / "operations" / "inference-gateway.md").read_text()
+    (text,) = re.findall(r"```yaml title=\"picker.yaml\"\n(.*?)```", page, re.DOTALL)
+    picker = yaml.safe_load(text)
+    (deployment,) = of_kind(objects, "Deployment")
+    pod = deployment["spec"]["template"]
+    wanted = picker["inferencePool"]["modelServers"]["matchLabels"]
+    labels = {**pod["metadata"]["labels"], "app.kubernetes.io/instance": "coe"}
+    assert wanted.items() <= labels.items()
+    ports = {port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+    assert {one["number"] for one in picker["inferencePool"]["targetPorts"]} <= ports
+    assert picker["inferenceExtension"]["modelServerMetricsPath"] == "/metrics/model-server"
 
 
 def test_chart_serve_config_has_no_secrets(newest: str) -> None:
