@@ -14,7 +14,7 @@ mkdir -p $folder
 python=.venv/bin/python
 [ -x $python ] || python=python3
 
-say "installing LiteLLM, LangChain and llm into $folder"
+say "installing LiteLLM, LangChain, llm and the Agents SDK into $folder"
 ready=1
 if ! { $python -m venv $folder/venv &&
     $folder/venv/bin/python -m pip install --quiet --no-deps --require-hashes -r deploy/locks/tools/uv.txt &&

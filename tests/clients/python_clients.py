@@ -61,7 +61,45 @@ def with_langchain(url: str) -> dict[str, Any]:
     }
 
 
-CLIENTS = {"litellm": with_litellm, "langchain": with_langchain}
+def with_agents(url: str) -> dict[str, Any]:
+    """OpenAI's Agents SDK: turns by `previous_response_id`, a session, and a conversation."""
+    import asyncio
+
+    import agents
+    import openai
+
+    async def run() -> dict[str, Any]:
+        agents.set_tracing_disabled(True)
+        client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none")
+        agents.set_default_openai_client(client, use_for_tracing=False)
+        agent = agents.Agent(name="helper", instructions="Be brief.", model="general")
+        ask = agents.Runner.run
+        first = await ask(agent, "Say hello.")
+        second = await ask(agent, "Again.", previous_response_id=first.last_response_id)
+        session = agents.OpenAIConversationsSession(openai_client=client)
+        for text in ("Say hello.", "Again."):
+            await ask(agent, text, session=session)
+        items = await session.get_items()
+        await session.clear_session()
+        conversation = await client.conversations.create()
+        await ask(agent, "Say hello.", conversation_id=conversation.id)
+        streamed = agents.Runner.run_streamed(agent, "Again.", conversation_id=conversation.id)
+        async for _ in streamed.stream_events():
+            pass
+        kept = await client.conversations.items.list(conversation.id)
+        shown = await client.responses.input_items.list(str(second.last_response_id))
+        return {
+            "second": second.final_output,
+            "shown": len(shown.data),
+            "roles": [item.get("role") for item in items],
+            "streamed": streamed.final_output,
+            "kept": len(kept.data),
+        }
+
+    return asyncio.run(run())
+
+
+CLIENTS = {"litellm": with_litellm, "langchain": with_langchain, "agents": with_agents}
 
 if __name__ == "__main__":
     print("\n" + json.dumps(CLIENTS[sys.argv[1]](sys.argv[2])))

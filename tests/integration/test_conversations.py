@@ -24,6 +24,7 @@ from tests.integration.test_stored_responses import (
 from tests.support.in_process_service import run_gateway
 from tests.support.polling import until
 from tests.support.redis_server import redis_server
+from tests.support.third_party_clients import SCRIPTS, last_json, python_with, run
 
 ONE: Any = {"type": "message", "role": "user", "content": "one"}
 
@@ -235,6 +236,20 @@ async def test_full_disk_and_full_quota_keep_nothing(tmp_path: Path) -> None:
                 status, _, answer = await s.ask({"items": [ONE]}, path, headers=SHOWN_KEY)
             assert (status, answer["error"]["code"]) == (507, "storage_full")
         assert len((await api.conversations.items.list(made.id)).data) == 1
+
+
+async def test_agents_sdk_goes_on_by_response_session_and_conversation(tmp_path: Path) -> None:
+    program = python_with("agents")
+    async with run_gateway(config(tmp_path, keys={})) as s:
+        command = [program, SCRIPTS / "python_clients.py", "agents", s.url]
+        answer = last_json(await asyncio.to_thread(run, command))
+        lengths = [len(body["input"]) for body in asked(s)]
+    assert answer["second"]
+    assert answer["streamed"]
+    assert answer["shown"] == 3
+    assert answer["roles"] == ["user", "assistant"] * 2
+    assert answer["kept"] == 4
+    assert lengths == [1, 3, 1, 3, 1, 3]
 
 
 async def test_two_gateways_share_conversations_in_redis(tmp_path: Path) -> None:

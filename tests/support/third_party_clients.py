@@ -50,6 +50,14 @@ def python() -> Path:
     return CLIENTS / "venv" / "bin" / "python"
 
 
+def python_with(package: str) -> Path:
+    """The Python clients' own environment; skips where it lacks a package."""
+    found = python()
+    if not list(CLIENTS.glob(f"venv/lib/python3*/site-packages/{package}")):
+        pytest.skip(f"the client {package} is not installed (deploy/clients.sh installs it)")
+    return found
+
+
 def run_node(script: str, url: str, *more: str) -> Any:
     """What a script of tests/clients tells of a service, through OpenAI's Node client."""
     node = shutil.which("node")
