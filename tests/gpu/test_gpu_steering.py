@@ -15,7 +15,7 @@ import pytest
 
 from service.config import VllmOptions
 from service.engine.steering_data import RECORD_CHOICES_KEY
-from service.engine.vllm.swapping_engine import SwappingVllmEngine, Weights
+from service.engine.vllm.swapping_engine import Canary, SwappingVllmEngine, Weights
 from tests.gpu.test_gpu_swap import why_no_gpu
 from tests.support.engine.real_engines import BASE, greedy
 from tests.support.engine.steered_tiny_mixtral import PROMPT, RULES, Steering
@@ -47,7 +47,7 @@ class Seeing(SwappingVllmEngine):
         options: VllmOptions,
         first: str,
         weights: Mapping[str, Weights],
-        canaries: dict[str, str],
+        canaries: dict[str, Canary],
     ) -> None:
         super().__init__(
             first, weights, options, on_cpu=False, canary_interval=5, canaries=canaries

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.config import VllmOptions
+from service.engine.gpu_share import GpuShare
 from service.engine.shared_weight_cache import SharedWeightCache
 from tests.support.engine.real_engines import ask, demo
 from tests.support.small_models import small_model
@@ -33,6 +34,9 @@ pytestmark = [
 OPTIONS = VllmOptions(
     dtype="bfloat16", max_model_len=512, kv_cache_bytes=256 * 1024**2, max_num_seqs=8
 )
+
+# Two engines on one GPU: vLLM lets each start only where its share is free.
+SHARE = GpuShare(0.4)
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -68,7 +72,14 @@ async def test_gpu_engines_of_one_pool_share_one_file_per_expert() -> None:
     cache = SharedWeightCache(None)
     engines = [
         SwappingVllmEngine(
-            "base", demo(), OPTIONS, on_cpu=False, canary_interval=5, canaries={}, cache=cache
+            "base",
+            demo(),
+            OPTIONS,
+            on_cpu=False,
+            canary_interval=5,
+            canaries={},
+            cache=cache,
+            gpu_share=SHARE,
         )
         for _ in range(2)
     ]
@@ -108,7 +119,7 @@ async def test_gpu_engines_of_two_families_sleep_in_turn(level: int, tmp_path: P
 
     def build(name: str) -> VllmEngine:
         model = VllmModel(name, folders[name], {})
-        return VllmEngine(model, OPTIONS, on_cpu=False, sleep_level=level)
+        return VllmEngine(model, OPTIONS, on_cpu=False, sleep_level=level, gpu_share=SHARE)
 
     engines = SleepingEngines("one", {name: (name,) for name in folders}, build, {})
     try:
@@ -136,7 +147,7 @@ def test_gpu_swap_every_byte_arrives_where_the_graphs_read_it(tmp_path: Path) ->
     held = pinned(mapped)
     assert all(tensor.is_pinned() for tensor in held.tensors.values())
     addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
-    copy_all(held.tensors, live)
+    copy_all(held, live)
     for name, tensor in live.items():
         assert torch.equal(tensor.cpu(), held.tensors[name])
         assert torch.equal(tensor, made[name])

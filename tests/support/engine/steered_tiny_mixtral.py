@@ -32,7 +32,7 @@ class Steering:
     """The engine, the reference, and the profiles. `engine`: of first, weights and canaries."""
 
     def __init__(
-        self, root: Path, engine: Callable[[str, Mapping[str, Weights], dict[str, str]], Any]
+        self, root: Path, engine: Callable[[str, Mapping[str, Weights], dict[str, Canary]], Any]
     ) -> None:
         self.folder = mixtral(root / "plain", 0)
         self.other = mixtral(root / "other", 1)
@@ -78,7 +78,8 @@ class Steering:
         done = await self.engine.swap_in(name)
         assert done.ok
         self.runs = name
-        return done.method
+        method: str = done.method
+        return method
 
     async def say(self, name: str, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
         """Greedy tokens and their logprobs."""
