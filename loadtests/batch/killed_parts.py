@@ -300,8 +300,12 @@ class KilledSite:
         self.start()
         self.resumed.append((before, self.done(batch_id)))
 
-    def cancel(self) -> None:
-        """Cancel a batch in the middle, and read its output."""
+    def cancel(self, *, after_kill: bool) -> None:
+        """Cancel a batch in the middle, and read its output.
+
+        Args:
+            after_kill: Whether a gateway is killed just before, perhaps the one that runs it.
+        """
         batch_id = self.submit(CANCELLED, _LINES)
         few = len(_MODELS)
         _until(
@@ -309,6 +313,9 @@ class KilledSite:
             "some results of the batch to cancel",
         )
         client = self.clients[CANCELLED]
+        if after_kill:
+            victims = _until(partial(self.processes, GATEWAY), "a process of a gateway")
+            self.chance.choice(victims).kill()
         at_s = time.monotonic()
         patient(lambda: client.cancel(batch_id))
         found = self.ended(CANCELLED, batch_id)
@@ -405,10 +412,10 @@ def measure(report: Report, port: int, *, kills: int, seed: int) -> None:
     with _site(port, seed) as site:
         parts = _order(kills, site.chance)
         say(f"to be killed: {', '.join(parts)}")
-        cancelled_at = {len(parts) // 3, 2 * len(parts) // 3}
+        cancelled_at = {len(parts) // 4: False, len(parts) // 2: True, 3 * len(parts) // 4: True}
         for number, part in enumerate(parts):
             if number in cancelled_at:
-                site.cancel()
+                site.cancel(after_kill=cancelled_at[number])
             site.kill(part)
         say("waiting for the batches")
         outputs: list[list[dict[str, Any]]] = []

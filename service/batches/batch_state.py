@@ -13,6 +13,12 @@ from typing import Protocol
 from service.batches.batch_records import BatchRecord, FileRecord, LineResult
 from service.store.list_page import Page
 
+CANCELLED_LEASE_S = 2.5
+"""How long the lease of a batch holds from when it is cancelled, unless it is renewed, in s.
+
+A gateway renews it every second. So another one soon ends a cancelled batch whose gateway died.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchStatistics:
@@ -87,7 +93,8 @@ class BatchState(Protocol):
     async def replace(self, batch: BatchRecord, plan: bytes | None = None) -> bool:
         """Replace a batch whose version is one less, and write its plan where one is given.
 
-        A batch that has ended loses its plan and its results, which are in its output files.
+        A batch that has ended loses its plan and its results, which are in its output files. The
+        lease of one that is cancelled ends after `CANCELLED_LEASE_S`, unless it is renewed.
 
         Returns:
             False where the batch was changed by others; then nothing is written.

@@ -27,12 +27,13 @@ from service.batches.batch_records import (
     BatchRecord,
     FileRecord,
     LineResult,
+    Status,
     dump_batch,
     dump_file,
     load_batch,
     load_file,
 )
-from service.batches.batch_state import BatchStatistics
+from service.batches.batch_state import CANCELLED_LEASE_S, BatchStatistics
 from service.errors import StoreUnavailableError
 from service.store.list_page import Page
 from service.store.scripted_redis import ScriptedRedis
@@ -195,6 +196,7 @@ class RedisState:
             sealed=batch.sealed,
             ended=batch.ended,
             planned=plan is not None,
+            lease=CANCELLED_LEASE_S if batch.status is Status.CANCELLING else None,
         )
         return bool(replaced)
 

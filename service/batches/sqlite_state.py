@@ -5,6 +5,7 @@ Every change is one transaction that is on the disk when the call returns.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -20,12 +21,13 @@ from service.batches.batch_records import (
     BatchRecord,
     FileRecord,
     LineResult,
+    Status,
     dump_batch,
     dump_file,
     load_batch,
     load_file,
 )
-from service.batches.batch_state import BatchStatistics
+from service.batches.batch_state import CANCELLED_LEASE_S, BatchStatistics
 from service.store.list_page import Page
 from service.store.sqlite_file import SqliteFile
 
@@ -187,10 +189,14 @@ class SqliteState:
         return rows[0][0] if rows else None
 
     async def replace(self, batch: BatchRecord, plan: bytes | None = None) -> bool:
+        soon_s = self._clock() + CANCELLED_LEASE_S
+        most_s = soon_s if batch.status is Status.CANCELLING else math.inf
+
         def change(db: sqlite3.Connection) -> bool:
             changed = db.execute(
                 "UPDATE batches SET version = ?, status = ?, open = ?, sealed = ?, record = ?, "
-                "plan = coalesce(?, plan) WHERE id = ? AND version = ?",
+                "plan = coalesce(?, plan), leased_until_s = min(leased_until_s, ?) "
+                "WHERE id = ? AND version = ?",
                 (
                     batch.version,
                     batch.status.value,
@@ -198,6 +204,7 @@ class SqliteState:
                     batch.sealed,
                     dump_batch(batch),
                     plan,
+                    most_s,
                     batch.id,
                     batch.version - 1,
                 ),

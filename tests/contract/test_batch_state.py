@@ -21,7 +21,7 @@ from service.batches.batch_records import (
     LineResult,
     Status,
 )
-from service.batches.batch_state import BatchState
+from service.batches.batch_state import CANCELLED_LEASE_S, BatchState
 from service.batches.batch_types import BatchTerms
 from service.batches.redis_state import RedisState
 from service.batches.sqlite_state import SqliteState
@@ -303,6 +303,35 @@ async def test_lease_is_one_owner_s_until_it_ends(tried: Tried) -> None:
     assert await lease("d") == "batch_3"
     assert await state.replace(batch(1).enter(Status.FAILED, 1.0))
     assert await state.renew("a", "batch_1", 10) is None
+
+
+async def test_lease_of_a_cancelled_batch_ends_soon_unless_it_is_renewed(tried: Tried) -> None:
+    state = tried.state
+    for number, renews in ((1, False), (2, True)):
+        await state.add_batch(batch(number), 9)
+        assert await state.lease("a", 1000) is not None
+        cancelled = batch(number).enter(Status.CANCELLING, 1.0)
+        assert await state.replace(cancelled)
+        tried.clock.now_s += CANCELLED_LEASE_S - 0.1
+        assert await state.lease("b", 10) is None
+        if renews:
+            assert await state.renew("a", cancelled.id, 1000) == cancelled
+        tried.clock.now_s += 0.2
+        found = await state.lease("b", 10)
+        assert found == (None if renews else cancelled)
+        if found is not None:
+            # A change of a batch that was cancelled keeps the lease of who ends it.
+            sealed = cancelled.changed(sealed=True)
+            assert await state.replace(sealed)
+            assert await state.renew("b", sealed.id, 10) == sealed
+            assert await state.replace(sealed.enter(Status.CANCELLED, 2.0))
+
+
+async def test_cancelled_batch_that_nobody_has_can_be_leased(tried: Tried) -> None:
+    state, cancelled = tried.state, batch(1).enter(Status.CANCELLING, 1.0)
+    await state.add_batch(batch(1), 9)
+    assert await state.replace(cancelled)
+    assert await state.lease("a", 10) == cancelled
 
 
 async def test_sqlite_state_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:

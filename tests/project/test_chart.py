@@ -508,6 +508,60 @@ def test_chart_pools_have_no_key_in_their_environment(newest: str, values: str) 
             assert not {n for n in names if n.startswith("COE_")} - {"COE_MODELS"}, name
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_chart_gateways_keep_the_files_of_batches_on_their_volume(newest: str, values: str) -> None:
+    objects = rendered(newest, values)
+    given = yaml.safe_load((CHART / "values.yaml").read_text())["batches"]
+    given |= (yaml.safe_load((CHART / "ci" / values).read_text()) or {}).get("batches", {})
+    claims = {
+        item["metadata"]["name"]: item["spec"] for item in of_kind(objects, "PersistentVolumeClaim")
+    }
+    mounted = []
+    for name, pod in helm_chart.pods(objects):
+        (volume,) = [v for v in pod["spec"].get("volumes", []) if v["name"] == "batches"] or [None]
+        mounts = [
+            (mount["mountPath"], mount.get("readOnly", False), env)
+            for container in pod["spec"]["containers"]
+            for mount in container.get("volumeMounts", [])
+            if mount["name"] == "batches"
+            for env in [{one["name"]: one.get("value") for one in container.get("env", [])}]
+        ]
+        assert bool(mounts) == (volume is not None), name
+        if volume is None:
+            continue
+        mounted.append(name.split("/", 1)[1])
+        ((path, read_only, env),) = mounts
+        assert (path, read_only, env["COE_BATCHES"]) == ("/batches", False, "/batches")
+        if given["type"] == "emptyDir":
+            assert volume["emptyDir"] == {"sizeLimit": given["size"]}
+            continue
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        if given["type"] == "existing":
+            assert claim == given["existingClaim"]
+            assert claim not in claims
+            continue
+        assert claims[claim]["resources"]["requests"]["storage"] == given["size"]
+        assert claims[claim]["accessModes"] == given["accessModes"]
+        assert claims[claim].get("storageClassName", "") == given["storageClass"]
+    # Gateways read keys and files; pools get neither.
+    assert mounted
+    assert not [name for name in mounted if "/pool-" in name]
+
+
+@pytest.mark.parametrize("setting", ["everysec", "always"])
+def test_chart_redis_writes_to_its_disk_as_often_as_it_is_told(newest: str, setting: str) -> None:
+    ran = helm_chart.helm(
+        newest, "template", "rel", "helm", "--set", f"redis.appendfsync={setting}"
+    )
+    assert ran.returncode == 0, ran.stderr
+    confs = [
+        item["data"]["redis.conf"]
+        for item in yaml.safe_load_all(ran.stdout)
+        if item and item["kind"] == "ConfigMap" and item["metadata"]["name"] == "rel-redis"
+    ]
+    assert f"appendfsync {setting}" in confs[0]
+
+
 def test_chart_volatile_store_has_its_own_evicting_redis(newest: str) -> None:
     objects = rendered(newest, "default-values.yaml")
     confs = {
