@@ -291,6 +291,14 @@ class _Merge:
         Raises:
             ConfigError: One was not.
         """
+        for kind, pool in merged.pools.items():
+            had, wanted = (len(config.groups(kind)) for config in (self._config, merged))
+            if pool.slots is not None and had <= pool.slots < wanted:
+                *_, last = added
+                raise ConfigError(
+                    f"expert {last!r}: pools.{kind}.slots is {pool.slots}, and each of its experts "
+                    "has one of its own; another one with weights of its own would need one more"
+                )
         taken: dict[tuple[str, str], int] = {}
         for name, one in added.items():
             base = one.expert.base

@@ -29,6 +29,7 @@ from service.config.effective_config import (
     with_added,
 )
 from service.errors import (
+    ArtifactError,
     CoeError,
     ConfigError,
     ConflictError,
@@ -250,6 +251,8 @@ class AddedExpertService:
         try:
             async with self._turn:
                 return await act
+        except (ConfigError, ArtifactError) as error:
+            raise ConflictError(error.message) from None
         finally:
             act.close()
             # A change is its own next version.

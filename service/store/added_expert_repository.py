@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Protocol
 import orjson
 
 from service.config.effective_config import AddedExperts
-from service.errors import ConfigError, ConflictError
+from service.errors import ConfigError, ConflictError, StorageFullError
 from service.store.store_interface import Store
 
 # The store's table, with one record.
@@ -50,6 +51,7 @@ class AddedExpertRepository(Protocol):
 
         Raises:
             StoreUnavailableError: The store can't be reached.
+            StorageFullError: There is no room for them.
             ConfigError: They are damaged, or can't be written.
         """
 
@@ -116,6 +118,10 @@ class FileExpertRepository:
                 after = change(self._read())
                 self._write(orjson.dumps(after.to_json()))
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFullError(
+                    f"the disk of {self._path} is full; nothing was changed"
+                ) from None
             raise ConfigError(f"{self._path}: {error.strerror}") from None
         return after
 

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -34,3 +35,41 @@ def test_check_says_whose_weights_an_expert_has(tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     for name in "bc":
         assert f"p: {name} has the weights of a and takes no memory" in said.output
+
+
+def test_added_expert_s_fields_come_from_options_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, Any]] = []
+
+    def admin(url: str, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        asked.append((method, path, body))
+        return {}
+
+    monkeypatch.setattr("service.cli.experts.admin", admin)
+    more = tmp_path / "law.yaml"
+    more.write_text("price: {prompt: 2}\ndefaults: {max_tokens: 9}\nadapter: /other\n")
+    given = ["experts", "add", "law", "--base", "general", "--adapter", "/srv/law"]
+    given += ["--system", "Be brief.", "--category", "law", "--file", str(more)]
+    said = CliRunner().invoke(cli, given)
+    assert (said.exit_code, said.output) == (0, "added: law\n")
+    said = CliRunner().invoke(cli, ["experts", "remove", "org/law"])
+    assert (said.exit_code, said.output) == (0, "removed: org/law\n")
+    assert asked == [
+        (
+            "POST",
+            "/admin/experts",
+            {
+                "name": "law",
+                "base": "general",
+                "adapter": "/srv/law",
+                "price": {"prompt": 2},
+                "defaults": {"max_tokens": 9, "system": "Be brief."},
+                "categories": ["law"],
+            },
+        ),
+        ("DELETE", "/admin/experts/org/law", None),
+    ]
+    more.write_text("- a list")
+    said = CliRunner().invoke(cli, given)
+    assert "a mapping with fields of an expert is needed" in str(said.exception)

@@ -101,6 +101,17 @@ def test_room_counts_adapters_and_not_ways_of_asking() -> None:
     assert "spare_adapters is 2" in found.left_out["z"]
 
 
+def test_merged_adapter_needs_a_slot_where_every_expert_has_its_own() -> None:
+    def left_out(slots: int | None) -> str:
+        pool = {"engine": "simulated", **({"slots": slots} if slots else {})}
+        merged = added({"name": "x", "form": "merged"})
+        return with_added(config(pools={"p": pool}), merged).left_out.get("x", "")
+
+    # Two experts: they take turns in one slot, and have their own in two.
+    assert [left_out(slots) for slots in (None, 1, 3)] == ["", "", ""]
+    assert "pools.p.slots is 2" in left_out(2)
+
+
 def test_json_keeps_everything() -> None:
     one = added({"name": "x", "examples": {"law": EXAMPLES}, "defaults": {"system": "s"}})
     assert AddedExperts.from_json(one.to_json()) == one

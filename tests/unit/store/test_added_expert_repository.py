@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.config.effective_config import AddedExperts, parse_added_expert
-from service.errors import ConfigError, ConflictError
+from service.errors import ConfigError, ConflictError, StorageFullError
 from service.store.added_expert_repository import (
     AddedExpertRepository,
     FileExpertRepository,
@@ -83,3 +84,21 @@ async def test_file_is_private_and_damage_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             await book.change(lambda before: with_one(before, "b"))
         assert path.read_bytes() == damage
+
+
+async def test_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "experts.json"
+    book = FileExpertRepository(path)
+    before = await book.change(lambda before: with_one(before, "a"))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageFullError, match="is full; nothing was changed"):
+            await book.change(lambda before: with_one(before, "b"))
+    assert await book.load() == before
+    assert set(os.listdir(tmp_path)) == {path.name, "experts.lock"}
