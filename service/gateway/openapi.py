@@ -92,6 +92,7 @@ _GETS = {
     "/health": "Alive",
     "/ready": "200 once at least one expert answers",
     "/metrics": "Prometheus metrics of this gateway and its pools",
+    "/metrics/model-server": "The sums by which an endpoint picker of Kubernetes chooses",
     "/openapi.json": "This description",
 }
 _VOTE = {
