@@ -56,6 +56,8 @@ _LOOK_S = 1.0
 _SEEN_S = 2 * _LOOK_S
 # The longest that an addition waits until every pool has loaded the expert.
 _LOAD_S = 100.0
+# The time after which an expert that is not served yet, or no more, counts as left behind.
+_UNFINISHED_S = 600.0
 _T = TypeVar("_T")
 
 
@@ -113,8 +115,8 @@ class AddedExpertService:
         self._turn = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
         self._acts: set[asyncio.Task[Any]] = set()
-        # The pools that refused a revision, so that the log says so once.
-        self._refused: dict[str, int] = {}
+        # The revisions that pools refused, with the reasons.
+        self._refused: dict[str, tuple[int, str]] = {}
 
     # --- following the store
 
@@ -134,6 +136,7 @@ class AddedExpertService:
             await asyncio.sleep(_LOOK_S)
             try:
                 await self._look()
+                await self._drop_unfinished()
                 await self._hand_out()
             except Exception:
                 # The loop must survive any error, because it has to read the next change.
@@ -164,6 +167,24 @@ class AddedExpertService:
         known = await self._repository.load()
         await self._serve(known)
         self._version = version
+
+    async def _drop_unfinished(self) -> None:
+        """Remove what a gateway has left behind that ended in an addition or a removal."""
+        now_s = self._clock()
+
+        def is_left(one: AddedExpert | None) -> bool:
+            return one is not None and not one.served and now_s - one.added_s > _UNFINISHED_S
+
+        for name, one in self.known.experts.items():
+            if is_left(one) and not self._turn.locked():
+                log.warning("expert %s is removed: its addition or removal was cut short", name)
+                async with self._turn:
+                    await self._repository.change(
+                        lambda now, name=name: (  # type: ignore[misc]
+                            now.without(name, now_s) if is_left(now.experts.get(name)) else now
+                        )
+                    )
+                    self._version = None
 
     async def _serve(self, known: AddedExperts) -> None:
         before, self.known = self.known, known
@@ -201,9 +222,9 @@ class AddedExpertService:
             return  # it is tried again
         if status < 400:
             self._refused.pop(name, None)
-        elif self._refused.get(name) != known.revision:
-            self._refused[name] = known.revision
-            log.error("pool %s can't take the added experts: %s", name, _message(body))
+        elif self._refused.get(name) != (why := (known.revision, _message(body))):
+            self._refused[name] = why
+            log.error("pool %s can't take the added experts: %s", name, why[1])
 
     def _links_with(self, expert: str) -> list[PoolLink]:
         """Links to the pools that hold an expert of the config."""
@@ -371,11 +392,16 @@ class AddedExpertService:
         try:
             async with asyncio.timeout(_LOAD_S):
                 while True:
+                    links = self._links_with(wanted.expert.base)
+                    for link in links:
+                        at, why = self._refused.get(link.address.name, (0, ""))
+                        if at == revision:
+                            raise ExpertFailedError(f"expert {name!r}: {why}")
                     states = [
                         link.snapshot.experts.get(name)
                         if link.snapshot is not None and link.snapshot.added >= revision
                         else None
-                        for link in self._links_with(wanted.expert.base)
+                        for link in links
                     ]
                     for state in states:
                         if state is not None and state.state is Residency.FAILED:
@@ -406,7 +432,7 @@ class AddedExpertService:
             raise ConflictError(f"expert {name!r}: {', '.join(lost)} builds on it; remove it first")
         if self._shared and (one := self.known.experts[name]).served:
             # Another gateway would wait for a pool with the expert. Gateways forget it first.
-            leaving = one.model_copy(update={"served": False})
+            leaving = one.model_copy(update={"served": False, "added_s": self._clock()})
             await self._change(lambda now: now.including(name, leaving, self._clock()))
             await asyncio.sleep(_SEEN_S)
         await self._change(lambda now: now.without(name, self._clock()))

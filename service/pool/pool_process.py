@@ -153,9 +153,10 @@ class PoolProcess:
         return with_added(config, added, unserved=True, folder_of=partial(adapter_folder, config))
 
     async def _change(self, config: Config) -> None:
+        # An attempt that fails is made again, because the config is another one until then.
+        await self._builder.reload(config)
         self._config = config
         self._weights.clear()
-        await self._builder.reload(config)
 
     def experts(self) -> dict[str, Any]:
         details = self.pool.details()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from service.broker.circuit_breaker import State
 from service.config import Config
+from service.config.effective_config import parse_added_expert
 from service.errors import ExpertFailedError
 from service.gateway.gateway_reload import GatewayRuntime
 from tests.support.adapter_folders import adapter_folder
@@ -210,6 +212,47 @@ async def test_added_experts_are_there_after_a_restart_and_routable(tmp_path: Pa
         assert headers["x-coe-expert"] == "lawyer"
         assert (await remove(stage, "lawyer"))[0] == 200
     async with run_gateway(given) as stage:
+        assert await added(stage) == {}
+
+
+async def test_examples_come_beside_the_built_in_categories(tmp_path: Path) -> None:
+    experts = {
+        "general": {"model": "m", "categories": ["general"]},
+        "data": {"model": "n", "categories": ["shell-sql"]},
+    }
+    given = config(tmp_path, experts=experts, router={"artifact": None})
+    async with run_gateway(given) as stage:
+
+        async def chosen(text: str) -> str:
+            _, _, told = await stage.ask(chat(text, model="auto"), "/v1/route")
+            return str(told["chosen"])
+
+        sql, law = "SELECT all users older than 30 in SQL", "Can I sue my landlord in court?"
+        assert await chosen(sql) == "data"
+        status, told = await add(
+            stage,
+            name="lawyer",
+            base="general",
+            adapter=adapter(tmp_path),
+            examples={"tenancy-law": LAW},
+        )
+        assert status == 200, told
+        assert (await chosen(sql), await chosen(law)) == ("data", "lawyer")
+
+
+async def test_addition_that_was_cut_short_is_removed_in_the_end(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path)) as stage:
+        service = stage.gateway.added
+        body = {"name": "law", "base": "general", "adapter": adapter(tmp_path)}
+        name, wanted = parse_added_expert(body, time.time())
+        await service._repository.change(lambda now: now.including(name, wanted, time.time()))
+        await until(lambda: "law" in snapshots(stage)[0].experts, "the pool loads it")
+        # Nobody is served it, and it is not there for ever.
+        assert await status_of(stage, "law") == 404
+        assert (await added(stage))["law"]["state"] == "not served"
+        clock = service._clock
+        service._clock = lambda: clock() + 3600
+        await until(lambda: "law" not in snapshots(stage)[0].experts, "it is gone")
         assert await added(stage) == {}
 
 

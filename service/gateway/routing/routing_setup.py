@@ -13,7 +13,7 @@ from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.savings import SavingsModel, best_baseline
 from service.broker.token_prices import prices_of
 from service.classifier.artifact_presets import presets_of
-from service.classifier.built_in_artifact import built_in_artifact, encoder_for
+from service.classifier.built_in_artifact import BUILT_IN, built_in_artifact, encoder_for
 from service.classifier.expert_map import NOT_RECORDED, ExpertMap
 from service.classifier.router_artifact import Artifact, load_artifact
 from service.config import Config
@@ -247,7 +247,9 @@ def artifact_of(config: Config) -> Artifact | None:
     path = config.router.artifact
     if path == NO_ARTIFACT or (path is None and config.categories):
         return None
-    return built_in_artifact() if path is None else load_artifact(Path(path))
+    if path is None or path == str(BUILT_IN):
+        return built_in_artifact()
+    return load_artifact(Path(path))
 
 
 def _named(config: Config, recipe: Recipe) -> bool:
