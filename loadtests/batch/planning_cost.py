@@ -139,11 +139,17 @@ def measure(report: Report, port: int, *, lines: int) -> None:
                 time.sleep(5)
             file_id = client.upload(path)
             before_mib = gateway.memory_info().rss / 2**20
+            say(f"forecasting {lines} lines")
+            began_s = time.monotonic()
+            forecast = client.plan(file_id, "/v1/chat/completions", {}, [])
+            forecast_s = time.monotonic() - began_s
+            costs = [point["cost"] for point in forecast["curve"]]
+            terms = {"max_cost": (costs[0] + costs[-1]) / 2}
             cpu_s = sum(gateway.cpu_times()[:2])
             say(f"planning {lines} lines")
             began_s = time.monotonic()
             with _Person(port) as beside:
-                made = client.create(file_id, "/v1/chat/completions", {"max_cost": 1000.0})
+                made = client.create(file_id, "/v1/chat/completions", terms)
                 batch = made
                 while batch["status"] == "validating":
                     time.sleep(0.1)
@@ -162,7 +168,8 @@ def measure(report: Report, port: int, *, lines: int) -> None:
         f"Planning {lines} lines for {_EXPERTS} experts",
         ("", "value"),
         [
-            ("time until the first line may run, s", f"{plan_s:.1f}"),
+            (f"forecast of {len(costs)} budgets without running it, s", f"{forecast_s:.1f}"),
+            ("a batch with a budget: time until the first line may run, s", f"{plan_s:.1f}"),
             ("of that, processor time of the gateway, s", f"{plan_cpu_s:.1f}"),
             ("memory of the gateway, at its peak above before, MiB", f"{grown_mib:.0f}"),
             ("a short request alone, p99, ms", f"{p99_ms[0]:.0f}"),
@@ -177,6 +184,8 @@ def measure(report: Report, port: int, *, lines: int) -> None:
         TargetCheck("lines planned", float(lines), float(sum(shares.values())), complete)
     )
     report.facts |= {
+        "forecast_s": round(forecast_s, 2),
+        "costs": costs,
         "seconds": round(plan_s, 2),
         "cpu_s": round(plan_cpu_s, 2),
         "mib": round(grown_mib, 1),

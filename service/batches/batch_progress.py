@@ -127,6 +127,17 @@ def shares_of(choices: Iterable[LineChoice]) -> dict[str, PlannedShare]:
     return shares
 
 
+def counted_as(model: str, shares: Mapping[str, PlannedShare]) -> str:
+    """The name under which a line of a model counts.
+
+    Args:
+        model: The expert or recipe that the line is sent to.
+        shares: By model, its share of the plan.
+    """
+    known = model in shares or (len(model) <= _LONGEST_NAME and len(shares) < _MOST_MODELS)
+    return model if known else OTHER_MODELS
+
+
 def progress_of(
     shares: Mapping[str, PlannedShare], counts: Mapping[str, ModelCounts], elapsed_s: float | None
 ) -> BatchProgress:

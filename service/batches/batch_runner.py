@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from service.batches.batch_progress import OTHER_MODELS, shares_of
+from service.batches.batch_progress import PlannedShare, counted_as, shares_of
 from service.batches.batch_records import (
     OUTPUT_PURPOSE,
     BatchRecord,
@@ -467,15 +467,10 @@ class BatchRunner:
                 await self._change(job, lambda batch: batch.changed(total=index.total))
             return False
         planned = (plan.quality, plan.cost, plan.seconds)
-        shares = await asyncio.to_thread(shares_of, plan.choices)
         await self._change(
             job,
             lambda batch: batch.enter(
-                Status.IN_PROGRESS,
-                self._clock(),
-                total=index.total,
-                planned=planned,
-                shares=shares,
+                Status.IN_PROGRESS, self._clock(), total=index.total, planned=planned
             ),
             await asyncio.to_thread(_dump_plan, plan.choices),
         )
@@ -570,7 +565,7 @@ class BatchRunner:
         """Try a line until it has a result."""
         batch = job.batch
         name = request_id(batch.id, choice.line)
-        model = choice.model if choice.model in batch.shares else OTHER_MODELS
+        model = counted_as(choice.model, batch.shares)
         # A line may have megabytes.
         line = await asyncio.to_thread(lines.numbered, choice.line)
         may_cost = await self._reserve(job, choice.cost, turn)
@@ -805,11 +800,13 @@ class BatchRunner:
     ) -> None:
         """Change a batch, again where others change it at the same time.
 
-        A change that its state does not allow any more, because it was cancelled, is left out.
+        A change that its state does not allow any more, because it was cancelled, is left out. With
+        a plan the batch gets the plan's shares.
 
         Raises:
             _LostError: The batch is gone.
         """
+        shares = None if plan is None else await asyncio.to_thread(_shares_of, plan)
         while True:
             current = await self._state.batch(job.batch.id)
             if current is None:
@@ -821,6 +818,8 @@ class BatchRunner:
                 return
             if changed is current:
                 return
+            if shares is not None:
+                changed = replace(changed, shares=shares)
             if await self._state.replace(changed, plan):
                 job.batch = changed
                 return
@@ -864,6 +863,11 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _dump_plan(choices: tuple[LineChoice, ...]) -> bytes:
     return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens] for c in choices])
+
+
+def _shares_of(plan: bytes) -> dict[str, PlannedShare]:
+    """Each model's share of a stored plan."""
+    return shares_of(LineChoice(*given) for given in orjson.loads(plan))
 
 
 def _lines_left(plan: bytes, done: set[int]) -> dict[str, deque[LineChoice]]:

@@ -108,7 +108,7 @@ async def test_console_shows_a_tenant_its_own_batches_only(
         await page.press("#admin-key", "Enter")
         note = page.locator("#batches-note")
         await expect(note).to_contain_text("an API key shows its tenant's")
-        await expect(note).to_contain_text("2 of all tenants under way")
+        await expect(note).to_contain_text("2 under way, of all tenants together")
         await expect(page.locator(".batch")).to_have_count(0)
         for key, own, other in ((KEY, mine, theirs), (OTHER, theirs, mine)):
             await page.click("#keys-open")

@@ -12,6 +12,7 @@ from service.batches.batch_progress import (
     OTHER_MODELS,
     ModelCounts,
     PlannedShare,
+    counted_as,
     progress_of,
     shares_of,
 )
@@ -34,6 +35,10 @@ def test_shares_of_many_names_are_bounded() -> None:
     assert sum(share.lines for share in shares.values()) == len(names)
     assert sum(share.tokens for share in shares.values()) == len(names)
     assert shares[OTHER_MODELS].lines == len(names) - 3 - 63
+    # Results count under the same names, so that these are as few.
+    assert {counted_as(name, shares) for name in names} == shares.keys()
+    # A model that came into a plan since then has its own.
+    assert counted_as("new", {"math": PlannedShare(1, 1.0)}) == "new"
 
 
 def test_time_to_go_is_that_of_the_tokens_that_are_left() -> None:

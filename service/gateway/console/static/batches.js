@@ -66,7 +66,7 @@ async function look() {
 function draw() {
   const open = Object.values(seen?.states || {}).reduce((sum, count) => sum + count, 0);
   byId("batches-card").hidden = !found.length && !(missing && open);
-  const all = seen ? `${open} of all tenants under way` : "";
+  const all = seen ? `${open} under way, of all tenants together` : "";
   byId("batches-note").textContent = [missing, all].filter(Boolean).join(" · ");
   const list = byId("batches");
   list.hidden = !found.length;
