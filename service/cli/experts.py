@@ -33,7 +33,12 @@ def experts(ctx: click.Context, url: str, as_json: bool, watch: bool) -> None:
     from rich.live import Live
 
     if not watch:
-        Console().print(_experts_table(admin(url, "GET", "/admin/experts")))
+        told = admin(url, "GET", "/admin/experts")
+        Console().print(_experts_table(told))
+        for name, one in told.get("added", {}).items():
+            if one["state"] != "served":
+                why = f": {one['reason']}" if one["reason"] else ""
+                click.echo(f"added {name}: {one['state']}{why}")
         return
     import time
 

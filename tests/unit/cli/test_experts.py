@@ -73,3 +73,20 @@ def test_added_expert_s_fields_come_from_options_and_a_file(
     more.write_text("- a list")
     said = CliRunner().invoke(cli, given)
     assert "a mapping with fields of an expert is needed" in str(said.exception)
+
+
+def test_experts_says_which_added_ones_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "pools": {},
+        "added": {
+            "law": {"state": "left out", "reason": "the config has an expert of this name"},
+            "new": {"state": "not served", "reason": ""},
+            "fine": {"state": "served", "reason": ""},
+        },
+    }
+    monkeypatch.setattr("service.cli.experts.admin", lambda *_: told)
+    lines = CliRunner().invoke(cli, ["experts"]).output.splitlines()
+    assert lines[-2:] == [
+        "added law: left out: the config has an expert of this name",
+        "added new: not served",
+    ]
