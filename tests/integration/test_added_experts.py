@@ -81,8 +81,9 @@ async def remove(stage: RunningGateway, name: str) -> tuple[int, Any]:
         return reply.status, await reply.json()
 
 
-async def status_of(stage: RunningGateway, model: str) -> int:
-    return (await stage.ask(chat(model=model, max_tokens=2)))[0]
+async def status_of(stage: RunningGateway, model: str, deadline_ms: int = 60_000) -> int:
+    headers = {"x-coe-deadline-ms": str(deadline_ms)}
+    return (await stage.ask(chat(model=model, max_tokens=2), headers=headers))[0]
 
 
 def snapshots(stage: RunningGateway) -> list[Any]:
@@ -165,8 +166,10 @@ async def test_64_streams_go_on_beside_an_addition_and_a_removal(tmp_path: Path)
             assert stage.pools["p"].engines == engines
             assert [engine.swaps for engine in engines] == [0, 0]
             assert all(engine.failure() is None for engine in engines)
-            assert sum(engine.now for engine in engines) == 64
-            assert state.metrics.in_flight == 64
+            await until(
+                lambda: sum(engine.now for engine in engines) == state.metrics.in_flight == 64,
+                "the streams run, and nothing else",
+            )
             assert state.breakers.states(now_s) == open_before
         finally:
             for reply in replies:
@@ -528,7 +531,9 @@ async def test_gateways_with_a_shared_store_agree(tmp_path: Path) -> None:
             both = (first, second)
 
             async def everywhere(status: int) -> bool:
-                return [await status_of(stage, "law") for stage in both] == [status, status]
+                # A gateway that does not know yet would wait for a pool with the expert.
+                found = [await status_of(stage, "law", 1000) for stage in both]
+                return found == [status, status]
 
             lora = {"name": "law", "base": "general", "adapter": adapter(tmp_path)}
             assert (await add(first, **lora))[0] == 200
