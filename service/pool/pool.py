@@ -44,7 +44,7 @@ from service.pool.timed_send import TimedSend
 from service.pool.unit_placement import next_move
 from service.rpc.call_headers import Call, Times
 from service.rpc.expert_latency import ExpertLatency, measured_speeds
-from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, Snapshot, encode
+from service.rpc.snapshot import COALESCE_S, HEARTBEAT_S, ExpertState, Snapshot, encode
 from service.telemetry.json_logging import log_fields
 from service.types import Residency
 
@@ -118,6 +118,8 @@ class Pool:
         # Counts what a snapshot may tell, also what alone is no reason to send one.
         self._revision = 0
         self._told: _Told | None = None
+        # By expert, its slot's last state, and the same with the number of the slot.
+        self._told_states: dict[str, tuple[ExpertState, ExpertState]] = {}
         self._listeners: set[asyncio.Event] = set()
 
     def add(self, slot: BaseSlot[Any]) -> None:
@@ -613,10 +615,12 @@ class Pool:
         capacity = {}
         slot_of: dict[str, BaseSlot[Any]] = {}
         for i, slot in enumerate(self.slots):
-            states.update({name: replace(s, slot=i) for name, s in slot.states().items()})
+            states.update(self._numbered(i, slot.states()))
             queues.update(slot.queues())
             capacity.update(dict.fromkeys(slot.experts, slot.capacity))
             slot_of.update(dict.fromkeys(slot.experts, slot))
+        if len(self._told_states) > len(states):
+            self._told_states = {name: self._told_states[name] for name in states}
         held = self._present_names(states)
         shares = self._shares(held)
         by_name = {name: queues[own] for name, own in held.items()}
@@ -645,6 +649,18 @@ class Pool:
                 {name for name, own in held.items() if states[own].state is Residency.DEVICE}, now_s
             ),
         )
+
+    def _numbered(self, slot: int, states: dict[str, ExpertState]) -> dict[str, ExpertState]:
+        """Return states with their slot's number. A state that did not change is the same object.
+
+        So what has changed is found fast (`encode`).
+        """
+        for name, state in states.items():
+            known = self._told_states.get(name)
+            if known is None or known[0] is not state or known[1].slot != slot:
+                known = self._told_states[name] = (state, replace(state, slot=slot))
+            states[name] = known[1]
+        return states
 
     def _present_names(self, present: Collection[str]) -> Mapping[str, str]:
         """Return the held name of each expert to publish.

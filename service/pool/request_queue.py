@@ -31,6 +31,8 @@ PROMPT_TOKENS = 2048
 # Clients get this Retry-After where the pace of the queue is unknown.
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
+# What pools publish of an expert without requests.
+_NOTHING = Queue()
 
 
 @dataclass(eq=False, slots=True)
@@ -487,6 +489,8 @@ class TicketQueue:
             name: Only requests that asked for it by this name; None for all requests.
         """
         queue = self._queue
+        if not any(queue.counts(expert)):
+            return _NOTHING
         if name is not None:
             return queue.queue_of(expert, name)
         return Queue(

@@ -168,6 +168,8 @@ def bounded(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) -> li
     weights = {u.name: u.host_bytes for u in units}
     stay = {owner_of(u) for u in units if u.pinned or u.name == slot.running_unit}
     room = bound - sum(weights.get(owner, 0) for owner in stay)
+    if max(weights.values(), default=0) <= room:
+        return list(units)
     return [
         u
         if u.tier is not Residency.DISK

@@ -79,10 +79,10 @@ class PoolDirectory:
         }
         if self._session is None:
             self._session = new_session()
-        for boot in self.followed.keys() - wanted.keys():
+        for boot in [boot for boot in self.followed if boot not in wanted]:
             link = self.followed.pop(boot)
             self._leaving[link] = asyncio.create_task(self._disconnect(link))
-        for boot in wanted.keys() - self.followed.keys():
+        for boot in [boot for boot in wanted if boot not in self.followed]:
             self.followed[boot] = self._make_link(
                 wanted[boot],
                 self._session,

@@ -177,7 +177,12 @@ def encode(now: Snapshot, before: Snapshot | None) -> bytes:
         if name not in _TABLES:
             line[name] = new
             continue
-        if entries := {key: value for key, value in new.items() if old.get(key) != value}:
+        # Most entries are the same objects, which is found faster than that they are equal.
+        if entries := {
+            key: value
+            for key, value in new.items()
+            if (before_it := old.get(key)) is not value and before_it != value
+        }:
             changed[name] = entries
         if gone := [key for key in old if key not in new]:
             removed[name] = gone

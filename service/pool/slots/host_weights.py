@@ -148,8 +148,12 @@ class HostWeights:
         return self._states[unit].tier in (Residency.HOST, Residency.DEVICE)
 
     def fetch_time_s(self, unit: str) -> float:
-        """Return the seconds to bring a unit to host memory, including its owner's weights."""
-        own_s = 0.0 if self.is_held(unit) else self._states[unit].fill_s
+        """Return the seconds to bring a unit to host memory, including its owner's weights.
+
+        A unit that is being swapped in is there already.
+        """
+        state = self._states[unit]
+        own_s = state.fill_s if state.tier is Residency.DISK else 0.0
         owner = self._units[unit].needs
         return own_s + (self.fetch_time_s(owner) if owner in self._units else 0.0)
 

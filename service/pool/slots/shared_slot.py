@@ -134,6 +134,10 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         self._wakes = False
         # The event wakes the controller before its next tick.
         self._wake = asyncio.Event()
+        # Whether requests waited for the running unit at the last step, and whether that step left
+        # everything as it was.
+        self._own_waiting = False
+        self._settled = False
         # The times when the running unit began to run, and when the gate closed for another unit.
         self._running_since_s = 0.0
         # When people last asked for each unit.
@@ -329,15 +333,19 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             self._people_s[self.unit_of(ticket.expert).name] = ticket.arrived_s
 
     def _on_departure(self) -> None:
-        self._wake.set()
+        if self._own_waiting or self._depends_on_time():
+            self._wake.set()
 
     def record_demand(self, expert: str, amount: float, now_s: float) -> None:
         """Record demand for an expert: its requests, and requests that gateways sent elsewhere."""
-        state = self._weights.state(self.unit_of(expert).name)
+        unit = self.unit_of(expert).name
+        state = self._weights.state(unit)
         state.record_demand(amount, now_s)
         if state.decayed_demand(now_s) >= WAKING_DEMAND:
             self.want(expert)
-        self._wake.set()
+        # The running unit stays in memory, whatever its demand.
+        if unit != self.running_unit or self._depends_on_time():
+            self._wake.set()
 
     def _refuse_unit(self, unit: str, error: Callable[[Ticket], Exception]) -> None:
         for name in self._weights.unit(unit).experts:
@@ -467,7 +475,8 @@ class SharedSlot(BaseSlot[SwappingEngine]):
 
     def _depends_on_time(self) -> bool:
         return (
-            self._state is not SlotState.SERVING
+            not self._settled
+            or self._state is not SlotState.SERVING
             or bool(self._retired)
             or bool(self.idle_policy.limits_s)
             or not self._weights.is_idle
@@ -522,11 +531,13 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             False where the next unit needs another engine.
         """
         now_s = time.monotonic()
+        self._settled = False
         if self._state is SlotState.ASLEEP:
             if self._queue.total or self._retired or self._wanted.is_set():
                 return await self._resume(engine)
             return True
         slot = self._slot_view(now_s)
+        self._own_waiting = slot.waiting > 0
         views = bounded(slot, self._unit_views(now_s, engine.swappable_experts), self.policy)
         if self._retired:
             if self._weights.is_idle:
@@ -536,6 +547,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
             return await self._leave_retired(engine, views)
         step = next_step(slot, views, self.policy)
         if isinstance(step, Stay):
+            self._settled = True
             self._closing_since_s = None
             if self._state is not SlotState.SERVING:
                 self._enter(SlotState.SERVING)
@@ -1029,10 +1041,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         The planner uses the same times. They include the start of another engine where a unit
         needs one. `swap_s` is the mean of a swap to the expert and of the swap back.
         """
-        now_s = time.monotonic()
-        views = self._unit_views(now_s, self._runnable_units())
-        views = bounded(self._slot_view(now_s), views, self.policy)
-        able = {view.name for view in views if view.swappable}
+        able = self._able_units()
         start_left_s = self.ahead_s + self.start_left_s()
         times: dict[str, tuple[float, float]] = {}
         for unit, unit_state in self._weights:
@@ -1046,7 +1055,7 @@ class SharedSlot(BaseSlot[SwappingEngine]):
                 # The time is rounded. Otherwise a countdown would change every snapshot.
                 after_s = 0.0 if name == self.running_unit else fetch_s + there_s
                 eta_s = float(round(start_left_s + after_s))
-            elif unit_state.tier is Residency.HOST:
+            elif unit_state.tier is not Residency.DISK:
                 eta_s = round(there_s, 3)
             else:
                 eta_s = round(fetch_s + there_s, 1)
@@ -1055,8 +1064,30 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         for name, state in self._states.items():
             eta_s, swap_s = times[self.unit_of(name).name]
             waits = state.state in (Residency.HOST, Residency.DISK, Residency.LOADING)
-            states[name] = replace(state, eta_s=eta_s if waits else 0.0, swap_s=swap_s)
+            eta_s = eta_s if waits else 0.0
+            if state.eta_s != eta_s or state.swap_s != swap_s:
+                # It is kept, so that a state that does not change is the same object each time.
+                state = self._states[name] = replace(state, eta_s=eta_s, swap_s=swap_s)
+            states[name] = state
         return states
+
+    def _able_units(self) -> Collection[str]:
+        """Return the units that the engine can run and that fit in the bound on host memory."""
+        runnable, policy = self._runnable_units(), self.policy
+        bound = policy.most_bytes if policy.most_bytes is not None else policy.host_bytes
+        running, now_s = self._weights.owner_of(self.running_unit), time.monotonic()
+        stays = largest = 0
+        is_missing = bool(self._retired)
+        for unit, state in self._weights:
+            is_missing = is_missing or state.failed_until > now_s
+            if state.host_bytes > largest:
+                largest = state.host_bytes
+            if state.pinned or unit.name == running:
+                stays += state.host_bytes
+        if not is_missing and (bound is None or stays + largest <= bound):
+            return runnable
+        views = bounded(self._slot_view(now_s), self._unit_views(now_s, runnable), policy)
+        return {view.name for view in views if view.swappable}
 
     # --- views for the planner and for placement
 
