@@ -69,9 +69,15 @@ def _buy(
     shipped: Path, sizes: dict[str, int], machine: Machine, folder: Path, output: Path
 ) -> Composition | None:
     """Write the best composition of models with these sizes; None where none fits the memory."""
+    import yaml
+
     from service.cli.compose.command import compose, run
 
-    words = ["--map", str(shipped), "--config", str(shipped / EXPERTS), "--out", str(output)]
+    base = yaml.safe_load((shipped / EXPERTS).read_text(encoding="utf-8"))
+    # The map belongs to this installation, and the config may be moved.
+    base["router"]["artifact"] = str(shipped.resolve())
+    (folder / EXPERTS).write_text(yaml.safe_dump(base, sort_keys=False), encoding="utf-8")
+    words = ["--map", str(shipped), "--config", str(folder / EXPERTS), "--out", str(output)]
     if sizes:
         (folder / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
         words += ["--sizes", str(folder / SIZES)]

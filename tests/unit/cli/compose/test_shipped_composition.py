@@ -88,6 +88,8 @@ def test_write_composed_buys_what_fits_the_machine(
     assert "public models" in told
     config = load_config(out)
     assert experts <= set(config.experts)
+    # Wherever the config is moved to.
+    assert yaml.safe_load(out.read_text())["router"]["artifact"] == str(artifacts / "public@2")
     assert config.router.artifact == str(artifacts / "public@2")
     assert all((pool.gpus > 0) == bool(machine.gpus) for pool in config.pools.values())
 
