@@ -442,6 +442,10 @@ class AddedExpertService:
         await self._serve(await self._repository.change(change))
         await self._hand_out()
 
+    def times(self) -> dict[str, float]:
+        """When each served expert was added, in seconds since 1970."""
+        return {name: one.added_s for name, one in self.known.experts.items() if one.served}
+
     def to_json(self) -> dict[str, Any]:
         """Each added expert, for admins."""
         return {

@@ -303,7 +303,9 @@ class ConfiguredGateway:
         return InferenceHandler(
             intake=services.intake,
             planner=services.planner,
-            cache=ResponseCache(services.config, resources.volatile, self._registry),
+            cache=ResponseCache(
+                services.config, resources.volatile, self._registry, resources.added.times()
+            ),
             admission=self._admission,
             executor=services.executor,
             shadow=self.shadow,

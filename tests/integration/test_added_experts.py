@@ -259,6 +259,28 @@ async def test_addition_that_was_cut_short_is_removed_in_the_end(tmp_path: Path)
         assert await added(stage) == {}
 
 
+async def test_cache_has_no_answers_of_an_earlier_expert_of_the_name(tmp_path: Path) -> None:
+    given = config(tmp_path, tenants={"default": {"cache": {"mode": "exact"}}})
+    async with run_gateway(given) as stage:
+        lora = {"name": "law", "base": "general", "adapter": adapter(tmp_path)}
+
+        async def looked_up() -> str:
+            body = chat(model="law", max_tokens=2, temperature=0)
+            _, headers, _ = await stage.ask(body, headers={"x-coe-cache": "exact"})
+            return headers["x-coe-cache"]
+
+        assert (await add(stage, **lora))[0] == 200
+        assert await looked_up() == "miss"
+
+        async def is_kept() -> bool:
+            return await looked_up() == "exact"
+
+        await until(is_kept, "the answer is kept")
+        assert (await remove(stage, "law"))[0] == 200
+        assert (await add(stage, **lora))[0] == 200
+        assert await looked_up() == "miss"
+
+
 async def test_without_figures_an_added_expert_has_its_base_s_quality(tmp_path: Path) -> None:
     experts = {
         "general": {"model": "m", "categories": ["law"], "quality": {"law": 0.7, "food": 0.2}},

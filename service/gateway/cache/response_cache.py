@@ -107,10 +107,22 @@ class CacheSearch:
 
 
 class ResponseCache:
-    """The response cache of one gateway."""
+    """The response cache of one gateway.
+
+    Args:
+        config: The config.
+        store: Keeps the answers.
+        registry: Counts hits and misses.
+        added: When each expert was added that an admin has added, in seconds since 1970. One that
+            is added again may have other weights in the same folder.
+    """
 
     def __init__(
-        self, config: Config, store: VolatileStore, registry: MetricsRegistry | None = None
+        self,
+        config: Config,
+        store: VolatileStore,
+        registry: MetricsRegistry | None = None,
+        added: Mapping[str, float] | None = None,
     ) -> None:
         self._settings = {
             name: tenant.cache
@@ -122,6 +134,8 @@ class ResponseCache:
         experts = config.model_dump_json(include={"experts", "pools", "router", "recipes"})
         # The content of a steering profile may change under the same name.
         made_by = experts + repr(sorted(profile_digests(config).items()))
+        if added:
+            made_by += repr(sorted(added.items()))
         self._made_by = hashlib.blake2b(made_by.encode(), digest_size=8).hexdigest()
 
     async def begin(self, request: InferenceRequest, send: Send) -> CacheSession:
