@@ -63,6 +63,7 @@ _IN_PLACE = (
     ("memory_bytes_per_s", "plain copies from pinned memory, bytes/s", ""),
     ("fill_bytes_per_s", "load to host memory, bytes/s", ""),
 )
+_ROOM = ("layer_room_ratio", "room in which a layer is made ready, of its size", "at most 3")
 _STALLS = (
     ("stall_median_ratio", "time between tokens beside a load, of that without", "at most 1.2"),
     ("longest_gap_s", "longest time between tokens beside a load, s", ""),
@@ -81,7 +82,7 @@ ROWS = (
     Row("copies", "copy_all", "captured_graph_sees_it", "captured graphs see it", "true"),
     *_doctor("doctor-quick", "inplace", *_IN_PLACE),
     *_swaps("swaps-eager"),
-    *(row for form in FORMS for row in _doctor(f"doctor-{form}", "inplace", *_IN_PLACE)),
+    *(row for form in FORMS for row in _doctor(f"doctor-{form}", "inplace", *_IN_PLACE, _ROOM)),
     *_doctor("doctor", "respawn", ("start_s", "start of an engine, s", "")),
     *_doctor("doctor", "inplace", *_IN_PLACE, *_STALLS),
     *_doctor(

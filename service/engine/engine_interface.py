@@ -189,12 +189,15 @@ class LoadResult:
         stall_s: The longest time for which the load may have kept a GPU's kernels waiting.
         starts: True where nothing was loaded, because the next swap starts an engine for the
             expert.
+        layer_room_ratio: The room on a GPU in which the largest layer was made ready, in sizes of
+            that layer; 0 where none was.
     """
 
     host_bytes: int
     fill_s: float
     starts: bool = False
     stall_s: float = 0.0
+    layer_room_ratio: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

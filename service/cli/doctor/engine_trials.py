@@ -303,6 +303,9 @@ async def _load_beside(engine: SwappingVllmEngine, log: TrialLog) -> None:
         beside += [b - a for a, b in itertools.pairwise(t for t in times if t <= ended_s)]
     fill_s = statistics.median(filled.fill_s for filled in fills)
     log.figures("inplace", fill_s=fill_s, fill_bytes_per_s=fills[-1].host_bytes / fill_s)
+    # Only the first one may have made the weights, which later ones find in shared memory.
+    if (ratio := max(filled.layer_room_ratio for filled in fills)) > 0:
+        log.figures("inplace", layer_room_ratio=ratio)
     if len(beside) >= _LEAST_GAPS:
         log.figures(
             "inplace",

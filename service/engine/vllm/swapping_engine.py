@@ -315,7 +315,10 @@ class SwappingVllmEngine(VllmEngine):
         self._versions[expert] = version
         await self._load_frontend_or_evict(expert, source)
         return LoadResult(
-            int(result["host_bytes"]), float(result["fill_s"]), stall_s=float(result["stall_s"])
+            int(result["host_bytes"]),
+            float(result["fill_s"]),
+            stall_s=float(result["stall_s"]),
+            layer_room_ratio=float(result["layer_room_ratio"]),
         )
 
     async def swap_in(self, expert: str) -> SwapResult:
@@ -654,6 +657,7 @@ def _merge_rank_results(answers: list[Any]) -> Any:
     if results and all(result.get("state") == "host" for result in results):
         # The bytes add up, because each rank holds its own part.
         host_bytes = sum(int(result["host_bytes"]) for result in results)
-        slowest = {key: max(result[key] for result in results) for key in ("fill_s", "stall_s")}
-        return {**results[0], "host_bytes": host_bytes, **slowest}
+        worst = ("fill_s", "stall_s", "layer_room_ratio")
+        most = {key: max(result[key] for result in results) for key in worst}
+        return {**results[0], "host_bytes": host_bytes, **most}
     return answers[0]

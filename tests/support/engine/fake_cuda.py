@@ -57,6 +57,7 @@ class FakeCuda(CudaRuntime):
         self.copies_fail = 0
         self.in_copies = 0
         self.behind: list[FakeCopy] = []
+        self.given_bytes = self.peak_bytes = 0
         self._thread = threading.local()
 
     @property
@@ -97,6 +98,18 @@ class FakeCuda(CudaRuntime):
             if self.copies_fail:
                 self.copies_fail -= 1
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def watch_memory(self, device: Any) -> int:
+        self.peak_bytes = self.given_bytes
+        return self.given_bytes
+
+    def most_memory(self, device: Any) -> int:
+        return self.peak_bytes
+
+    def give(self, size_bytes: int) -> None:
+        """Give out memory on the device, or take it back."""
+        self.given_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.given_bytes)
 
     def copy_behind(self, source: Any, target: Any) -> Any:
         copy = FakeCopy(source, target)

@@ -43,7 +43,8 @@ class Workers(SwappingVllmEngine):
             if self.fails_once:
                 self.fails_once = False
                 raise ExpertFailedError("the call was lost")
-            return {"state": "host", "host_bytes": 58, "fill_s": 0.1, "stall_s": 0.0}
+            found = {"host_bytes": 58, "fill_s": 0.1, "stall_s": 0.0, "layer_room_ratio": 0.0}
+            return {"state": "host", **found}
         return True if method == "coe_evict" else None
 
     async def _load_frontend(self, expert: str, source: Weights) -> None:
@@ -137,12 +138,16 @@ async def test_load_that_was_given_up_is_no_load_of_the_files_that_came_since(
 def test_merge_rank_results_takes_the_least_progress() -> None:
     from service.engine.vllm.swapping_engine import _merge_rank_results
 
-    ranks = [{"state": "host", "host_bytes": 5, "fill_s": s, "stall_s": s} for s in (0.1, 0.3)]
+    ranks = [
+        {"state": "host", "host_bytes": 5, "fill_s": s, "stall_s": s, "layer_room_ratio": s}
+        for s in (0.1, 0.3)
+    ]
     assert _merge_rank_results(ranks) == {
         "state": "host",
         "host_bytes": 10,
         "fill_s": 0.3,
         "stall_s": 0.3,
+        "layer_room_ratio": 0.3,
     }
     waits = [ranks[0], {"state": "loading"}]
     assert _merge_rank_results(waits) == waits[1]

@@ -46,6 +46,15 @@ class CudaRuntime:
         """
         _check(torch.cuda.cudart().cudaHostUnregister(address), "be given back")
 
+    def watch_memory(self, device: torch.device) -> int:
+        """Begin to watch a device's memory, and return the bytes that torch has given out there."""
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+
+    def most_memory(self, device: torch.device) -> int:
+        """Return the most bytes that torch had given out at once since `watch_memory`."""
+        return int(torch.cuda.max_memory_allocated(device))
+
     @contextmanager
     def copies(self) -> Iterator[None]:
         """Make copies within the context on a stream of their own, and wait for them at its end."""

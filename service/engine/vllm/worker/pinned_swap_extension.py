@@ -84,6 +84,8 @@ class PinnedWeights:
         host_bytes: The size of the tensors in bytes.
         fill_s: The duration of the load in seconds.
         stall_s: The longest time for which the load may have kept kernels waiting, in seconds.
+        layer_room_ratio: The room on the GPU in which the largest layer was made ready, in sizes of
+            that layer; 0 where none was.
         stored: False while the weights are in the model only.
         probe: The probe that was recorded at the first swap.
         steered: The table of a steered expert, which shares its base's tensors.
@@ -95,6 +97,7 @@ class PinnedWeights:
     host_bytes: int = 0
     fill_s: float = 0.0
     stall_s: float = 0.0
+    layer_room_ratio: float = 0.0
     stored: bool = True
     probe: WeightProbe | None = None
     steered: SteeringTable | None = None
@@ -239,7 +242,9 @@ class PinnedExtension(SwapExtension):
             second.process(self._coe_processor(), turns, memory_of(live))
             state = ModelState.of(second.model)
             state.check_fits(live)
-            return self._coe_hold(expert, {name: state.tensors[name] for name in live.tensors})
+            held = self._coe_hold(expert, {name: state.tensors[name] for name in live.tensors})
+            held.layer_room_ratio = second.room.ratio
+            return held
         tensors = tensors_of(second.model)
         check_fits(tensors, tensors_of(self.model_runner.model))
         return self._coe_hold(expert, tensors)

@@ -12,12 +12,14 @@ import copy
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from service.engine.vllm.worker.cuda_runtime import cuda_runtime
 from service.engine.vllm.worker.model_access import (
     PLAIN_METHODS,
     is_attention,
@@ -43,6 +45,29 @@ if TYPE_CHECKING:
 _HOST = torch.device("cpu")
 
 
+@dataclass(slots=True)
+class LayerRoom:
+    """What it took on a device to make the largest layer ready.
+
+    Attributes:
+        layer_bytes: The bytes of that layer as it was stored.
+        room_bytes: The most bytes on the device at once; 0 while none was made ready there.
+    """
+
+    layer_bytes: int = 0
+    room_bytes: int = 0
+
+    def add(self, layer_bytes: int, room_bytes: int) -> None:
+        """Add a layer. The one that needs the most room counts."""
+        if room_bytes > self.room_bytes:
+            self.layer_bytes, self.room_bytes = layer_bytes, room_bytes
+
+    @property
+    def ratio(self) -> float:
+        """The room in sizes of the layer, which the memory plan takes for three."""
+        return self.room_bytes / self.layer_bytes if self.layer_bytes else 0.0
+
+
 class SecondModel:
     """A model that is being loaded.
 
@@ -61,6 +86,7 @@ class SecondModel:
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         check_same_form(Path(config.model_config.model), Path(folder))
+        self.room = LayerRoom()
         own = copy.copy(config)
         own.model_config = copy.copy(config.model_config)
         own.model_config.model = folder
@@ -181,6 +207,7 @@ class SecondModel:
         config = self._config
         moves = device.type != "cpu"
         with (
+            _measured(self.room, device, module) if moves else nullcontext(),
             torch.no_grad(),
             set_current_vllm_config(config),
             set_default_torch_dtype(config.model_config.dtype),
@@ -223,6 +250,18 @@ class SecondModel:
             parent, child = places[id(layer)]
             setattr(parent, child, running[name])
         return own
+
+
+@contextmanager
+def _measured(room: LayerRoom, device: torch.device, module: torch.nn.Module) -> Iterator[None]:
+    """Add to `room` what making a layer ready takes on a device."""
+    runtime = cuda_runtime()
+    if runtime is None:
+        yield
+        return
+    layer_bytes, before = tensor_bytes(module), runtime.watch_memory(device)
+    yield
+    room.add(layer_bytes, runtime.most_memory(device) - before)
 
 
 @contextmanager

@@ -65,6 +65,7 @@ class HostWeights:
         host_bytes: The measured size in bytes.
         fill_s: The duration of the load in seconds.
         stall_s: The longest time for which the load may have kept the running model waiting.
+        layer_room_ratio: As on a GPU; 0 here, where layers are made ready in place.
         probe: The probe that was recorded between two steps of the running model.
         steered: The rules of a steered expert, which shares everything else with its base.
     """
@@ -74,6 +75,7 @@ class HostWeights:
     host_bytes: int
     fill_s: float = 0.0
     stall_s: float = 0.0
+    layer_room_ratio: float = 0.0
     probe: WeightProbe | None = None
     steered: SteeredGates | None = None
 
@@ -298,6 +300,7 @@ class SwapExtension(CaptureExtension):
                 "host_bytes": held.host_bytes,
                 "fill_s": held.fill_s,
                 "stall_s": held.stall_s,
+                "layer_room_ratio": held.layer_room_ratio,
             }
         load = state.loads.get(expert)
         if load is None:

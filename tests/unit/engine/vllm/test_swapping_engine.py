@@ -34,6 +34,7 @@ from service.engine.vllm.worker import (  # noqa: E402
 )
 from service.engine.vllm.worker.model_state import ModelState, same_bytes  # noqa: E402
 from service.engine.vllm.worker.pinned_swap_extension import is_plain, tensors_of  # noqa: E402
+from service.engine.vllm.worker.second_model import LayerRoom  # noqa: E402
 from tests.support.engine import dense_model, fake_cuda, processed_model  # noqa: E402
 
 RANKS = 2
@@ -136,7 +137,7 @@ class Files:
 
                 turns.take(ready)
 
-        return SimpleNamespace(model=model, load=load, process=process)
+        return SimpleNamespace(model=model, load=load, process=process, room=LayerRoom(8, 20))
 
 
 class Engine(SwappingVllmEngine):
@@ -226,7 +227,8 @@ class Stage:
         """Make all experts held, as a slot would."""
         assert not await self.engine.worker_rpc("coe_register_initial", "a")
         for name in NAMES[1:]:
-            await self.engine.load_to_host(name)
+            result = await self.engine.load_to_host(name)
+            assert result.layer_room_ratio == (2.5 if self.kind == "processed" else 0)
         self._counts = True
 
     def runs(self, expert: str) -> bool:

@@ -12,7 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from service.cli.doctor.random_models import QUANTIZATIONS  # noqa: E402
-from service.engine.vllm.worker.second_model import _on, check_same_form  # noqa: E402
+from service.engine.vllm.worker import second_model  # noqa: E402
+from service.engine.vllm.worker.second_model import (  # noqa: E402
+    LayerRoom,
+    _measured,
+    _on,
+    check_same_form,
+)
+from tests.support.engine import fake_cuda  # noqa: E402
 
 _GPTQ = QUANTIZATIONS["gptq"]
 
@@ -76,3 +83,22 @@ def test_layer_that_can_not_be_made_ready_leaves_the_device(error: Any) -> None:
     if error == "room":
         assert "no room to make a layer of 0.00 GB ready beside the running" in str(found.value)
     assert all(torch.equal(value, weights[name]) for name, value in layer.named_parameters())
+
+
+def test_room_of_a_layer_is_what_the_device_had_given_out_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, room = fake_cuda.FakeCuda(), LayerRoom()
+    monkeypatch.setattr(second_model, "cuda_runtime", lambda: cuda)
+    assert room.ratio == 0
+    cuda.give(10_000)  # the running model's
+    # By layer of 4 x 4 and 8 x 8 weights: what is moved there, what is made of it, and the rest.
+    for width, sizes in ((8, (256, 256, 100)), (4, (64, 64, 64)), (8, (256, 300, -44))):
+        layer = torch.nn.Linear(width, width, bias=False)
+        with _measured(room, torch.device("cuda"), layer):
+            for size in sizes:
+                cuda.give(size)
+            cuda.give(-sum(sizes))
+    assert (room.layer_bytes, room.room_bytes) == (256, 612)
+    assert room.ratio == pytest.approx(612 / 256)
+    assert cuda.given_bytes == 10_000
