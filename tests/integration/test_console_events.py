@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 from service.config import Config
 from service.gateway.console import event_stream as feeds
 from service.gpu_devices import GpuMemory
+from tests.integration import test_batches as batches
 from tests.support.in_process_service import ADMIN_KEY, RunningGateway, chat, run_gateway, simulated
 
 TWO = simulated(
@@ -85,6 +87,32 @@ async def test_events_report_experts_then_each_request_and_its_tokens() -> None:
         ]
         assert state["totals"]["requests"] == 1
         assert "private" not in json.dumps([route, state])
+
+
+async def test_events_count_the_batches_of_all_tenants_and_name_none(tmp_path: Path) -> None:
+    given = TWO.model_dump(mode="json", exclude_defaults=True)
+    given["pools"]["cpu"]["simulated"] = {"decode_ms": 100, "max_model_len": 4096}
+    given["batches"] = {"folder": str(tmp_path / "batches"), "lease_s": 1}
+    async with (
+        run_gateway(Config.model_validate(given)) as s,
+        batches.client(s) as api,
+        s.get("/console/events") as reply,
+    ):
+        received = events(reply)
+        state = (await first(received, "hello"))["state"]
+        assert state["batches"] == {"states": {}, "lines": 0}
+        # An answer of 2,000 tokens takes minutes.
+        file = await batches.upload(
+            api, batches.line(0, max_tokens=1), batches.line(1, max_tokens=2000)
+        )
+        made = await batches.create(api, file.id)
+        while state["batches"] != {"states": {"in_progress": 1}, "lines": 1}:
+            state = await first(received, "state")
+        assert made.id not in json.dumps(state)
+        await api.batches.cancel(made.id)
+        while state["batches"]["states"]:
+            state = await first(received, "state")
+        assert (await batches.ended(api, made.id)).status == "cancelled"
 
 
 async def test_events_and_metrics_have_the_memory_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
