@@ -28,14 +28,26 @@ from tests.support.polling import until
 SECRET = "the-cluster-s-secret"
 ADMIN_KEY = "admin-key-of-the-tests"
 CHAT = "/v1/chat/completions"
+# In which requests may end when a server does; then they are cancelled.
+_GRACE_S = 1.0
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server with an event for its start, which installs no signal handlers."""
+    """A uvicorn server with events for its start and end, which installs no signal handlers.
+
+    uvicorn looks for the end ten times a second, and then waits for as long twice: too long where
+    a test starts and ends three servers.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.up = asyncio.Event()
+        self._end = asyncio.Event()
+
+    def end(self) -> None:
+        """Let the server end."""
+        self.should_exit = True
+        self._end.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,6 +56,33 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.up.set()
+
+    async def main_loop(self) -> None:
+        seconds = 0
+        while not await self.on_tick(10 * seconds):
+            seconds += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await self._end.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        state = self.server_state
+        for connection in list(state.connections):
+            connection.shutdown()
+        await asyncio.sleep(0)
+        end_s = asyncio.get_running_loop().time() + _GRACE_S
+        while state.connections or state.tasks:
+            if asyncio.get_running_loop().time() > end_s:
+                for task in state.tasks:
+                    task.cancel()
+                break
+            await asyncio.sleep(0.002)
+        for server in self.servers:
+            await server.wait_closed()
 
 
 @dataclass(frozen=True)
@@ -71,7 +110,6 @@ async def serving(application: Any) -> AsyncIterator[RunningServer]:
         lifespan="off",
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=1,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -80,8 +118,8 @@ async def serving(application: Any) -> AsyncIterator[RunningServer]:
         await server.up.wait()
         yield served
     finally:
-        served.cut()  # uvicorn would wait for them
-        server.should_exit = True
+        served.cut()  # the server would wait for them
+        server.end()
         await task
 
 
