@@ -82,6 +82,7 @@ class CommandConfig(Section):
             "/v1/rerank",
             "/v1/score",
             "/v1/classify",
+            "/v1/audio/transcriptions",
             "/v1/responses",
             "/v1/messages",
             "/v1/messages/count_tokens",
@@ -92,8 +93,8 @@ class CommandConfig(Section):
     ] = Field(
         (),
         description="Endpoints that the server has. Default: chat completions and completions by "
-        "the capability `chat` or `completions`, and each of embeddings, rerank, score and "
-        "classify by the capability of its name.",
+        "the capability `chat` or `completions`, and those of embeddings, rerank, score, classify "
+        "and transcription by the capability of that name.",
     )
     cache_salt: bool = Field(
         False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -95,6 +96,7 @@ Capability = Literal[
     "rerank",
     "score",
     "classify",
+    "transcription",
     "tools",
     "json",
     "vision",
@@ -104,6 +106,11 @@ TEXT = frozenset({"chat", "completions"})
 """The capabilities of experts that make text."""
 POOLING = frozenset({"embeddings", "rerank", "score", "classify"})
 """The capabilities of experts that read texts and make vectors, scores or classes of them."""
+
+
+def makes_text(capabilities: Collection[str]) -> bool:
+    """Whether an expert with these capabilities answers prompts with text, and no more."""
+    return bool(TEXT & {*capabilities}) and not POOLING & {*capabilities}
 
 
 class ExpertConfig(Section):
@@ -192,8 +199,8 @@ class ExpertConfig(Section):
     capabilities: tuple[Capability, ...] = Field(
         ("chat", "completions", "tools", "json"),
         description="What it supports: chat, completions, tools, json, vision (images and video), "
-        "audio; or embeddings, rerank, score, classify. Default: these, plus vision and audio if "
-        "the model folder has a part for them.",
+        "audio; or embeddings, rerank, score, classify; or transcription of speech. Default: "
+        "these, plus vision and audio if the model folder has a part for them.",
     )
     media: MediaConfig = Field(default_factory=lambda: MediaConfig())
     space: str | None = Field(

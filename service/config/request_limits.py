@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from service.config.section_base import Section
+from service.config.section_base import Bytes, Section
 
 
 class RequestLimits(Section):
@@ -34,6 +34,11 @@ class RequestLimits(Section):
         ge=1,
         description="Texts of one request for embeddings, scores or classes, and documents of one "
         "to rank; more gets 400.",
+    )
+    max_audio_bytes: Bytes = Field(
+        25 * 1024**2,
+        description="Size of a recording to transcribe, in bytes; more gets 413. Gateways hold it "
+        "in memory, and never on disk.",
     )
     max_messages: int = Field(
         4096,

@@ -41,6 +41,10 @@ HostName = Annotated[str, AfterValidator(_host_name)]
 Origin = Annotated[str, AfterValidator(_origin)]
 
 
+# The other fields of a request with a recording.
+_AROUND_AUDIO_BYTES = 128 * 1024
+
+
 class ServerConfig(Section):
     """The HTTP server: its address, and the requests that it accepts."""
 
@@ -91,6 +95,12 @@ class ServerConfig(Section):
     )
     breaker: BreakerConfig = Field(default_factory=lambda: BreakerConfig())
     limits: RequestLimits = Field(default_factory=lambda: RequestLimits())
+
+    @property
+    def most_inner_bytes(self) -> int:
+        """The largest body between gateways and pools, where recordings are in base64."""
+        audio = 4 * -(-self.limits.max_audio_bytes // 3) + _AROUND_AUDIO_BYTES
+        return max(self.max_body_bytes, audio)
 
     @model_validator(mode="after")
     def _check_keys(self) -> ServerConfig:

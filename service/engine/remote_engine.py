@@ -16,6 +16,7 @@ import aiohttp
 import orjson
 
 from service.config import RemoteConfig
+from service.engine.audio_upload import audio_upload
 from service.engine.cache_salt import combine_salts
 from service.engine.deferred_response_start import openai_error
 from service.engine.engine_interface import EngineReport, EngineRequest, Send
@@ -26,16 +27,17 @@ from service.errors import (
     UpstreamError,
 )
 from service.http.asgi_helpers import body_message, send_json, start_response
-from service.http.prompt_endpoints import UPSTREAM_PATHS
+from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
 from service.http.reply_model_name import rename, rename_lines
 
 ENDPOINTS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"}
-    | {"/v1/rerank", "/v1/score", "/v1/classify"}
+    | {"/v1/rerank", "/v1/score", "/v1/classify", AUDIO}
 )
 # Endpoints whose requests may have vLLM's field `cache_salt`.
-_SALTED = ENDPOINTS - {"/v1/messages"}
+_SALTED = ENDPOINTS - {"/v1/messages", AUDIO}
 
+_JSON = re.compile(r"\s*application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
 _EVENT = re.compile(rb"\s*(?:data|event|id|retry)?:")
 _ANSWER_BYTES = 64 * 1024**2
 _LINE_BYTES = 8 * 1024**2
@@ -98,7 +100,11 @@ class RemoteEngine:
         }
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        body = self._addressed(request)
+        if request.endpoint == AUDIO:
+            upload = await asyncio.to_thread(audio_upload, request.body, self._config.model)
+            headers["content-type"], body = upload.content_type, upload.body
+        else:
+            body = self._addressed(request)
         path = UPSTREAM_PATHS.get(request.endpoint, request.endpoint)
         started = False
         try:
@@ -112,6 +118,12 @@ class RemoteEngine:
                 head = start_response(
                     reply.status, [(b"content-type", content_type.encode("latin-1"))]
                 )
+                if request.endpoint == AUDIO and not _JSON.match(content_type):
+                    text = await _bounded(reply)  # subtitles, or a plain text
+                    started = True
+                    await send(head)
+                    await send(body_message(text))
+                    return
                 if not content_type.startswith("text/event-stream"):
                     answer = _answer(await _bounded(reply), expert)
                     rename(answer, expert)

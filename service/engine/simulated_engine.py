@@ -39,6 +39,7 @@ from service.engine.simulated_answer_formats import (
     format_of,
 )
 from service.engine.simulated_readings import READINGS, texts_of, tokens_of
+from service.engine.simulated_transcripts import transcript
 from service.errors import (
     EngineDeadError,
     EngineRestartingError,
@@ -47,11 +48,11 @@ from service.errors import (
     PromptTooLongError,
     UnknownEndpointError,
 )
-from service.http.asgi_helpers import body_message, send_json, start_response
-from service.http.prompt_endpoints import TABLE
+from service.http.asgi_helpers import body_message, send_json, send_response, start_response
+from service.http.prompt_endpoints import AUDIO, TABLE
 
 _GENERATING = frozenset({CHAT, COMPLETIONS, MESSAGES, RESPONSES})
-ENDPOINTS = _GENERATING | {*READINGS, "/v1/embeddings", "/tokenize", "/detokenize"}
+ENDPOINTS = _GENERATING | {*READINGS, AUDIO, "/v1/embeddings", "/tokenize", "/detokenize"}
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
 _WEIGHT_BYTES = 1024**3
 
@@ -222,6 +223,10 @@ class SimulatedEngine:
             await self._embed(request, body, send)
         elif (read := READINGS.get(path)) is not None:
             await _send_json(send, read(request.expert, request.request_id, body))
+        elif path == AUDIO:
+            heard, kind = transcript(request.expert, request.body)
+            length = (b"content-length", str(len(heard)).encode())
+            await send_response(send, 200, [(b"content-type", kind), length], heard)
         elif path in _GENERATING:
             await self._generate(request, body, send)
         else:

@@ -285,7 +285,7 @@ class Admission:
             frame = max(_TEMPLATE_TOKENS, *learned)
         added = max((self._defaults.system_bytes(request, name) for name in experts), default=0)
         prompt = request.most_prompt_tokens + added + frame + beyond.shown_bytes
-        if all(known):
+        if all(known) and not TABLE[request.endpoint].listens:
             prompt = min(prompt, request.prompts * context)
         calls = max(map(len, expert_sets), default=1)
         prices = [[self._prices[name] for name in experts] for experts in expert_sets]

@@ -28,7 +28,7 @@ from service.errors import CoeError, ForbiddenError, InvalidRequestError, Unsupp
 _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
 _JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
 _FORM = re.compile(rb"^\s*multipart/form-data\s*;", re.IGNORECASE)
-_UPLOADS = frozenset({"/v1/files"})
+_UPLOADS = frozenset({"/v1/files", "/v1/audio/transcriptions"})
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 # Values of Sec-Fetch-Site for pages of another origin.

@@ -12,6 +12,7 @@ from service import __version__
 from service.batches.batch_records import ENDPOINTS as BATCH_ENDPOINTS
 from service.batches.batch_types import WINDOW
 from service.config import Config
+from service.http.prompt_endpoints import AUDIO
 from service.stored_responses.conversation_service import MAX_NEW_ITEMS
 
 _TEXTS = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -276,6 +277,7 @@ def describe(config: Config, *, named: bool = True) -> dict[str, Any]:
         }
         paths[path] = {"post": _post(path, summary, body, ok, _HEADERS)}
     paths |= _ollama_paths(model)
+    paths[AUDIO] = {"post": _transcription(model)}
     if config.feedback.enabled:
         path, summary = "/v1/feedback", "Say how good a reply of `auto` was: each has one vote"
         counted = {"application/json": {"schema": {"type": "object"}}}
@@ -406,6 +408,31 @@ def _ollama_paths(model: dict[str, Any]) -> dict[str, Any]:
         headers = [] if path == "/api/show" else _HEADERS
         paths[path] = {"post": _post(path, summary, body, ok, headers)}
     return paths
+
+
+def _transcription(model: dict[str, Any]) -> dict[str, Any]:
+    text = {"type": "string"}
+    number = {"type": "number"}
+    form = {
+        "type": "object",
+        "required": ["file"],
+        "additionalProperties": False,
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "model": model,
+            **dict.fromkeys(("language", "prompt", "hotwords"), text),
+            "response_format": {"enum": ["json", "text", "srt", "verbose_json", "vtt"]},
+            "temperature": number,
+            "timestamp_granularities[]": {
+                "type": "array",
+                "items": {"enum": ["word", "segment"]},
+            },
+        },
+    }
+    ok = {"application/json": {"schema": {"type": "object"}}, "text/plain": {}}
+    operation = _post(AUDIO, "The text of a recording", {}, ok, _HEADERS)
+    operation["requestBody"]["content"] = {"multipart/form-data": {"schema": form}}
+    return operation
 
 
 def _error_of(path: str) -> dict[str, Any]:

@@ -37,11 +37,19 @@ class Endpoint:
         return bool(self.lengths)
 
     @property
+    def listens(self) -> bool:
+        """Whether its prompt is a recording, whose length no context bounds."""
+        return self.needs == TRANSCRIPTION
+
+    @property
     def converses(self) -> bool:
         """Whether it answers the last turn of a conversation."""
         return self.needs == "chat" and self.generates
 
 
+AUDIO = "/v1/audio/transcriptions"
+"""Its requests are forms. Inside the service they are JSON, with the recording in base64."""
+TRANSCRIPTION = "transcription"
 _TEXTS = (str, list)
 TABLE: dict[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(
@@ -62,6 +70,7 @@ TABLE: dict[str, Endpoint] = {
     "/v1/rerank": Endpoint("documents", (list,), "rerank", several=True, beside="query"),
     "/v1/score": Endpoint("text_2", _TEXTS, "score", several=True, beside="text_1"),
     "/v1/classify": Endpoint("input", _TEXTS, "classify", several=True),
+    AUDIO: Endpoint("file", (str,), TRANSCRIPTION),
     "/v1/responses": Endpoint("input", _TEXTS, "chat", ("max_output_tokens",)),
     "/tokenize": Endpoint(),
     "/detokenize": Endpoint(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ import orjson
 # In JSON an unescaped quote ends a string: this can only be a key of an object.
 _KEY = re.compile(rb'(?:,\s*)?"usage"\s*:\s*')
 _DECODER = json.JSONDecoder()
+AUDIO_TOKENS_PER_S = 50
+"""Tokens of the prompt that a second of a recording counts as, where no tokens are told.
+
+Whisper's encoder makes as many positions of it.
+"""
 # The usual length of a token in English text.
 _BYTES_PER_TOKEN = 4
 # Objects of an event that may hold its own usage. Elsewhere that key may be a user's, as in a
@@ -75,6 +81,8 @@ def _usages(data: bytes) -> Iterator[TokenUsage]:
         answer = _count(found, "completion_tokens", "output_tokens")
         if prompt is None and answer is None:
             prompt = _count(found, "total_tokens")
+            if prompt is None:
+                prompt = _tokens_of_seconds(found)
         yield TokenUsage(
             key.start(),
             key.end(),
@@ -130,6 +138,15 @@ def reasoning_tokens(usage: Mapping[str, Any]) -> int | None:
         if isinstance(details := usage.get(name), Mapping):
             return _count(details, "reasoning_tokens")
     return None
+
+
+def _tokens_of_seconds(usage: Mapping[str, Any]) -> int | None:
+    """The tokens of a usage that tells the seconds of a recording; None if it tells none."""
+    seconds = usage.get("seconds")
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        return None
+    tokens = seconds * AUDIO_TOKENS_PER_S
+    return math.ceil(tokens) if 0 <= tokens <= _MOST_TOKENS else None
 
 
 def _count(usage: Mapping[str, Any], *names: str) -> int | None:

@@ -84,7 +84,7 @@ class PoolProcess:
             lambda: visible_gpus(gpu_memory(), os.environ),
             lambda: self._builder.engines.reserved_gpu_shares(),
         )
-        self.app = PoolApp(self.pool, self, secret, config.server.max_body_bytes)
+        self.app = PoolApp(self.pool, self, secret, config.server.most_inner_bytes)
         self._node = node_target(config, node, f"pool-{kind}-{self.pool.boot}", self.metrics)
 
     async def start(self) -> None:

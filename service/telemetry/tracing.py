@@ -39,6 +39,7 @@ _OPERATIONS = {
     "/v1/rerank": "rerank",
     "/v1/score": "score",
     "/v1/classify": "classify",
+    "/v1/audio/transcriptions": "transcription",
 }
 # Numeric fields of the request body, and their span attributes.
 _NUMERIC_FIELDS = {

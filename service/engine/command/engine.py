@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from service.config.command_experts import CommandConfig, ServerCall, with_port
+from service.engine.audio_upload import audio_upload
 from service.engine.cache_salt import combine_salts
 from service.engine.command import port_owner
 from service.engine.command.server_log import LOG_BYTES, last_lines, log_path
@@ -41,7 +42,7 @@ from service.errors import (
     OverCapacityError,
 )
 from service.http.asgi_helpers import LineBuffer, body_message, start_response
-from service.http.prompt_endpoints import UPSTREAM_PATHS
+from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
 from service.http.reply_model_name import rename_lines, rename_reply
 from service.rpc.http_connections import HttpConnection, HttpConnections, HttpReply
 
@@ -376,10 +377,15 @@ class CommandEngine:
         connections = self._connections
         if connections is None or (why := self.failure()) is not None:
             raise EngineRestartingError(f"the engine of expert {request.expert!r} died: {why}")
-        body = self._addressed(request)
+        kind = "application/json"
+        if request.endpoint == AUDIO:
+            upload = await asyncio.to_thread(audio_upload, request.body, self._model)
+            kind, body = upload.content_type, upload.body
+        else:
+            body = self._addressed(request)
         headers = {
             **request.trace,
-            "content-type": "application/json",
+            "content-type": kind,
             "accept": "*/*",
             "accept-encoding": "identity",
             "x-request-id": request.request_id,
@@ -544,6 +550,7 @@ def default_endpoints(capabilities: Collection[str]) -> frozenset[str]:
         "rerank": "/v1/rerank",
         "score": "/v1/score",
         "classify": "/v1/classify",
+        "transcription": AUDIO,
     }
     return frozenset(path for name, path in by_capability.items() if name in capabilities)
 

@@ -33,6 +33,7 @@ from service.engine.scoped_env import TUNED_CONFIG_FOLDER, scoped_env, without_s
 from service.engine.sleeping_engines import exact_pinned_blocks
 from service.engine.thinking_budget import thinking_budget
 from service.errors import InvalidRequestError, OverCapacityError
+from service.http.prompt_endpoints import AUDIO, TRANSCRIPTION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -315,6 +316,11 @@ class VllmHandle:
         if enable_scoring_api(self._tasks, config):
             found |= {"/v1/rerank", "/v1/score"}
         return frozenset(found)
+
+    @property
+    def listening_endpoints(self) -> frozenset[str]:
+        """The endpoint for recordings, where the model can transcribe them."""
+        return frozenset({AUDIO} if TRANSCRIPTION in self._tasks else ())
 
     @property
     def max_model_len(self) -> int:

@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 from service.config import VllmOptions
+from service.engine.audio_upload import audio_upload
 from service.engine.cache_salt import set_cache_salt
 from service.engine.deferred_response_start import DeferredStartSend
 from service.engine.engine_interface import (
@@ -48,7 +49,7 @@ from service.errors import (
     ExpertFailedError,
     OverCapacityError,
 )
-from service.http.prompt_endpoints import UPSTREAM_PATHS
+from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -207,7 +208,8 @@ class VllmEngine:
         return EngineReport(
             engine="vllm",
             max_model_len=handle.max_model_len,
-            endpoints=GENERATE_ENDPOINTS if handle.generates else handle.pooling_endpoints,
+            endpoints=handle.listening_endpoints
+            | (GENERATE_ENDPOINTS if handle.generates else handle.pooling_endpoints),
             details=handle.details,
         )
 
@@ -278,10 +280,15 @@ class VllmEngine:
                 f"{request.endpoint} takes at most {_MAX_TOKENIZE_BYTES} bytes; "
                 f"the body has {len(request.body)}"
             )
-        await self._trials.check_body(request.body, request.tenant)
+        kind, body = "application/json", request.body
+        if request.endpoint == AUDIO:
+            upload = await asyncio.to_thread(audio_upload, body, request.expert)
+            kind, body = upload.content_type, upload.body
+        else:
+            await self._trials.check_body(body, request.tenant)
         # vLLM sends 200 before it has an answer; this send holds it until the first bytes.
         reply = DeferredStartSend(send)
-        asgi = _AsgiRequest(request)
+        asgi = _AsgiRequest(request, kind, body)
         if self._stats is not None:
             self._stats.add_request(request.request_id, request.counted_as)
         # Four context variables: vLLM's handlers run in this task and in tasks that they start.
@@ -382,9 +389,9 @@ class VllmEngine:
 class _AsgiRequest:
     """One request as an ASGI scope and receive channel."""
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, content_type: str, body: bytes) -> None:
         self.gone = asyncio.Event()
-        self._body: bytes | None = request.body
+        self._body: bytes | None = body
         path = UPSTREAM_PATHS.get(request.endpoint, request.endpoint)
         self.scope: dict[str, Any] = {
             "type": "http",
@@ -397,8 +404,8 @@ class _AsgiRequest:
             "query_string": b"",
             "root_path": "",
             "headers": [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(request.body)).encode()),
+                (b"content-type", content_type.encode()),
+                (b"content-length", str(len(body)).encode()),
                 (b"x-request-id", request.request_id.encode()),
             ],
             "client": ("127.0.0.1", 0),

@@ -20,7 +20,7 @@ _OPERATOR = (
 _TOOLS = ("tools", "functions")
 _PROMPT = (
     *("messages", "input", "prompt", "suffix", "documents", "prediction"),
-    *("query", "text_1", "text_2"),
+    *("query", "text_1", "text_2", "hotwords"),
 )
 # Of these, the fields whose turns have roles.
 _TURNS = frozenset({"messages", "input"})

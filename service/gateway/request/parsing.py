@@ -16,6 +16,7 @@ import orjson
 from service.broker.model_aliases import AliasChoice
 from service.config.tenants import Priority
 from service.errors import InvalidRequestError
+from service.gateway.request.audio_length import audio_tokens
 from service.gateway.request.conversation_turns import TurnState, turn_state
 from service.gateway.request.hosted_tool_removal import leave_out_hosted_tools
 from service.gateway.request.media_tokens import NOTHING, Media, media_of
@@ -289,6 +290,9 @@ def parse_request(
     thinking = thinking_terms(endpoint, data)
     left_out = leave_out_hosted_tools(endpoint, data)
     media = media_of(data)
+    recording = data["file"] if TABLE[endpoint].listens else ""
+    if recording:
+        media = replace(media, carried_bytes=len(recording))
     own = data.pop("coe", None)
     coe_options = _parse_coe_options(own, headers)
     request_id = secrets.token_hex(12)
@@ -322,6 +326,7 @@ def parse_request(
         turn=turn,
         session_id=_session_id(headers),
         media=media,
+        media_tokens=audio_tokens(recording) if recording else 0,
         thinking=thinking,
     )
 

@@ -11,6 +11,7 @@ from functools import partial
 from service.config import Config
 from service.errors import GuardRefusedError
 from service.gateway.guard.guard import Guard, GuardResult
+from service.gateway.request.audio_form import read_audio_form
 from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import MediaPrices
@@ -19,6 +20,7 @@ from service.gateway.request.stored_turn import RESPONSES, StoredTurns
 from service.gateway.request.token_limits import check_extent
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.http.asgi_helpers import Receive, read_body
+from service.http.prompt_endpoints import AUDIO
 from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
@@ -85,12 +87,7 @@ class RequestIntake:
             GuardRefusedError: The tenant's guard refuses it.
             ClientDisconnectedError: The client left before its body was complete.
         """
-        raw = await read_body(
-            receive,
-            self._server.max_body_bytes,
-            declared=headers.get(b"content-length", b""),
-            timeout_s=self._server.limits.body_timeout_s,
-        )
+        raw = await self._read_body(path, headers, receive)
         arrived_s = time.monotonic()
         stored = None
         if path == RESPONSES and self._turns is not None:
@@ -128,6 +125,22 @@ class RequestIntake:
         check_extent(request, server.limits)
         self._limits.fields(request.data)
         return request
+
+    async def _read_body(self, path: str, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        limits = self._server.limits
+        if path == AUDIO:
+            return await read_audio_form(
+                receive,
+                headers,
+                max_audio_bytes=limits.max_audio_bytes,
+                stall_timeout_s=limits.body_timeout_s,
+            )
+        return await read_body(
+            receive,
+            self._server.max_body_bytes,
+            declared=headers.get(b"content-length", b""),
+            timeout_s=limits.body_timeout_s,
+        )
 
     def check_shape(self, raw: bytes, wrapped: int = 0) -> None:
         """Check the depth and the number of values of JSON before it is parsed.

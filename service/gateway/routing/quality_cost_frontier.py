@@ -19,7 +19,7 @@ from service.broker.recipe_catalog import Ints
 from service.broker.reference_cost import best_shares
 from service.broker.token_prices import prices_of
 from service.config import Config
-from service.config.experts import POOLING
+from service.config.experts import makes_text
 from service.config.router_presets import PresetsConfig
 from service.gateway.routing.candidate_planner import chosen_by_auto
 from service.gateway.routing.routing_setup import RoutingSetup
@@ -117,7 +117,7 @@ def frontier_of(config: Config, setup: RoutingSetup) -> Frontier:
         r
         for r, recipe in enumerate(catalog.recipes)
         if allowed[r]
-        and not any(POOLING & {*config.experts[name].capabilities} for name in recipe.experts)
+        and all(makes_text(config.experts[name].capabilities) for name in recipe.experts)
     ]
     recipes = tuple(catalog.recipes[r] for r in able)
     labels = model.labels or ("general",)
@@ -180,7 +180,7 @@ def routing_warnings(config: Config, setup: RoutingSetup) -> tuple[str, ...]:
     experts = [
         name
         for name, expert in config.experts.items()
-        if expert.auto and not POOLING & {*expert.capabilities}
+        if expert.auto and makes_text(expert.capabilities)
     ]
     if len(experts) < 2:
         return ()

@@ -35,3 +35,24 @@ def test_reasoning_tokens_are_read_in_the_words_of_each_api(details: Any, tokens
     usage = reply_usage(orjson.dumps({"usage": {"completion_tokens": 3, **details}}))
     assert usage is not None
     assert usage.reasoning_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("usage", "prompt"),
+    [
+        ({"type": "duration", "seconds": 3}, 150),
+        ({"type": "duration", "seconds": 0.5}, 25),
+        ({"type": "tokens", "input_tokens": 7, "output_tokens": 2, "total_tokens": 9}, 7),
+        ({"total_tokens": 9}, 9),
+        ({"seconds": -1}, None),
+        ({"seconds": True}, None),
+        ({"seconds": 1e300}, None),
+        ({"seconds": "3"}, None),
+    ],
+)
+def test_usage_of_what_is_only_read_counts_as_the_prompt(
+    usage: dict[str, Any], prompt: int | None
+) -> None:
+    found = reply_usage(orjson.dumps({"text": "x", "usage": usage}))
+    assert found is not None
+    assert found.prompt_tokens == prompt

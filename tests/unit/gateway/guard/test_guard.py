@@ -118,6 +118,8 @@ async def test_check_redacts_personal_data_in_every_message() -> None:
         ("/v1/score", {"text_1": "mail a@example.com", "text_2": "x"}),
         ("/v1/score", {"queries": "x", "documents": ["y", "mail a@example.com"]}),
         ("/v1/classify", {"input": ["x", "mail a@example.com"]}),
+        ("/v1/audio/transcriptions", {"file": "UklGRg==", "prompt": "mail a@example.com"}),
+        ("/v1/audio/transcriptions", {"file": "UklGRg==", "hotwords": "a@example.com"}),
         ("/v1/responses", {"input": [{"role": "user", "content": "mail a@example.com"}]}),
         ("/v1/responses", {"input": "x", "instructions": "mail a@example.com"}),
         (

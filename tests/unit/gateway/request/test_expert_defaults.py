@@ -48,12 +48,13 @@ EVERY = {
     "reasoning_effort": "low",
     "chat_template_kwargs": {"enable_thinking": False},
 }
-# Texts that are read only: no default changes how.
+# Prompts that are read only: no default changes how.
 READ: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": "q"},
     "/v1/rerank": {"query": "q", "documents": ["d"]},
     "/v1/score": {"text_1": "a", "text_2": "b"},
     "/v1/classify": {"input": "q"},
+    "/v1/audio/transcriptions": {"file": "UklGRg=="},
 }
 PROMPTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER]},

@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 EVERY_PROMPT: dict[str, Any] = {
     **{"messages": HELLO, "prompt": "x", "input": "x"},
-    **{"query": "x", "documents": ["x"], "text_1": "x", "text_2": "x"},
+    **{"query": "x", "documents": ["x"], "text_1": "x", "text_2": "x", "file": "UklGRg=="},
 }
 
 
@@ -244,8 +244,7 @@ BOUND_HEADERS = {
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_parse_request_bounds_of_every_endpoint_come_from_body_and_headers(path: str) -> None:
-    body = {"messages": HELLO, "prompt": "hi", "input": "hi", "query": "q", "documents": ["d"]}
-    body |= {"text_1": "x", "text_2": "y", "model": "a"}
+    body = {**EVERY_PROMPT, "model": "a"}
     plain = request_for(body, path)
     assert (plain.min_quality, plain.max_cost, plain.allow, plain.deny) == (
         0,
