@@ -592,7 +592,7 @@ def test_chart_without_a_ray_token_ray_containers_exit(newest: str) -> None:
 
 def test_chart_ingress_forwards_the_api_only(newest: str) -> None:
     objects = rendered(newest, "all-on-values.yaml")
-    wanted = {"/v1", "/tokenize", "/detokenize"}
+    wanted = {"/v1", "/api", "/tokenize", "/detokenize"}
     (ingress,) = of_kind(objects, "Ingress")
     (rule,) = ingress["spec"]["rules"]
     assert {path["path"] for path in rule["http"]["paths"]} == wanted
