@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from tests.support.coe_serve_process import serve, wait_until
 from tests.support.foreign_server import command
 from tests.support.in_process_service import ADMIN_KEY, RunningGateway, events, run_gateway
 from tests.support.polling import until
+from tests.support.recordings import wav
 
 SLEEP: dict[str, Any] = {"sleep": {"url": "/sleep?level=1"}, "wake": {"url": "/wake_up"}}
 
@@ -58,7 +60,7 @@ async def test_experts_by_command_answer_stream_and_embed(slots: int | None) -> 
     experts = {
         "a": expert(),
         "b": expert(model="b-at-home"),
-        "e": expert() | {"capabilities": ["embeddings", "rerank", "classify"]},
+        "e": expert() | {"capabilities": ["embeddings", "rerank", "classify", "transcription"]},
         "short": {"base": "a", "defaults": {"max_tokens": 8}},
     }
     async with run_gateway(config(experts, slots)) as service:
@@ -74,6 +76,11 @@ async def test_experts_by_command_answer_stream_and_embed(slots: int | None) -> 
         assert (status, answer["results"][0]["relevance_score"]) == (200, 0.5)
         status, _, answer = await service.ask(body, "/v1/classify")
         assert (status, answer["data"][0]["label"]) == (200, "x")
+        form = aiohttp.FormData({"model": "e"})
+        form.add_field("file", wav(1.0), filename="a.wav")
+        heard = service.url + "/v1/audio/transcriptions"
+        async with service.client.post(heard, data=form) as reply:
+            assert (reply.status, (await reply.json())["text"]) == (200, "1 recording")
         options = {"include_usage": True}
         async with service.post(hello("b", stream=True, stream_options=options)) as reply:
             lines = events(await reply.read())
