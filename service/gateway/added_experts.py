@@ -465,8 +465,11 @@ class AddedExpertService:
 
 
 def _including(now: AddedExperts, name: str, wanted: AddedExpert, at_s: float) -> AddedExperts:
-    if (before := now.experts.get(name)) is not None and before.served:
-        raise ConflictError(f"another gateway has added an expert {name!r} at the same time")
+    if name in now.experts:
+        raise ConflictError(
+            f"an expert {name!r} is being added, or its addition was cut short; try again, or "
+            f"remove it first: DELETE /admin/experts/{name}"
+        )
     return now.including(name, wanted, at_s)
 
 

@@ -17,6 +17,7 @@ from service.broker.circuit_breaker import State
 from service.config import Config
 from service.config.effective_config import parse_added_expert
 from service.errors import ExpertFailedError
+from service.gateway import added_experts
 from service.gateway.gateway_reload import GatewayRuntime
 from tests.support.adapter_folders import adapter_folder
 from tests.support.in_process_service import (
@@ -45,6 +46,12 @@ FOOD = [
     "Which spices go into a curry?",
     "Can I bake bread without yeast?",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _gateways_look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(added_experts, "_LOOK_S", 0.1)
+    monkeypatch.setattr(added_experts, "_SEEN_S", 0.3)
 
 
 def config(tmp_path: Path, **more: Any) -> Config:
@@ -253,6 +260,8 @@ async def test_addition_that_was_cut_short_is_removed_in_the_end(tmp_path: Path)
         # Nobody is served it, and it is not there for ever.
         assert await status_of(stage, "law") == 404
         assert (await added(stage))["law"]["state"] == "not served"
+        status, told = await add(stage, **body)
+        assert (status, "was cut short" in told["error"]["message"]) == (409, True)
         clock = service._clock
         service._clock = lambda: clock() + 3600
         await until(lambda: "law" not in snapshots(stage)[0].experts, "it is gone")
@@ -565,5 +574,5 @@ async def test_gateways_with_a_shared_store_agree(tmp_path: Path) -> None:
             await until(lambda: everywhere(404), "no one serves it")
             # Both at once: one of them adds it.
             results = await asyncio.gather(*(add(stage, **lora) for stage in both))
-            assert 200 in {status for status, _ in results}
+            assert sorted(status for status, _ in results) == [200, 409]
             await until(lambda: everywhere(200), "both serve it again")
