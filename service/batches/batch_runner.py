@@ -20,7 +20,15 @@ import math
 import random
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -424,11 +432,13 @@ class BatchRunner:
         if job.why is Ending.EXPIRED and not job.batch.ended:
             done = await self._state.done(job.batch.id)
             await self._put_faults(job, index.faults, done)
+            stored = await self._state.plan(job.batch.id)
+            models = {} if stored is None else await asyncio.to_thread(_models_of, stored)
             left = (number for number in index.numbers if number not in done)
             for group in _groups(left, _PAGE):
                 # The lines are read again for their names, and may be large.
                 overdue = await asyncio.to_thread(_overdue, lines, group)
-                await self._put_faults(job, overdue, done)
+                await self._put_faults(job, overdue, done, models)
 
     async def _run_lines(self, job: _Job, index: InputIndex, lines: InputLines) -> None:
         """Run the lines that have no result yet, until all have one or the batch has to stop."""
@@ -498,16 +508,35 @@ class BatchRunner:
                 return None
         return None
 
-    async def _put_faults(self, job: _Job, faults: Iterable[LineFault], done: set[int]) -> None:
-        """Store the errors of lines that are not run."""
-        batch_id = job.batch.id
+    async def _put_faults(
+        self,
+        job: _Job,
+        faults: Iterable[LineFault],
+        done: set[int],
+        models: Mapping[int, str] | None = None,
+    ) -> None:
+        """Store the errors of lines that are not run.
+
+        Args:
+            job: The batch.
+            faults: The errors.
+            done: The lines that have a result.
+            models: By line, the expert or recipe of its plan; None where the lines have none.
+        """
+        batch_id, shares = job.batch.id, job.batch.shares
+        planned = models or {}
         results = (
-            fault_of(
-                fault.number,
-                fault.custom_id,
-                request_id(batch_id, fault.number),
-                fault.code,
-                fault.message,
+            replace(
+                fault_of(
+                    fault.number,
+                    fault.custom_id,
+                    request_id(batch_id, fault.number),
+                    fault.code,
+                    fault.message,
+                ),
+                model=counted_as(planned[fault.number], shares)
+                if fault.number in planned
+                else None,
             )
             for fault in faults
             if fault.number not in done
@@ -863,6 +892,11 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _dump_plan(choices: tuple[LineChoice, ...]) -> bytes:
     return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens] for c in choices])
+
+
+def _models_of(plan: bytes) -> dict[int, str]:
+    """By line, the expert or recipe of a stored plan."""
+    return {line: model for line, model, *_ in orjson.loads(plan)}
 
 
 def _shares_of(plan: bytes) -> dict[str, PlannedShare]:

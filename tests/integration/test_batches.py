@@ -272,6 +272,12 @@ async def test_expired_batch_has_an_error_line_for_each_line_left(tmp_path: Path
         overdue = await read(api, batch.error_file_id)
         assert len(answered) + len(overdue) == 50
         assert {each["error"]["code"] for each in overdue} == {"batch_expired"}
+        # There are none where its time was over before it was planned.
+        models = [*batch.coe["models"].values()]
+        assert len(models) == 1 or not answered
+        for model in models:
+            assert (model["total"], model["completed"]) == (50, len(answered))
+            assert model["failed"] == len(overdue)
         names = [each["custom_id"] for each in (*answered, *overdue)]
         assert sorted(names) == sorted(f"c{i}" for i in range(50))
 
