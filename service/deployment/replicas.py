@@ -29,7 +29,7 @@ from service.deployment.live_changes import pool_changes
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
 from service.deployment.serve_autoscaling import gateway_stats, pool_stats
 from service.deployment.service_stop_signal import EndableApp, EndOfService
-from service.engine.compile_cache import compile_cache
+from service.engine.compile_cache import compile_cache, without_compiler
 from service.errors import UnavailableError
 from service.gateway.gateway_reload import GatewayRuntime
 from service.gpu_devices import gpu_memory, visible_gpus
@@ -79,6 +79,8 @@ class PoolReplica:
             models = Path(config.models_dir) if config.models_dir else model_root()
             visible = visible_gpus(await asyncio.to_thread(gpu_memory), os.environ)
             os.environ |= compile_cache(models, visible[0].name if visible else "", os.environ)
+        else:
+            os.environ |= without_compiler(os.environ)
         # A run on this machine has a folder for its files, which ends with it.
         files = in_force.parent if self._is_replaceable else node
         self._process = PoolProcess(config, kind, secret, node=node, logs=files / "servers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,3 +58,21 @@ def _try_to_write(folder: Path) -> None:
     probe = folder / ".written"
     probe.touch()
     probe.unlink(missing_ok=True)
+
+
+def without_compiler(given: Mapping[str, str]) -> dict[str, str]:
+    """Return what keeps engines on a CPU from compiling where there is no C++ compiler.
+
+    vLLM gives parts of its sampler to Inductor, in eager engines as well. Without a compiler, the
+    first request for log probabilities would end an engine with all of its requests.
+
+    Args:
+        given: The environment. A variable that the operator has set stays as it is.
+
+    Returns:
+        The variables to set. It is empty where Inductor finds a compiler.
+    """
+    if shutil.which(given.get("CXX") or "g++") is not None or "TORCH_COMPILE_DISABLE" in given:
+        return {}
+    log.info("no C++ compiler is here: engines compile nothing")
+    return {"TORCH_COMPILE_DISABLE": "1"}

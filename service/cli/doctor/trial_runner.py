@@ -26,6 +26,7 @@ from service.cli.doctor.trial_verdicts import (
     prepare_fault,
     root_cause,
 )
+from service.engine.compile_cache import without_compiler
 from service.engine.swap_proof import PARTS, ProofFinding, Verdict, one_line
 
 LAUNCHER = (sys.executable, "-m", "service.cli.doctor.trial_process")
@@ -197,6 +198,7 @@ class _Runner:
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
+                **without_compiler(os.environ),
             }
         return environment
 
