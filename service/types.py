@@ -118,7 +118,8 @@ class Deliberation:
     Attributes:
         rounds: The most rounds.
         votes: What a reviewer may spend in a round; v votes cost v².
-        gain: The share of wrong answers that another round puts right, in [0, 1].
+        gain: The share of wrong answers that another round puts right, in [0, 1], before it is
+            learned.
         review_tokens: The bound of a review.
         review: The template of the prompt for reviewers.
         revise: The template of what members are told in a further round.

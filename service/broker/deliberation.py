@@ -129,21 +129,46 @@ def leader(
     return max(finals, key=rank)
 
 
-def leader_quality(reviews: Reviews, leader_at: int) -> float:
-    """How good the reviewers find the leading answer: the median of its scores, in [0, 1].
+def leader_belief(
+    reviews: Reviews, finals: Mapping[int, FinalAnswer | None], leader_at: int
+) -> float:
+    """How likely the reviewers find the leading answer right, in [0, 1].
 
-    The median bounds what one reviewer can do. Without a review it is 0.5.
+    A reviewer that scores the leading answer s, and the best of the other answers that it sees r,
+    believes in it with s / (s + r). One that sees no other answer believes in it with s / 10.
+    Scores alone say little, because many reviewers give an 8 to everything. The median over the
+    reviewers bounds what one of them can do. Without a review it is 0.5.
+
+    Args:
+        reviews: The reviews of the round.
+        finals: By member the final answer of its text. An answer with the same final one as the
+            leading answer is no other answer.
+        leader_at: The leading member.
     """
-    scores = sorted(
-        seen[leader_at].score
+    own = finals.get(leader_at)
+    beliefs = sorted(
+        _belief(
+            seen[leader_at].score,
+            [
+                review.score
+                for at, review in seen.items()
+                if at not in (leader_at, reviewer) and (own is None or finals.get(at) != own)
+            ],
+        )
         for reviewer, seen in reviews.items()
         if leader_at in seen and reviewer != leader_at
     )
-    if not scores:
+    if not beliefs:
         return 0.5
-    middle = len(scores) // 2
-    found = scores[middle] if len(scores) % 2 else (scores[middle - 1] + scores[middle]) / 2
-    return found / MAX_SCORE
+    middle = len(beliefs) // 2
+    return beliefs[middle] if len(beliefs) % 2 else (beliefs[middle - 1] + beliefs[middle]) / 2
+
+
+def _belief(score: float, others: Sequence[float]) -> float:
+    if not others:
+        return score / MAX_SCORE
+    both = score + max(others)
+    return score / both if both > 0 else 0.5
 
 
 def unanimous(reviews: Reviews, leader_at: int) -> bool:
@@ -163,7 +188,7 @@ def round_gain(quality: float, gain: float) -> float:
     """The quality that another round is expected to gain.
 
     Args:
-        quality: How good the leading answer is believed to be, in [0, 1].
+        quality: How likely the leading answer is right, in [0, 1].
         gain: The share of wrong answers that a round puts right, in [0, 1].
     """
     return gain * (1.0 - min(1.0, max(0.0, quality)))
@@ -195,9 +220,8 @@ def stop_reason(
     *,
     rounds_held: int,
     most_rounds: int,
-    reviews: Reviews,
-    leader_at: int,
-    same_leader: bool,
+    settled: bool,
+    belief: float,
     gain: float,
     price: RoundPrice,
 ) -> StopReason | None:
@@ -206,20 +230,20 @@ def stop_reason(
     Args:
         rounds_held: How many rounds were held.
         most_rounds: The most rounds.
-        reviews: The reviews of the last round.
-        leader_at: The leading member.
-        same_leader: Whether the answer that led before leads again.
+        settled: Whether the answer that led before leads again, or all reviewers prefer the one
+            that leads.
+        belief: How likely the leading answer is right, in [0, 1].
         gain: The share of wrong answers that a round puts right.
         price: What another round costs.
 
     Returns:
         Why it ends; None for another round.
     """
-    if same_leader or unanimous(reviews, leader_at):
+    if settled:
         return StopReason.STABLE
     if rounds_held >= most_rounds:
         return StopReason.ROUNDS
-    if round_gain(leader_quality(reviews, leader_at), gain) <= price.quality:
+    if round_gain(belief, gain) <= price.quality:
         return StopReason.NOT_WORTH_IT
     return None
 

@@ -45,8 +45,9 @@ class DeliberationConfig(Section):
         0.2,
         ge=0,
         le=1,
-        description="Assumed share of wrong answers that another round puts right. A round whose "
-        "gain is worth less than its cost and waiting is not held.",
+        description="Share of wrong answers that another round puts right, before any was held; "
+        "each gateway then learns it from the rounds of the recipe. A round whose gain is worth "
+        "less than its cost and waiting is not held.",
     )
     review_tokens: int = Field(512, ge=16, le=8192, description="Most tokens of a review.")
     review: Template = Field(

@@ -251,6 +251,7 @@ class ConfiguredGateway:
                 self.feedback,
                 routing.savings,
                 learned,
+                state.round_gains,
             ),
             sessions=self.sessions,
             feedback=self.feedback,

@@ -16,6 +16,7 @@ from typing import Any
 
 from service.broker.circuit_breaker import BreakerPolicy, Breakers, RetryBudget
 from service.broker.cost_model import Lengths
+from service.broker.round_gains import RoundGains
 from service.broker.savings import SavingsTotal
 from service.broker.thinking_lengths import ThinkingLengths
 from service.config import BreakerConfig, Config, ExpertConfig
@@ -63,6 +64,7 @@ class GatewayState:
         thinking: Learned lengths of thinking.
         review_lengths: Learned lengths of reviews.
         escalations: Learned frequency of the later steps of recipes.
+        round_gains: Learned gains of further rounds of deliberations.
         savings: What requests saved since the gateway's start, by baseline, of all tenants.
         created_s: When the gateway was started, in seconds since 1970.
     """
@@ -78,6 +80,7 @@ class GatewayState:
     thinking: ThinkingLengths = field(default_factory=ThinkingLengths)
     review_lengths: Lengths = field(default_factory=Lengths)
     escalations: Escalations = field(default_factory=Escalations)
+    round_gains: RoundGains = field(default_factory=RoundGains)
     savings: dict[str, SavingsTotal] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
 
@@ -100,6 +103,7 @@ class GatewayState:
         self.thinking.forget(experts)
         self.review_lengths.forget(experts)
         self.escalations.forget(experts)
+        self.round_gains.forget(experts)
 
 
 def replaced(

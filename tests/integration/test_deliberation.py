@@ -305,7 +305,8 @@ async def test_deliberation_keeps_the_form_of_answers_from_reviewers() -> None:
         assert (status, content(reply)) == (200, '{"x": 42}')
         assert all(b["response_format"] for b in cast.roles("answer"))
         for body in cast.roles("review"):
-            assert body.keys() == {"model", "messages", "temperature", "max_tokens"}
+            # An endpoint of others may refuse any temperature.
+            assert body.keys() == {"model", "messages", "max_tokens"}
 
 
 async def test_deliberation_in_the_knapsack_counts_its_calls() -> None:

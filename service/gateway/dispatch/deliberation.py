@@ -21,7 +21,9 @@ from service.broker.deliberation import (
     StopReason,
     all_agree,
     leader,
+    leader_belief,
     stop_reason,
+    unanimous,
 )
 from service.broker.peer_review import (
     Ballot,
@@ -32,6 +34,7 @@ from service.broker.peer_review import (
     revise_prompt,
 )
 from service.broker.prompt_fences import shown, shown_bytes
+from service.broker.round_gains import HeldRound
 from service.gateway.dispatch.member_calls import MemberAnswer, MemberCall, MemberCalls
 from service.gateway.dispatch.pool_errors import deadline_error
 from service.gateway.dispatch.step_requests import LEAST_TOKENS, review_request, revised_request
@@ -90,6 +93,7 @@ class DeliberationExecutor(MemberCalls):
         members = list(enumerate(self.recipe.members))
         best: MemberAnswer | None = None
         best_at: int | None = None
+        belief = 0.5
         corrections: Sequence[str] = ()
         for number in range(1, settings.rounds + 1):
             began_s, calls_before = time.monotonic(), len(self.answers)
@@ -111,6 +115,7 @@ class DeliberationExecutor(MemberCalls):
             first_at = leader({}, finals, settings.votes, best_at)
             assert first_at is not None
             if all_agree(list(finals.values())):
+                self._learn(best, answers[first_at], belief, 1.0)
                 return self._stop(StopReason.AGREED, answers[first_at])
             if len(answers) == 1:
                 return self._stop(StopReason.NO_REVIEWS, answers[first_at])
@@ -124,13 +129,16 @@ class DeliberationExecutor(MemberCalls):
             self._steps = max(self._steps, 1)
             leader_at = leader(reviews, finals, settings.votes, best_at)
             assert leader_at is not None
-            same = number > 1 and best is not None and self._same(best, answers[leader_at])
+            before, doubted = (best if number > 1 else None), belief
+            belief = leader_belief(reviews, finals, leader_at)
+            same = before is not None and self._same(before, answers[leader_at])
             best, best_at = answers[leader_at], leader_at
             if time.monotonic() >= self.until_s:
                 return self._stop(StopReason.DEADLINE, best)
             if not reviews:
                 log.warning("no review of %s could be read", self.name)
                 return self._stop(StopReason.NO_REVIEWS, best)
+            self._learn(before, best, doubted, belief)
             took_s = time.monotonic() - began_s
             spent = sum(
                 call.cost for answer in self.answers[calls_before:] for call in answer.record.calls
@@ -139,10 +147,9 @@ class DeliberationExecutor(MemberCalls):
             why = stop_reason(
                 rounds_held=number,
                 most_rounds=settings.rounds,
-                reviews=reviews,
-                leader_at=leader_at,
-                same_leader=same,
-                gain=settings.gain,
+                settled=same or unanimous(reviews, leader_at),
+                belief=belief,
+                gain=self.round_gains.draw(self.recipe, self.rng),
                 # Another round is taken to be like this one.
                 price=RoundPrice(spent, took_s, request.cost_price, request.time_price),
             )
@@ -152,6 +159,14 @@ class DeliberationExecutor(MemberCalls):
                 return self._stop(why, best)
             corrections = corrections_of(reviews, leader_at)
         return self._stop(StopReason.ROUNDS, best)
+
+    def _learn(
+        self, before: MemberAnswer | None, best: MemberAnswer, belief: float, now: float
+    ) -> None:
+        """Learn what a further round gained, from the beliefs in the leading answers."""
+        if before is not None:
+            held = HeldRound(belief, now, changed=not self._same(before, best))
+            self.round_gains.observe(self.recipe, held)
 
     def _stop(self, why: StopReason, best: MemberAnswer | None) -> MemberAnswer | None:
         self._stopped = why
@@ -201,15 +216,16 @@ class DeliberationExecutor(MemberCalls):
         question = conversation_text(self.request.data)
         cast: list[Ballot] = ballots(list(answers), list(answers), self.rng)
         most_tokens = min(settings.review_tokens, self.request.clipped or settings.review_tokens)
+        names = [answers[ballot.reviewer].expert for ballot in cast]
         requests = [
             review_request(
                 self.member_request(),
                 review_prompt(settings.review, question, texts, ballot, _new_mark),
                 most_tokens,
+                greedy=not self.dispatcher.is_remote(name),
             )
-            for ballot in cast
+            for ballot, name in zip(cast, names, strict=True)
         ]
-        names = [answers[ballot.reviewer].expert for ballot in cast]
         bounded = self._within_cost(requests, names)
         if bounded is None:
             return None

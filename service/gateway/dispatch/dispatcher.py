@@ -133,6 +133,10 @@ class Dispatcher:
         self._wake = wake
         self._demand_reporter = DemandReporter(directory, self.views)
 
+    def is_remote(self, expert: str) -> bool:
+        """Whether an expert is at an endpoint of others, and in no pool."""
+        return expert in self._remote_pools or expert in self._remote_variants
+
     async def close(self) -> None:
         """Stop following the pools' states, and stop reporting unmet demand."""
         self._stop_listening()

@@ -19,6 +19,7 @@ import orjson
 from service.broker.answer_agreement import FinalAnswer, final_answer
 from service.broker.cost_model import CostModel
 from service.broker.recipe_catalog import RecipeCatalog
+from service.broker.round_gains import RoundGains
 from service.broker.selection import Selection
 from service.errors import CoeError, UnavailableError
 from service.gateway.dispatch.internal_expert_calls import BufferedSend
@@ -111,6 +112,7 @@ class MemberCalls:
         position: That of the recipe in the selection.
         reply: Receives the answer.
         deadline_s: The deadline, by `time.monotonic`.
+        round_gains: What further rounds of deliberations gain.
         answers: The members' answers so far.
     """
 
@@ -124,6 +126,7 @@ class MemberCalls:
     position: int
     reply: ResponseSend
     deadline_s: float
+    round_gains: RoundGains
     answers: list[MemberAnswer] = field(default_factory=list)
     _sent: MemberAnswer | None = None
     _numbers: int = 0

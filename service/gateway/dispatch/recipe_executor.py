@@ -19,6 +19,7 @@ from service.broker.cost_model import CostModel
 from service.broker.quality_cost_bounds import worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.recipe_steps import StepBound
+from service.broker.round_gains import RoundGains
 from service.broker.savings import Comparison, SavingsModel
 from service.broker.selection import Selection
 from service.errors import (
@@ -69,6 +70,7 @@ class RecipeExecutor:
         feedback: Remembers replies, so that clients can vote on them.
         savings: Compares the choices with always asking the same recipe.
         learned_budgets: Learns how long experts think.
+        round_gains: Learns what further rounds of deliberations gain.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RecipeExecutor:
         feedback: FeedbackService,
         savings: SavingsModel,
         learned_budgets: LearnedBudgets,
+        round_gains: RoundGains,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalog = catalog
@@ -92,6 +95,7 @@ class RecipeExecutor:
         self._feedback = feedback
         self._savings = savings
         self._learned_budgets = learned_budgets
+        self._round_gains = round_gains
 
     async def execute(
         self, request: InferenceRequest, plan: RoutePlan, reply: ResponseSend
@@ -156,6 +160,7 @@ class RecipeExecutor:
                 position,
                 reply,
                 deadline_s,
+                self._round_gains,
             )
             try:
                 await calls.run()

@@ -20,7 +20,9 @@ LEAST_TOKENS = 16
 _FENCE_BYTES = 128
 
 
-def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> InferenceRequest:
+def review_request(
+    request: InferenceRequest, prompt: str, most_tokens: int, *, greedy: bool
+) -> InferenceRequest:
     """Return the request that asks for a review.
 
     It has nothing of the client's body but images and sounds: forms of answers, stops and samplings
@@ -30,6 +32,8 @@ def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> 
         request: The client's request, as it is sent to one member.
         prompt: The prompt for the reviewer.
         most_tokens: The bound of the review.
+        greedy: Whether the expert takes a temperature of 0; some endpoints refuse any temperature.
+            Without it, the expert's own default holds.
     """
     thinking = request.thinking
     if thinking.budget_tokens is not None:
@@ -41,9 +45,10 @@ def review_request(request: InferenceRequest, prompt: str, most_tokens: int) -> 
     data: dict[str, Any] = {
         "model": request.model,
         "messages": [{"role": "user", "content": content}],
-        "temperature": 0.0,
         "max_tokens": most_tokens,
     }
+    if greedy:
+        data["temperature"] = 0.0
     return replace(
         request,
         data=data,

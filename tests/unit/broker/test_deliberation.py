@@ -17,7 +17,7 @@ from service.broker.deliberation import (
     StopReason,
     all_agree,
     leader,
-    leader_quality,
+    leader_belief,
     round_gain,
     stop_reason,
     tally,
@@ -125,15 +125,28 @@ def test_leader_without_votes_is_the_answer_that_most_gave(
 
 
 @given(st.lists(scores, max_size=7), scores)
-def test_leader_quality_is_moved_by_one_reviewer_only_to_a_neighbour(
+def test_leader_belief_is_moved_by_one_reviewer_only_to_a_neighbour(
     given_scores: list[float], hostile: float
 ) -> None:
+    finals = {9: said("x")}
     reviews = reviewed({by: {9: score} for by, score in enumerate(given_scores)})
-    quality = leader_quality(reviews, 9)
-    assert 0 <= quality <= 1
-    more = leader_quality({**reviews, 8: {9: Review(hostile)}}, 9)
+    assert 0 <= leader_belief(reviews, finals, 9) <= 1
+    more = leader_belief({**reviews, 8: {9: Review(hostile)}}, finals, 9)
     if len(given_scores) > 2:
         assert min(given_scores) / 10 <= more <= max(given_scores) / 10
+
+
+@given(scores, scores)
+def test_leader_belief_is_the_margin_over_the_best_other_answer(own: float, other: float) -> None:
+    finals = {0: said("x"), 1: said("y"), 2: said("x")}
+    reviews = reviewed({3: {0: own, 1: other, 2: MAX_SCORE}, 4: {0: own, 1: other}})
+    found = leader_belief(reviews, finals, 0)
+    assert found == pytest.approx(own / (own + other) if own + other else 0.5)
+    # Both give 8, or both give 3: nothing is known of which is right.
+    assert leader_belief(reviewed({3: {0: own, 1: own}}), finals, 0) == 0.5
+    # An answer that says the same is no rival, whatever its score.
+    same = reviewed({3: {0: own, 2: other}})
+    assert leader_belief(same, finals, 0) == pytest.approx(own / MAX_SCORE)
 
 
 def test_unanimous_needs_two_reviewers_that_compared() -> None:
@@ -144,27 +157,25 @@ def test_unanimous_needs_two_reviewers_that_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "same", "quality", "price", "expected"),
+    ("held", "settled", "belief", "price", "expected"),
     [
         (1, True, 0.0, FREE, StopReason.STABLE),
         (3, False, 0.0, FREE, StopReason.ROUNDS),
         (1, False, 0.0, FREE, None),
-        (1, False, 10.0, FREE, StopReason.NOT_WORTH_IT),
-        (1, False, 5.0, RoundPrice(1.0, 0.0, 0.09, 0.0), None),
-        (1, False, 5.0, RoundPrice(1.0, 0.0, 0.11, 0.0), StopReason.NOT_WORTH_IT),
-        (1, False, 5.0, RoundPrice(0.0, 11.0, 0.0, 0.01), StopReason.NOT_WORTH_IT),
+        (1, False, 1.0, FREE, StopReason.NOT_WORTH_IT),
+        (1, False, 0.5, RoundPrice(1.0, 0.0, 0.09, 0.0), None),
+        (1, False, 0.5, RoundPrice(1.0, 0.0, 0.11, 0.0), StopReason.NOT_WORTH_IT),
+        (1, False, 0.5, RoundPrice(0.0, 11.0, 0.0, 0.01), StopReason.NOT_WORTH_IT),
     ],
 )
 def test_stop_reason_weighs_gain_against_cost_and_time(
-    held: int, same: bool, quality: float, price: RoundPrice, expected: StopReason | None
+    held: int, settled: bool, belief: float, price: RoundPrice, expected: StopReason | None
 ) -> None:
-    reviews = reviewed({1: {0: quality, 2: quality}, 2: {0: quality, 1: quality}})
     found = stop_reason(
         rounds_held=held,
         most_rounds=3,
-        reviews=reviews,
-        leader_at=0,
-        same_leader=same,
+        settled=settled,
+        belief=belief,
         gain=0.2,
         price=price,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from service.broker.cost_model import CostModel
+from service.broker.round_gains import RoundGains
 from service.broker.token_prices import Price
 from service.gateway.dispatch.deliberation import DeliberationExecutor
 from service.gateway.dispatch.member_calls import MemberCall, MemberCalls
@@ -61,6 +62,7 @@ def calls(
         "position": 0,
         "reply": SimpleNamespace(record=RequestRecord()),
         "deadline_s": time.monotonic() + 10,
+        "round_gains": RoundGains(),
     }
     return DeliberationExecutor(**parts)
 

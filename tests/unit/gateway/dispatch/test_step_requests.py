@@ -32,10 +32,13 @@ def request(**more: object) -> InferenceRequest:
     return parse_request("/v1/chat/completions", json.dumps(body).encode(), {}, 1000)
 
 
-def test_review_request_has_nothing_of_the_client_s_body() -> None:
-    given_request = request(stop=["x"], response_format={"type": "json_object"}, seed=3)
-    made = review_request(given_request, "judge", 64)
-    assert made.data.keys() == {"model", "messages", "temperature", "max_tokens"}
+@pytest.mark.parametrize("greedy", [True, False])
+def test_review_request_has_nothing_of_the_client_s_body(greedy: bool) -> None:
+    given_request = request(stop=["x"], response_format={"type": "json_object"}, temperature=0.7)
+    made = review_request(given_request, "judge", 64, greedy=greedy)
+    expected = {"model", "messages", "max_tokens"} | ({"temperature"} if greedy else set())
+    assert made.data.keys() == expected
+    assert made.data.get("temperature", 0.0) == 0.0
     assert made.needs == {"chat"}
     assert made.most_tokens == 64
     assert made.most_prompt_tokens >= len("judge")
@@ -51,7 +54,7 @@ def test_review_request_is_no_turn_that_a_prefix_cache_has() -> None:
     affinity = PrefixAffinity()
     affinity.record_answer(request(messages=turns[:1]), "e", "boot")
     assert affinity.hint(asked) is not None
-    made = review_request(asked, "judge", 64)
+    made = review_request(asked, "judge", 64, greedy=True)
     assert affinity.hint(made) is None
     assert prefix_of(asked)
     assert not prefix_of(made)
@@ -60,7 +63,7 @@ def test_review_request_is_no_turn_that_a_prefix_cache_has() -> None:
 def test_review_request_keeps_images() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     asked = request(messages=[{"role": "user", "content": [{"type": "text", "text": "?"}, image]}])
-    [message] = review_request(asked, "judge", 64).data["messages"]
+    [message] = review_request(asked, "judge", 64, greedy=True).data["messages"]
     assert message["content"] == [{"type": "text", "text": "judge"}, image]
 
 
@@ -112,6 +115,6 @@ def test_review_request_leaves_room_after_the_client_s_budget_of_thinking(
     given_budget: int, told: int
 ) -> None:
     asked = request(max_tokens=8000, thinking_token_budget=given_budget)
-    made = review_request(asked, "judge", 64)
+    made = review_request(asked, "judge", 64, greedy=True)
     assert made.thinking.budget_tokens == told
     assert asked.thinking.budget_tokens == given_budget
