@@ -9,9 +9,10 @@ alike one after another, so that the prefix cache of the engine holds their begi
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,7 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batches.batch_types import BatchLine, BatchPlan, BatchTerms, LineChoice
+from service.batches.batch_types import (
+    BatchLine,
+    BatchPlan,
+    BatchTerms,
+    FinishedLine,
+    LineChoice,
+)
 from service.broker.batch_knapsack import (
     BatchBounds,
     BatchInfeasibleError,
@@ -30,6 +37,7 @@ from service.broker.batch_knapsack import (
     least_cost,
     solve,
 )
+from service.broker.line_costs import cost_ratios, features
 from service.errors import InvalidRequestError, RateLimitExceededError
 from service.types import Tenant
 
@@ -40,6 +48,10 @@ _CURVE = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 _LAST = 5
 # Forecasts of one tenant that may wait at once, with the one that is made.
 _MOST_ASKED = 8
+# Fewer lines that are left keep their choices: the chance of single lengths decides then.
+_FEWEST_LEFT = 32
+# A new plan leaves room for so many of the dearest lines, or this part, whichever is less.
+_ROOM_LINES, _ROOM_PART = 4.0, 32.0
 # The longest time for the points of a curve, in s; those that are left are left out then.
 _CURVE_S = 60.0
 
@@ -58,6 +70,7 @@ class LineEstimates:
             never can.
         weights: (E,), the expert on whose weights each expert runs.
         prompts: (L,), texts that begin alike where the prompts do.
+        category: (L,), a number for the category of each line.
         unplanned: Lines that no model can answer, or that are not valid. They run as they are, so
             that each gets its own error.
     """
@@ -70,6 +83,7 @@ class LineEstimates:
     load_s: Floats
     weights: Ints
     prompts: tuple[str, ...]
+    category: Ints
     unplanned: tuple[LineChoice, ...] = ()
 
 
@@ -188,6 +202,23 @@ class BatchPlanner:
         except BatchInfeasibleError as error:
             raise _infeasible_error(error, found) from None
 
+    async def basis(
+        self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+    ) -> object | None:
+        """Expect again what a plan goes by, after a restart."""
+        return await self._estimator.estimate(endpoint, lines, tenant)
+
+    async def replan(
+        self,
+        basis: object,
+        terms: BatchTerms,
+        left: Sequence[Sequence[LineChoice]],
+        finished: Sequence[FinishedLine],
+    ) -> BatchPlan | None:
+        """Plan the lines of a batch that are left, see `replanned`."""
+        assert isinstance(basis, LineEstimates)
+        return await asyncio.to_thread(replanned, basis, terms, left, finished)
+
     async def forecast(
         self,
         endpoint: str,
@@ -268,8 +299,8 @@ def _infeasible_error(error: BatchInfeasibleError, found: LineEstimates) -> Inva
     return InvalidRequestError(f"no plan keeps the terms: {error}", param=f"coe.{error.term}")
 
 
-def _plan(found: LineEstimates, terms: BatchTerms) -> BatchPlan:
-    solution = _solve(found, terms)
+def _plan(found: LineEstimates, terms: BatchTerms, *, exact: bool = True) -> BatchPlan:
+    solution = _solve(found, terms, exact=exact)
     options, chosen = found.options, solution.chosen
     lines = np.arange(len(chosen))
     work_s = (options.calls[chosen] * options.seconds).sum(axis=1)
@@ -289,11 +320,103 @@ def _plan(found: LineEstimates, terms: BatchTerms) -> BatchPlan:
     )
     count = len(choices) + len(found.unplanned)
     return BatchPlan(
-        (*found.unplanned, *choices), solution.quality / count, solution.cost, solution.seconds
+        (*found.unplanned, *choices),
+        solution.quality / count,
+        solution.cost,
+        solution.seconds,
+        found,
     )
 
 
-def _solve(found: LineEstimates, terms: BatchTerms) -> BatchSolution:
+def replanned(
+    found: LineEstimates,
+    terms: BatchTerms,
+    left: Sequence[Sequence[LineChoice]],
+    finished: Sequence[FinishedLine],
+) -> BatchPlan | None:
+    """Plan the lines of a batch that are left, with the costs that the finished ones teach.
+
+    Experts whose lines have all run, and that are not resident, get lines again only where the rest
+    does not fit into the cost without them: each would be loaded once more. Where nothing fits,
+    every line takes what costs least.
+
+    Args:
+        found: What was expected of all lines.
+        terms: The terms for the lines that are left.
+        left: These lines, by model in the order in which they would run.
+        finished: What other lines have cost.
+
+    Returns:
+        The plan; None where too little is left to choose, or the time is too short for any.
+    """
+    place = {number: row for row, number in enumerate(found.numbers.tolist())}
+    rows = np.array(
+        [place[choice.line] for lines in left for choice in lines if choice.line in place],
+        dtype=np.intp,
+    )
+    if len(rows) < _FEWEST_LEFT:
+        return None
+    ratios = _ratios(found, place, finished)[rows]
+    options = found.options.only(rows)
+    options = replace(options, cost=options.cost * ratios)
+    # It is certain that any line has one of these.
+    running = {lines[0].model for lines in left}
+    resident = (found.load_s == 0).any(axis=0)[found.weights]
+    loaded = ~(options.calls[:, ~resident] > 0).any(axis=1)
+    kept = loaded | np.array([model in running for model in found.models])
+    rest = replace(
+        found,
+        numbers=found.numbers[rows],
+        options=replace(options, possible=options.possible & kept),
+        tokens=found.tokens[rows] * ratios,
+        prompts=tuple(found.prompts[row] for row in rows.tolist()),
+        category=found.category[rows],
+        unplanned=(),
+    )
+    most = math.inf if terms.max_cost is None else terms.max_cost
+    if math.isfinite(most):
+        # What a line may cost at most has to fit, to the last line.
+        dearest = float(np.where(options.possible, options.cost, 0.0).max())
+        most -= min(_ROOM_LINES * dearest, most / _ROOM_PART)
+        terms = replace(terms, max_cost=most)
+    if least_cost(rest.options) > most:
+        rest = replace(rest, options=options)
+        least = least_cost(options)
+        terms = replace(terms, max_cost=max(most, least * (1 + 1e-9)))
+    try:
+        return _plan(rest, terms, exact=False)
+    except BatchInfeasibleError:
+        return None
+
+
+def _ratios(
+    found: LineEstimates, place: Mapping[int, int], finished: Sequence[FinishedLine]
+) -> Floats:
+    """(L, R), real cost by expected cost, as the finished lines let expect."""
+    column = {model: at for at, model in enumerate(found.models)}
+    cost = found.options.cost
+    seen = [
+        (place[line.line], column[line.model], line.cost)
+        for line in finished
+        if line.line in place and line.model in column
+    ]
+    lines = np.array([line for line, _, _ in seen], dtype=np.intp)
+    chosen = np.array([model for _, model, _ in seen], dtype=np.intp)
+    spent = np.array([cost for _, _, cost in seen], dtype=np.float64)
+    expected = cost[lines, chosen]
+    known = expected > 0
+    given = features(found.options.quality, found.tokens)
+    return cost_ratios(
+        given,
+        found.category,
+        len(found.models),
+        lines[known],
+        chosen[known],
+        spent[known] / expected[known],
+    )
+
+
+def _solve(found: LineEstimates, terms: BatchTerms, *, exact: bool = True) -> BatchSolution:
     possible = found.options.possible
     resident = possible & runs_at_once(found.options.calls, found.load_s, found.weights)
     # A line that names a recipe of such experts keeps it.
@@ -302,7 +425,7 @@ def _solve(found: LineEstimates, terms: BatchTerms) -> BatchSolution:
     bounds = BatchBounds(
         np.inf if terms.max_cost is None else terms.max_cost, terms.deadline_s, terms.quality
     )
-    return solve(options, found.load_s, bounds)
+    return solve(options, found.load_s, bounds, exact=exact)
 
 
 def _forecast(found: LineEstimates, terms: BatchTerms) -> BatchForecast:

@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -48,6 +48,12 @@ from service.batches.batch_records import (
     output_id,
     request_id,
 )
+from service.batches.batch_replanning import (
+    BatchReplanning,
+    ReplannedBatch,
+    dump_plan,
+    load_plan,
+)
 from service.batches.batch_state import BatchState
 from service.batches.batch_types import (
     LineChoice,
@@ -70,6 +76,7 @@ from service.batches.line_call import (
     wait_s,
     with_used,
 )
+from service.batches.lines_left import LinesLeft
 from service.config import BatchesConfig
 from service.errors import (
     CoeError,
@@ -163,6 +170,9 @@ class _Job:
         calls: The lines that run now.
         background: Charges that are being delivered.
         places: One for each line that may run at once.
+        left: Its lines that have not started.
+        replanning: Plans these again; None where its terms have no `max_cost`.
+        basis: What the planner expects of its lines; None before it is planned here.
         returning: By model, lets one line at a time ask for its next turn.
         waiting: By model, lines that wait for their next try or their part of the cost.
     """
@@ -175,6 +185,9 @@ class _Job:
     under_way: float = 0.0
     calls: set[asyncio.Task[None]] = field(default_factory=set)
     background: set[asyncio.Task[None]] = field(default_factory=set)
+    left: LinesLeft = field(default_factory=lambda: LinesLeft(()))
+    replanning: BatchReplanning | None = None
+    basis: object | None = None
     returning: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     waiting: Counter[str] = field(default_factory=Counter)
 
@@ -449,15 +462,53 @@ class BatchRunner:
         done = await self._state.done(job.batch.id)
         job.spent = job.batch.counts.cost
         await self._put_faults(job, index.faults, done)
+        choices = await asyncio.to_thread(load_plan, stored)
+        job.left = await asyncio.to_thread(LinesLeft, choices, done)
+        replanning = self._replan(job, lines, choices)
         try:
-            left = await asyncio.to_thread(_lines_left, stored, done)
-            await self._unless_ending(job, self._launch(job, lines, left))
+            await self._unless_ending(job, self._launch(job, lines))
         finally:
-            await cancel_and_wait(*job.calls)
+            await cancel_and_wait(replanning, *job.calls)
             # What is not delivered by then is settled by whoever goes on.
             if job.background:
                 _, late = await asyncio.wait(job.background, timeout=_DELIVER_S)
                 await cancel_and_wait(*late)
+
+    def _replan(
+        self, job: _Job, lines: InputLines, choices: Sequence[LineChoice]
+    ) -> asyncio.Task[None] | None:
+        """Begin to plan the rest of a batch again while it runs, where its cost is bounded."""
+        batch = job.batch
+        # A part of the best quality is reached at the least cost by the first plan alone.
+        if batch.terms.max_cost is None or batch.terms.quality is not None:
+            return None
+
+        async def store(plan: bytes) -> None:
+            with contextlib.suppress(_LostError):
+                await self._change(
+                    job,
+                    lambda batch: batch if batch.sealed or batch.ended else batch.changed(),
+                    plan,
+                )
+
+        job.replanning = BatchReplanning(
+            ReplannedBatch(
+                batch.id,
+                batch.endpoint,
+                batch.terms,
+                lines,
+                lambda: self._parts.identify(batch.tenant, batch.key),
+                lambda: job.spent,
+                lambda: batch.expires_s - self._clock(),
+                store,
+            ),
+            self._parts.planner,
+            self._state,
+            job.left,
+            choices,
+            job.basis,
+        )
+        return asyncio.create_task(job.replanning.run())
 
     async def _plan(self, job: _Job, index: InputIndex, lines: InputLines) -> bool:
         """Plan a batch; return whether its lines can run."""
@@ -476,13 +527,14 @@ class BatchRunner:
             if job.why is Ending.EXPIRED:
                 await self._change(job, lambda batch: batch.changed(total=index.total))
             return False
+        job.basis = plan.basis
         planned = (plan.quality, plan.cost, plan.seconds)
         await self._change(
             job,
             lambda batch: batch.enter(
                 Status.IN_PROGRESS, self._clock(), total=index.total, planned=planned
             ),
-            await asyncio.to_thread(_dump_plan, plan.choices),
+            await asyncio.to_thread(dump_plan, plan.choices),
         )
         return job.batch.status is Status.IN_PROGRESS
 
@@ -545,9 +597,7 @@ class BatchRunner:
             for _ in await self._state.put_results(batch_id, group):
                 self._parts.counted("failed")
 
-    async def _launch(
-        self, job: _Job, lines: InputLines, left: dict[str, deque[LineChoice]]
-    ) -> None:
+    async def _launch(self, job: _Job, lines: InputLines) -> None:
         """Start line after line, and wait for the last.
 
         The lines of one model start in the plan's order. Those of a later model may start before,
@@ -556,10 +606,9 @@ class BatchRunner:
         Args:
             job: The batch.
             lines: Its lines.
-            left: By model, the lines without a result, in the plan's order.
         """
         failures: list[BaseException] = []
-        while left and not failures:
+        while (left := job.left.models) and not failures:
             # An expert that can't be asked now must not hold up the lines of others.
             models = [model for model in left if job.waiting[model] < _MOST_WAITING]
             if not models:
@@ -571,12 +620,16 @@ class BatchRunner:
             if failures:
                 turn.end()
                 break
-            choice = left[model].popleft()
-            if not left[model]:
-                del left[model]
+            choice = job.left.take(model)
+            if choice is None:  # the plan has changed meanwhile
+                turn.end()
+                continue
 
-            def ended(task: asyncio.Task[None], turn: _Turn = turn) -> None:
+            def ended(
+                task: asyncio.Task[None], turn: _Turn = turn, choice: LineChoice = choice
+            ) -> None:
                 job.calls.discard(task)
+                job.left.ended(choice)
                 turn.end()
                 if not task.cancelled() and (error := task.exception()) is not None:
                     failures.append(error)
@@ -628,6 +681,8 @@ class BatchRunner:
             result = result_of(line.number, line.custom_id, name, reply, stored)
             result = with_used(result, behalf.used)
             await self._put(job, replace(result, model=model), settlements)
+            if job.replanning is not None and not result.failed:
+                job.replanning.finished(choice, result.cost)
         finally:
             if math.isfinite(may_cost):
                 job.under_way -= may_cost
@@ -890,10 +945,6 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def _dump_plan(choices: tuple[LineChoice, ...]) -> bytes:
-    return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens] for c in choices])
-
-
 def _models_of(plan: bytes) -> dict[int, str]:
     """By line, the expert or recipe of a stored plan."""
     return {line: model for line, model, *_ in orjson.loads(plan)}
@@ -902,15 +953,6 @@ def _models_of(plan: bytes) -> dict[int, str]:
 def _shares_of(plan: bytes) -> dict[str, PlannedShare]:
     """Each model's share of a stored plan."""
     return shares_of(LineChoice(*given) for given in orjson.loads(plan))
-
-
-def _lines_left(plan: bytes, done: set[int]) -> dict[str, deque[LineChoice]]:
-    """By model, the lines of a plan that have no result yet, in its order."""
-    left: dict[str, deque[LineChoice]] = {}
-    for choice in (LineChoice(*given) for given in orjson.loads(plan)):
-        if choice.line not in done:
-            left.setdefault(choice.model, deque()).append(choice)
-    return left
 
 
 def _place(error: BaseException) -> str:

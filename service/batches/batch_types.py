@@ -84,12 +84,30 @@ class BatchPlan:
         quality: The mean expected quality of all lines, in [0, 1].
         cost: The expected cost of all lines together, in units of cost.
         seconds: The expected time to run them all, in s.
+        basis: What the planner expects of the lines, for `PlansBatches.replan`; None where it plans
+            only once.
     """
 
     choices: tuple[LineChoice, ...]
     quality: float
     cost: float
     seconds: float
+    basis: object | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLine:
+    """A line that has its answer.
+
+    Attributes:
+        line: The line's number.
+        model: The expert or recipe that it was sent to.
+        cost: What the answer cost, in units of cost.
+    """
+
+    line: int
+    model: str
+    cost: float
 
 
 class PlansBatches(Protocol):
@@ -108,6 +126,39 @@ class PlansBatches(Protocol):
 
         Raises:
             InvalidRequestError: No plan keeps the terms.
+        """
+
+    async def basis(
+        self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+    ) -> object | None:
+        """Expect again what a plan goes by, after a restart.
+
+        Args:
+            endpoint: The path that the lines are for.
+            lines: The lines.
+            tenant: The tenant whose batch it is.
+
+        Returns:
+            The basis of a plan; None where the planner plans only once.
+        """
+
+    async def replan(
+        self,
+        basis: object,
+        terms: BatchTerms,
+        left: Sequence[Sequence[LineChoice]],
+        finished: Sequence[FinishedLine],
+    ) -> BatchPlan | None:
+        """Plan the lines of a batch that are left.
+
+        Args:
+            basis: That of an earlier plan.
+            terms: The terms for these lines alone.
+            left: The lines, by model in the order in which they would run, with their choices.
+            finished: What other lines have cost.
+
+        Returns:
+            A plan of some or all of these lines; None to keep their choices.
         """
 
 
@@ -162,6 +213,20 @@ class AsWritten:
             if len(choices) % _LINES_PER_TURN == 0:
                 await asyncio.sleep(0)
         return BatchPlan(tuple(choices), 0.0, 0.0, 0.0)
+
+    async def basis(
+        self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+    ) -> object | None:
+        return None
+
+    async def replan(
+        self,
+        basis: object,
+        terms: BatchTerms,
+        left: Sequence[Sequence[LineChoice]],
+        finished: Sequence[FinishedLine],
+    ) -> BatchPlan | None:
+        return None
 
 
 def parse_terms(body: Mapping[str, Any]) -> BatchTerms:

@@ -141,7 +141,9 @@ class BatchSolution:
     exact: bool
 
 
-def solve(options: BatchOptions, load_s: Floats, bounds: BatchBounds) -> BatchSolution:
+def solve(
+    options: BatchOptions, load_s: Floats, bounds: BatchBounds, *, exact: bool = True
+) -> BatchSolution:
     """Choose the recipe of each line.
 
     Args:
@@ -149,6 +151,8 @@ def solve(options: BatchOptions, load_s: Floats, bounds: BatchBounds) -> BatchSo
         load_s: (P, E), time until each engine can answer for each expert; infinite where it never
             can, and 0 where the expert is there.
         bounds: The bounds.
+        exact: Whether to search for the best solution. Without it, the one that the best price
+            gives is kept where cost is the only bound: it is worse by less than one line.
 
     Raises:
         BatchInfeasibleError: A line has no option, or no choice keeps the bounds.
@@ -159,13 +163,14 @@ def solve(options: BatchOptions, load_s: Floats, bounds: BatchBounds) -> BatchSo
         line = int(np.flatnonzero(~possible.any(axis=1))[0])
         raise BatchInfeasibleError(f"no recipe can answer line {line}", "lines", line)
     groups = _group(options, possible)
-    best = _maximise(groups, groups.quality, groups.cost, bounds.max_cost, load_s, bounds)
+    best = _maximise(groups, groups.quality, groups.cost, bounds.max_cost, load_s, bounds, exact)
     if bounds.quality_share is None:
         return _solution(options, groups, best, load_s, maximised=True)
     floor = bounds.quality_share * best.value * (1 - 1e-12)
     # Σ (1 − Q) ≤ L − floor is the floor as a bound from above.
     lines = float(groups.count.sum())
-    least = _maximise(groups, -groups.cost, 1 - groups.quality, lines - floor, load_s, bounds)
+    wrong = 1 - groups.quality
+    least = _maximise(groups, -groups.cost, wrong, lines - floor, load_s, bounds, exact)
     best_cost = float((best.counts * np.where(groups.possible, groups.cost, 0.0)).sum())
     if -least.value > best_cost:  # a search that was cut short
         least = _Choice(best.counts, -best_cost, least.bound)
@@ -325,13 +330,14 @@ def _maximise(
     most: float,
     load_s: Floats,
     bounds: BatchBounds,
+    exact: bool,
 ) -> _Choice:
     """Maximise the value of all lines within a bound on what they spend, and the other bounds.
 
     `value` and `spend` are (G, R). Where the value is the cost, `max_cost` needs no bound of its
     own: the solution costs no more than the one of the best quality, which keeps it.
     """
-    choice = _within_one_bound(groups, value, spend, most)
+    choice = _within_one_bound(groups, value, spend, most, exact=exact)
     if math.isinf(bounds.deadline_s):
         return choice
     if shortest_s(groups.work_s(choice.counts), load_s) <= bounds.deadline_s:
@@ -342,8 +348,10 @@ def _maximise(
 # --- cost as the only bound
 
 
-def _within_one_bound(groups: _Groups, value: Floats, spend: Floats, most: float) -> _Choice:
-    """Solve the multiple-choice knapsack with one bound exactly.
+def _within_one_bound(
+    groups: _Groups, value: Floats, spend: Floats, most: float, *, exact: bool
+) -> _Choice:
+    """Solve the multiple-choice knapsack with one bound, exactly or by the best price.
 
     Raises:
         BatchInfeasibleError: The least spending is above the bound.
@@ -388,7 +396,7 @@ def _within_one_bound(groups: _Groups, value: Floats, spend: Floats, most: float
     _fill(groups, counts, value, spend, loss, most)
     reached = float((counts * np.where(groups.possible, value, 0.0)).sum())
     gap = bound - reached
-    if gap <= 1e-12 * max(abs(bound), 1.0):
+    if not exact or gap <= 1e-12 * max(abs(bound), 1.0):
         return _Choice(counts, reached, bound)
     return _search_core(groups, value, spend, most, loss, _Choice(counts, reached, bound))
 

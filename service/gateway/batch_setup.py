@@ -16,7 +16,13 @@ from service.batches.batch_records import ENDED, Status
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_service import BatchService
 from service.batches.batch_state import BatchState
-from service.batches.batch_types import BatchLine, BatchPlan, BatchTerms
+from service.batches.batch_types import (
+    BatchLine,
+    BatchPlan,
+    BatchTerms,
+    FinishedLine,
+    LineChoice,
+)
 from service.batches.file_folder import FileFolder
 from service.batches.sqlite_state import SqliteState
 from service.config import Config
@@ -102,6 +108,22 @@ class CurrentGateway:
     ) -> BatchPlan:
         """Plan a batch."""
         return await self._current().batch_planner.plan(endpoint, lines, terms, tenant)
+
+    async def basis(
+        self, endpoint: str, lines: Sequence[BatchLine], tenant: Tenant
+    ) -> object | None:
+        """Expect again what a plan goes by."""
+        return await self._current().batch_planner.basis(endpoint, lines, tenant)
+
+    async def replan(
+        self,
+        basis: object,
+        terms: BatchTerms,
+        left: Sequence[Sequence[LineChoice]],
+        finished: Sequence[FinishedLine],
+    ) -> BatchPlan | None:
+        """Plan the lines of a batch that are left."""
+        return await self._current().batch_planner.replan(basis, terms, left, finished)
 
     async def turn(self, models: Sequence[str]) -> str:
         """Wait until a line for one of these models may start, and return the model."""

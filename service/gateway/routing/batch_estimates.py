@@ -48,6 +48,7 @@ class _Line:
     """One line's figures; arrays are (R,) over the models that a line may name."""
 
     number: int
+    category: str
     quality: Floats
     cost: Floats
     possible: NDArray[np.bool_]
@@ -169,6 +170,7 @@ class BatchEstimator:
             return LineChoice(number, request.model, 0.0, 0.0, 0.0)
         return _Line(
             number,
+            plan.category,
             np.where(possible, quality[at], 0.0),
             np.where(possible, costs[at], 0.0),
             possible,
@@ -203,6 +205,7 @@ class BatchEstimator:
         def table(width: int, rows: list[Floats]) -> Floats:
             return np.array(rows) if rows else np.zeros((lines, width))
 
+        categories: dict[str, int] = {}
         prompts = table(experts, [line.prompt_tokens for line in found])
         answers = table(experts, [line.answer_tokens for line in found])
         seconds = (speeds[0] + speeds[1] * prompts + speeds[2] * answers) / speeds[3]
@@ -221,6 +224,9 @@ class BatchEstimator:
             load_s,
             weights,
             tuple(line.prompt for line in found),
+            np.array(
+                [categories.setdefault(line.category, len(categories)) for line in found], int
+            ),
             unplanned,
         )
 

@@ -50,6 +50,7 @@ def estimates(lines: int = 12, seed: int = 0) -> LineEstimates:
         np.array([[0.0, 5.0]]),
         np.arange(2),
         tuple(f"{'abc'[i % 3]} prompt {i}" for i in range(lines)),
+        np.arange(lines) % 2,
     )
 
 

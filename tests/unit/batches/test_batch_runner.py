@@ -13,6 +13,7 @@ import pytest
 
 from service.batches import batch_runner
 from service.batches.batch_records import BatchRecord, FileRecord, Status
+from service.batches.batch_replanning import load_plan
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_types import (
     AsWritten,
@@ -384,3 +385,64 @@ async def test_runner_begins_anew_where_a_line_can_t_be_read_while_others_wait(
     batch = await Bench(tmp_path, reply, lines=2).run()
     assert batch.counts.completed == 2
     assert failed == [1, 1]
+
+
+async def test_runner_follows_a_new_plan_of_the_lines_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = answers(1.0)
+    plans: list[bytes] = []
+    sent: dict[int, str] = {}
+
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        # The second half is not answered before there is a new plan.
+        return good(number, tried) if number < 20 or len(plans) > 1 else (429, b"{}")
+
+    class Again(AsWritten):
+        async def plan(self, *_: Any) -> BatchPlan:
+            lines = tuple(LineChoice(n, "first", 0.5, 1.0, 0.0) for n in range(40))
+            return BatchPlan(lines, 0.5, 40.0, 0.0, "basis")
+
+        async def replan(self, basis: object, terms: BatchTerms, left: Any, _: Any) -> BatchPlan:
+            assert basis == "basis"
+            assert terms.max_cost is not None
+            assert terms.max_cost < 100
+            lines = [choice.line for each in left for choice in each]
+            choices = tuple(LineChoice(n, "second", 0.5, 1.0, 0.0) for n in lines)
+            return BatchPlan(choices, 0.5, 1.0, 0.0)
+
+    def model_of(_: object, planned: str, __: Tenant) -> str:
+        return planned
+
+    bench = Bench(tmp_path, reply, lines=40, in_flight=2)
+    answer, put = bench.runner._parts.answer, bench.state.replace
+
+    async def noted(scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        body = json.loads(message["body"])
+        sent[body["number"]] = body["model"]
+
+        async def again() -> Any:
+            return message
+
+        await answer(scope, again, send)
+
+    async def replace_noted(batch: BatchRecord, plan: bytes | None = None) -> bool:
+        done = await put(batch, plan)
+        if done and plan is not None:
+            plans.append(plan)
+        return done
+
+    monkeypatch.setattr(bench.state, "replace", replace_noted)
+    bench.runner._parts = replace(
+        bench.runner._parts, answer=noted, planner=Again(), model_of=model_of
+    )
+    batch = await bench.run(BatchTerms(max_cost=100.0))
+    assert (batch.counts.completed, batch.counts.failed) == (40, 0)
+    assert sorted(sent) == list(range(40))
+    assert sent[0] == "first"
+    assert sent[39] == "second"
+    # The new plan is there for whoever goes on after a restart.
+    stored = {choice.line: choice.model for choice in load_plan(plans[-1])}
+    assert sorted(stored) == list(range(40))
+    assert stored[39] == "second"
