@@ -84,6 +84,7 @@ class CommandConfig(Section):
             "/v1/classify",
             "/v1/audio/transcriptions",
             "/v1/responses",
+            "/v1/responses/input_tokens",
             "/v1/messages",
             "/v1/messages/count_tokens",
             "/tokenize",

@@ -52,7 +52,11 @@ from service.http.asgi_helpers import body_message, send_json, send_response, st
 from service.http.prompt_endpoints import AUDIO, TABLE
 
 _GENERATING = frozenset({CHAT, COMPLETIONS, MESSAGES, RESPONSES})
-ENDPOINTS = _GENERATING | {*READINGS, AUDIO, "/v1/embeddings", "/tokenize", "/detokenize"}
+_INPUT_TOKENS = "/v1/responses/input_tokens"
+ENDPOINTS = _GENERATING | {
+    *READINGS,
+    *(AUDIO, "/v1/embeddings", _INPUT_TOKENS, "/tokenize", "/detokenize"),
+}
 _WORDS = ("one", "small", "answer", "from", "an", "engine", "that", "only", "plays", "a", "part")
 _WEIGHT_BYTES = 1024**3
 
@@ -219,6 +223,9 @@ class SimulatedEngine:
             if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
                 raise InvalidRequestError("`tokens` must be a list of integers", param="tokens")
             await _send_json(send, {"prompt": " ".join(_WORDS[i % len(_WORDS)] for i in ids)})
+        elif path == _INPUT_TOKENS:
+            count = tokens_of(_input_text(body))
+            await _send_json(send, {"object": "response.input_tokens", "input_tokens": count})
         elif path == "/v1/embeddings":
             await self._embed(request, body, send)
         elif (read := READINGS.get(path)) is not None:

@@ -54,6 +54,7 @@ _POSTS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "/v1/classify": ("Classes of texts", {"input": _TEXTS}, ["input"]),
     "/v1/responses": ("Response", {"input": {}}, ["input"]),
+    "/v1/responses/input_tokens": ("Count a response's input tokens", {"input": {}}, ["input"]),
     "/v1/messages": (
         "Anthropic message",
         {"messages": _MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}},

@@ -72,6 +72,7 @@ TABLE: dict[str, Endpoint] = {
     "/v1/classify": Endpoint("input", _TEXTS, "classify", several=True),
     AUDIO: Endpoint("file", (str,), TRANSCRIPTION),
     "/v1/responses": Endpoint("input", _TEXTS, "chat", ("max_output_tokens",)),
+    "/v1/responses/input_tokens": Endpoint("input", _TEXTS, "chat"),
     "/tokenize": Endpoint(),
     "/detokenize": Endpoint(),
 }
@@ -81,4 +82,6 @@ OLLAMA_ENDPOINTS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings
 # Paths of endpoints that servers know by another name. There is no standard for classes.
 UPSTREAM_PATHS = {"/v1/classify": "/classify"}
 # They make nothing but counts and tokens, so they are not charged.
-UNCHARGED = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+UNCHARGED = frozenset(
+    {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/responses/input_tokens"}
+)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from service.errors import StorageFullError
 from service.store.list_page import Page
 from service.stored_responses.redis_responses import RedisResponses
 from service.stored_responses.response_state import ResponseState, StoredAmount
@@ -298,4 +299,30 @@ async def test_removed_text_is_nowhere_in_the_folder(tmp_path: Path, removal: st
         case "expiry":
             await state.remove_unused(clock.now_s - 0.5)
     assert not found()
+    await state.stop()
+
+
+async def test_full_disk_raises_and_keeps_nothing_of_a_change(tmp_path: Path) -> None:
+    clock = Clock()
+    state = SqliteResponses(tmp_path / "responses.sqlite3", clock)
+    tried = Tried(state, clock)
+    await begin(tried)
+    await tried.add(response(1))
+    before = await state.amount()
+    connection = state._file._connection
+    assert connection is not None
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count={pages + 1}")
+    large = "x" * 50_000
+    with pytest.raises(StorageFullError):
+        await tried.add(response(2, text=large, previous=1))
+    with pytest.raises(StorageFullError):
+        await tried.add(response(3, text=large, conversation="conv_a"))
+    with pytest.raises(StorageFullError):
+        await state.add_items("conv_a", [item("second"), item("third", large)], MANY)
+    assert await tried.kept(1, 2, 3) == [1]
+    assert await names(state, "conv_a") == ["first"]
+    assert await state.amount() == before
+    connection.execute("PRAGMA max_page_count=1000000")
+    assert (await tried.add(response(2, text=large, previous=1))).kept
     await state.stop()

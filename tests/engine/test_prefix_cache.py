@@ -91,3 +91,36 @@ async def test_prefix_cache_hits_within_a_tenant_and_never_across(asked: Asked, 
 async def test_engine_runs_with_arguments_of_vllm(asked: Asked) -> None:
     model = asked.engine.vllm.rendering.config.model_config
     assert model.max_logprobs == OPTIONS.args["max_logprobs"] == 21
+
+
+async def test_stored_turn_is_a_prompt_whose_tokens_are_counted_and_cached(asked: Asked) -> None:
+    """The items of a turn go back to the engine as they came, as the gateway sends them."""
+    path, replies, statuses = "/v1/responses", [], [0]
+
+    async def ask(endpoint: str, **body: Any) -> Any:
+        parts: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            parts.append(message.get("body", b""))
+            statuses.append(message.get("status", statuses[-1]))
+
+        raw = orjson.dumps({"model": "base", "store": False, **body})
+        request = EngineRequest(endpoint, "base", raw, f"t{next(_ids)}", cache_salt="stored")
+        await asked.engine.run(request, collect)
+        return orjson.loads(b"".join(parts))
+
+    items: list[dict[str, Any]] = []
+    for text in (f"5. {TEXT}", "And then?", "And after that?"):
+        items += _said(text)
+        counted = await ask(f"{path}/input_tokens", input=items)
+        assert counted["object"] == "response.input_tokens"
+        # vLLM counts what is in its prefix cache by whole blocks.
+        replies.append(await ask(path, input=items, max_output_tokens=4, temperature=0))
+        assert replies[-1]["usage"]["input_tokens"] == counted["input_tokens"]
+        items += replies[-1]["output"]
+    cached = [reply["usage"]["input_tokens_details"]["cached_tokens"] for reply in replies]
+    assert cached[0] == 0
+    assert 0 < cached[1] <= cached[2]
+    assert statuses[-1] == 200
+    refused = await ask(f"{path}/input_tokens", input=[{"type": "no such item"}])
+    assert (statuses[-1], refused.keys()) == (400, {"error"})

@@ -14,6 +14,7 @@ REQUESTS = {
     "/v1/chat/completions": "openai.chat_completion.protocol:ChatCompletionRequest",
     "/v1/completions": "openai.completion.protocol:CompletionRequest",
     "/v1/responses": "openai.responses.protocol:ResponsesRequest",
+    "/v1/responses/input_tokens": "openai.responses.protocol:ResponsesRequest",
     "/v1/messages": "anthropic.protocol:AnthropicMessagesRequest",
     "/v1/messages/count_tokens": "anthropic.protocol:AnthropicCountTokensRequest",
     "/tokenize": "serve.tokenize.protocol:TokenizeChatRequest",

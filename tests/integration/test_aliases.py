@@ -46,6 +46,7 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": MESSAGES},
     "/v1/completions": {"prompt": "q"},
     "/v1/responses": {"input": "q"},
+    "/v1/responses/input_tokens": {"input": "q"},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 4},
     "/v1/messages/count_tokens": {"messages": MESSAGES},
     "/tokenize": {"prompt": "q"},

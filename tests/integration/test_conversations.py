@@ -238,6 +238,30 @@ async def test_full_disk_and_full_quota_keep_nothing(tmp_path: Path) -> None:
         assert len((await api.conversations.items.list(made.id)).data) == 1
 
 
+async def test_input_tokens_count_the_whole_conversation(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path)) as s, client(s) as api:
+        first = await api.responses.create(model="general", input="one two three")
+        made = await api.conversations.create(items=[ONE])
+        alone = await api.responses.input_tokens.count(model="general", input="four five")
+        after = await api.responses.input_tokens.count(
+            model="general", input="four five", previous_response_id=first.id
+        )
+        within = await api.responses.input_tokens.count(
+            model="general", input="four five", conversation=made.id
+        )
+        assert alone.object == "response.input_tokens"
+        assert alone.input_tokens == 2
+        assert after.input_tokens > alone.input_tokens + 3
+        assert within.input_tokens == 3
+        # Nothing is kept, and nothing is charged.
+        assert len((await api.conversations.items.list(made.id)).data) == 1
+        assert all("store" not in body for body in asked(s)[1:])
+        with pytest.raises(openai.NotFoundError):
+            await api.responses.input_tokens.count(
+                model="general", input="x", previous_response_id="resp_0"
+            )
+
+
 async def test_agents_sdk_goes_on_by_response_session_and_conversation(tmp_path: Path) -> None:
     program = python_with("agents")
     async with run_gateway(config(tmp_path, keys={})) as s:

@@ -124,6 +124,8 @@ READ = {
         "request_id",
     },
     LOGGER: {"log_engine_initialized", "record", "record_sleep_state"},
+    "vllm.renderers.online_renderer:OnlineRenderer": {"render_responses"},
+    "vllm.renderers.online_renderer:ResponsesRenderResult": {"engine_input"},
     LLM: {"add_request"},
     MODEL_CONFIG: {"get_pooling_task"},
     METHOD: {"process_weights_after_loading"},

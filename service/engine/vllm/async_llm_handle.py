@@ -169,6 +169,27 @@ class Rendering:
     generation_config: Mapping[str, object]
 
 
+INPUT_TOKENS = "/v1/responses/input_tokens"
+
+
+def _add_input_tokens(app: Any) -> None:
+    """Add OpenAI's endpoint that counts a response's input tokens, which vLLM's layer lacks."""
+    from starlette.responses import JSONResponse
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    async def count(request: Any) -> JSONResponse:
+        rendered = await app.state.online_renderer.render_responses(request, skip_mm_cache=True)
+        if isinstance(rendered, ErrorResponse):
+            return JSONResponse(rendered.model_dump(), status_code=rendered.error.code)
+        tokens = len(rendered.engine_input["prompt_token_ids"])
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": tokens})
+
+    # FastAPI parses the body by its annotation. As texts these would be names of this module.
+    count.__annotations__.update({"request": ResponsesRequest, "return": JSONResponse})
+    app.add_api_route(INPUT_TOKENS, count, methods=["POST"])
+
+
 class AdapterError(Exception):
     """vLLM could not load or unload an adapter. The message comes from vLLM."""
 
@@ -388,6 +409,8 @@ class VllmHandle:
         client = SaltingEngineClient(self._llm, rendering)
         app = build_app(args, self._tasks, client.model_config)
         await init_app_state(client, app.state, args, self._tasks)
+        if "generate" in self._tasks:
+            _add_input_tokens(app)
         # vLLM's fault handlers tell its server to exit; here the pool decides.
         app.state.server = SimpleNamespace(should_exit=False)
         return OpenAiApp(app, self._llm)

@@ -32,6 +32,7 @@ from service.engine.gpu_share import GpuShare
 from service.engine.steering_data import RECORD_CHOICES_KEY
 from service.engine.thinking_budget import set_thinking_budget
 from service.engine.vllm.async_llm_handle import (
+    INPUT_TOKENS,
     AdapterError,
     LaunchSettings,
     OpenAiApp,
@@ -56,6 +57,7 @@ GENERATE_ENDPOINTS = frozenset(
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/responses",
+        INPUT_TOKENS,
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/tokenize",

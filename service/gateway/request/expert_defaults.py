@@ -28,6 +28,7 @@ COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
+INPUT_TOKENS = "/v1/responses/input_tokens"
 TOKENIZE = "/tokenize"
 
 Data = dict[str, Any]
@@ -79,6 +80,14 @@ _PENALTIES = _same("min_p", "presence_penalty", "frequency_penalty", "repetition
 _ARGUMENTS = _same("chat_template_kwargs")
 _FORMAT = {"response_format": Field(("response_format",), also=("structured_outputs",))}
 
+_OF_RESPONSES = {
+    **_SAMPLING,
+    **_PENALTIES,
+    **_ARGUMENTS,
+    **_same("stop"),
+    "response_format": Field(("text", "format"), ("structured_outputs",), _flat_schema),
+    "reasoning_effort": Field(("reasoning", "effort")),
+}
 # The fields of each endpoint, by the names of defaults; `system` and `max_tokens` stand apart.
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     CHAT: {
@@ -89,14 +98,8 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         **_same("stop", "min_tokens", "reasoning_effort"),
     },
     COMPLETIONS: {**_SAMPLING, **_PENALTIES, **_FORMAT, **_same("stop", "min_tokens")},
-    RESPONSES: {
-        **_SAMPLING,
-        **_PENALTIES,
-        **_ARGUMENTS,
-        **_same("stop"),
-        "response_format": Field(("text", "format"), ("structured_outputs",), _flat_schema),
-        "reasoning_effort": Field(("reasoning", "effort")),
-    },
+    RESPONSES: _OF_RESPONSES,
+    INPUT_TOKENS: _OF_RESPONSES,
     MESSAGES: {
         **_SAMPLING,
         **_ARGUMENTS,
@@ -112,6 +115,7 @@ SYSTEM: Mapping[str, str] = {
     CHAT: "messages",
     TOKENIZE: "messages",
     RESPONSES: "instructions",
+    INPUT_TOKENS: "instructions",
     MESSAGES: "system",
     COUNT_TOKENS: "system",
 }

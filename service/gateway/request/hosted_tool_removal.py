@@ -15,11 +15,13 @@ from service.errors import DisallowedFieldError, InvalidRequestError
 
 # The types of tools to remove, by endpoint. Tools that name a server, a file or a sandbox are
 # refused instead, because agents do not list them by default.
+_OF_OPENAI = re.compile(
+    r"(web_search(_preview)?|web_fetch|image_generation|local_shell|shell|apply_patch"
+    r"|tool_search)(_\d{4}_\d{2}_\d{2})?"
+)
 _LEFT_OUT = {
-    "/v1/responses": re.compile(
-        r"(web_search(_preview)?|web_fetch|image_generation|local_shell|shell|apply_patch"
-        r"|tool_search)(_\d{4}_\d{2}_\d{2})?"
-    ),
+    "/v1/responses": _OF_OPENAI,
+    "/v1/responses/input_tokens": _OF_OPENAI,
     "/v1/messages": re.compile(r"[a-z_]{1,64}_\d{8}"),
     "/v1/messages/count_tokens": re.compile(r"[a-z_]{1,64}_\d{8}"),
 }

@@ -16,7 +16,7 @@ from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.expert_defaults import RequestDefaults
 from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
-from service.gateway.request.stored_turn import RESPONSES, StoredTurns
+from service.gateway.request.stored_turn import INPUT_TOKENS, RESPONSES, StoredTurns
 from service.gateway.request.token_limits import check_extent
 from service.gateway.routing.alias_resolution import AliasResolution
 from service.http.asgi_helpers import Receive, read_body
@@ -90,9 +90,9 @@ class RequestIntake:
         raw = await self._read_body(path, headers, receive)
         arrived_s = time.monotonic()
         stored = None
-        if path == RESPONSES and self._turns is not None:
+        if path in (RESPONSES, INPUT_TOKENS) and self._turns is not None:
             self._limits.shape(raw)
-            raw, stored = await self._turns.begin(raw, tenant)
+            raw, stored = await self._turns.begin(raw, tenant, counts=path == INPUT_TOKENS)
         parse = partial(self.parse, path, raw, headers, tenant, named)
         request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
         if stored is not None:

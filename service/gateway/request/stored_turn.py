@@ -18,6 +18,7 @@ from service.stored_responses.stored_records import StoredItem, bodies, input_it
 from service.types import BATCH, Tenant
 
 RESPONSES = "/v1/responses"
+INPUT_TOKENS = "/v1/responses/input_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +63,20 @@ class StoredTurns:
         self._service = service
         self._conversations = conversations
 
-    async def begin(self, raw: bytes, tenant: Tenant) -> tuple[bytes, StoredTurn | None]:
+    async def begin(
+        self, raw: bytes, tenant: Tenant, *, counts: bool = False
+    ) -> tuple[bytes, StoredTurn | None]:
         """Put the conversation that a request goes on from before its input.
 
         Args:
             raw: The request's body, whose depth and number of values are checked already.
             tenant: The tenant that sent it.
+            counts: Whether its tokens are only counted.
 
         Returns:
             The body for experts, which says nothing about stored responses, and the turn; None for
-            a body that is not valid, and for lines of batches, which can't use stored responses.
+            a body that is not valid, for one whose tokens are counted, and for lines of batches,
+            which can't use stored responses.
 
         Raises:
             InvalidRequestError: A field is not valid, or the response can't be gone on from.
@@ -117,8 +122,9 @@ class StoredTurns:
         if isinstance(given, list) and len(own) != len(given):
             # Experts refuse items that are no objects.
             keeps = False
-        # Neither an engine nor a remote server keeps what is kept here.
-        data["store"] = False
+        if not counts:
+            # Neither an engine nor a remote server keeps what is kept here.
+            data["store"] = False
         if before is not None and before.items:
             data["input"] = orjson.Fragment(
                 _joined(before.items, given if isinstance(given, list) else own)
@@ -128,6 +134,8 @@ class StoredTurns:
         except orjson.JSONEncodeError:
             raise InvalidRequestError("the body is nested too deep") from None
         self._service.check_size(len(whole))
+        if counts:
+            return whole, None
         response_id = new_response_id()
         first = response_id if keeps else None
         turn = StoredTurn(

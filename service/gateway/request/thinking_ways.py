@@ -27,6 +27,7 @@ _CHAT = "/v1/chat/completions"
 _MESSAGES = "/v1/messages"
 _COUNT_TOKENS = "/v1/messages/count_tokens"
 _RESPONSES = "/v1/responses"
+_INPUT_TOKENS = "/v1/responses/input_tokens"
 _COMPLETIONS = "/v1/completions"
 # The part of an expert's own budget that an effort may use; others may use all of it.
 _PARTS = {"minimal": 1 / 8, "low": 1 / 4, "medium": 1 / 2}
@@ -191,7 +192,7 @@ class ThinkingWay:
 
 def _with_effort(endpoint: str, data: Data, effort: str) -> Data:
     """Return a body with an effort, in the endpoint's own field."""
-    if endpoint == _RESPONSES:
+    if endpoint in (_RESPONSES, _INPUT_TOKENS):
         return _nested(data, "reasoning", effort)
     if endpoint in (_MESSAGES, _COUNT_TOKENS):
         if effort == "none":

@@ -17,6 +17,7 @@ from service.gateway.request.expert_defaults import (
     COMPLETIONS,
     COUNT_TOKENS,
     FIELDS,
+    INPUT_TOKENS,
     MESSAGES,
     NOTHING_ADDED,
     RESPONSES,
@@ -60,6 +61,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER]},
     COMPLETIONS: {"prompt": "q"},
     RESPONSES: {"input": "q"},
+    INPUT_TOKENS: {"input": "q"},
     MESSAGES: {"messages": [USER]},
     COUNT_TOKENS: {"messages": [USER]},
     TOKENIZE: {"messages": [USER]},
@@ -119,6 +121,8 @@ FORMS: dict[str, dict[str, Any]] = {
     **READ,
     "/detokenize": {"tokens": [1]},
 }
+# The body is that of a response, of which only the answer's length does not count.
+FORMS[INPUT_TOKENS] = {k: v for k, v in FORMS[RESPONSES].items() if k != "max_output_tokens"}
 
 
 def config(defaults: dict[str, Any]) -> Config:

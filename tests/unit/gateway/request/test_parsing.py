@@ -300,6 +300,7 @@ def test_parse_request_invalid_bounds_in_headers_are_named(
         ("/v1/messages", {"messages": HELLO * 5}),
         ("/v1/messages/count_tokens", {"messages": HELLO * 5}),
         ("/v1/responses", {"input": HELLO * 5}),
+        ("/v1/responses/input_tokens", {"input": HELLO * 5}),
         ("/tokenize", {"messages": HELLO * 5}),
     ],
 )

@@ -162,7 +162,10 @@ async def test_sessions_conversation_that_begins_has_no_last_turn_unless_it_is_n
     assert await last(sessions, asked(session="s")) == ("a", False)
 
 
-@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/embeddings", "/tokenize"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/embeddings", "/tokenize"],
+)
 async def test_sessions_are_of_endpoints_that_converse_only(path: str) -> None:
     body = orjson.dumps({"messages": FIRST, "input": "x"})
     request = parse_request(path, body, {b"x-session-id": b"s"}, 1000)
