@@ -237,7 +237,7 @@ def run(options: Mapping[str, Any]) -> Composition:
         template.vllm,
         on_gpu=on_gpu,
         merge=not on_gpu,
-        wanted=asked | required,
+        wanted=(asked & config.experts.keys()) | required,
         measured_swap_s={n: s["swap_s"] for n, s in measured.items() if s["swap_s"]},
     )
     options, sizes = _with_rate(options, sizes, found, measured)

@@ -157,6 +157,21 @@ def test_compose_map_takes_the_place_of_outcomes(artifacts: Path, tmp_path: Path
     assert report["categories"]["code"]["share"] == 1.0
 
 
+def test_compose_map_that_knows_more_experts_than_the_config_buys_of_those_it_has(
+    artifacts: Path, tmp_path: Path
+) -> None:
+    base = yaml.safe_load((artifacts / "public@2" / EXPERTS).read_text())
+    del base["experts"]["large"]
+    base["router"]["artifact"] = str(artifacts / "public@2")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    words = ["--map", str(artifacts / "public@2"), "--accelerators", "2x96GiB"]
+    words += ["--config", str(tmp_path / "base.yaml"), "--analysis-s", "0"]
+    words += ["--out", str(tmp_path / "coe.yaml")]
+    done = CliRunner().invoke(cli, ["compose", *words])
+    assert done.exit_code == 0, done.output
+    assert set(load_config(tmp_path / "coe.yaml").experts) == {"small", "coder"}
+
+
 @pytest.mark.parametrize(("cores", "fits"), [(2, False), (4, True)])
 def test_write_composed_leaves_out_models_too_slow_for_the_cores(
     artifacts: Path, tmp_path: Path, cores: int, fits: bool
