@@ -15,9 +15,11 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.targets_and_report import Report, Table, TargetCheck
@@ -33,6 +35,9 @@ _TOKEN_S = 0.02
 # Plain quantiles, for comparison: a price without end leaves no more whole than must be.
 _QUANTILES = (0.9, 0.95)
 _MOST_LOST = 0.015
+# Prices of a token that are tried for the most savings at equal quality.
+_PRICES = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+_BOOTSTRAPS = 400
 # Models whose answers are rarely longer than others' have nothing to save.
 _LONG_TAIL = 4.0
 
@@ -55,12 +60,14 @@ class Spent:
         score: Sum of the scores.
         cut: Answers whose thinking was cut.
         answers: All answers.
+        scores: The score of each answer, in order.
     """
 
     tokens: int = 0
     score: float = 0.0
     cut: int = 0
     answers: int = 0
+    scores: list[float] = field(default_factory=list)
 
     @property
     def quality(self) -> float:
@@ -93,9 +100,33 @@ def simulate(
         lengths.observe("e", category, tokens, cut=cut)
         spent.tokens += tokens
         spent.score += 0.0 if cut else answer.score
+        spent.scores.append(0.0 if cut else answer.score)
         spent.cut += cut
         spent.answers += 1
     return spent
+
+
+def lost_interval(free: Spent, spent: Spent) -> tuple[float, float]:
+    """The lost quality's interval of 95 %: answers are drawn again, in pairs (bootstrap)."""
+    lost = np.array(free.scores) - np.array(spent.scores)
+    draws = np.random.default_rng(_SEED).integers(0, len(lost), (_BOOTSTRAPS, len(lost)))
+    low, high = np.percentile(lost[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def equal_quality(answers: Sequence[Answer], free: Spent) -> tuple[float, float, Spent]:
+    """The price of a token whose budgets save most, of those that lose nothing that is seen.
+
+    Returns:
+        The price, the share of tokens that is saved, and the run.
+    """
+    best = (0.0, 0.0, free)
+    for price in _PRICES:
+        spent = simulate(answers, _LEAST_SHARE, price)
+        saved = 1 - spent.tokens / free.tokens
+        if lost_interval(free, spent)[0] <= 0 and saved > best[1]:
+            best = (price, saved, spent)
+    return best
 
 
 def recorded(path: Path) -> dict[str, list[Answer]]:
@@ -161,11 +192,36 @@ def measure(outcomes: Path | None, count: int) -> Report:
         ("model", "budgets", "of", "tokens", "saved, %", "quality, %", "lost, points", "cut, %"),
     )
     best: dict[str, list[tuple[float, float]]] = {}
+    equal = Table(
+        "The most tokens saved at equal quality: the interval of what is lost reaches 0",
+        (
+            "model",
+            "price of a token",
+            "saved, %",
+            "lost, points",
+            "answers cut",
+            "right among them",
+        ),
+    )
     for model, answers in sorted(models.items()):
         random.Random(_SEED).shuffle(answers)
         free = simulate(answers, _LEAST_SHARE, 0.0)
         usual = f"{free.tokens / free.answers:.0f}"
         table.rows.append((model, "none", "", usual, "", _percent(free.quality), "", ""))
+        price, less, spent = equal_quality(answers, free)
+        low, high = lost_interval(free, spent)
+        wrong = int(sum(free.scores) - sum(spent.scores))
+        equal.rows.append(
+            (
+                model,
+                f"{price:g}",
+                _percent(less),
+                f"{_percent(free.quality - spent.quality)} ({_percent(low)} to {_percent(high)})",
+                str(spent.cut),
+                str(wrong),
+            )
+        )
+        report.facts[f"equal quality, {model}"] = {"saved": less, "high": high}
         for name, share, price in ways:
             for by_category in (True, False):
                 spent = simulate(answers, share, min(price, 1.0), by_category=by_category)
@@ -185,7 +241,7 @@ def measure(outcomes: Path | None, count: int) -> Report:
                 )
                 if by_category and price < 1:
                     best.setdefault(name, []).append((less, worse))
-    report.tables.append(table)
+    report.tables += [table, equal]
     for name, found in best.items():
         lost = max(worse for _, worse in found)
         mean = sum(less for less, _ in found) / len(found)

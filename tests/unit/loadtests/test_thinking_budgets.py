@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.thinking_budgets import Answer, long_thinkers, measure, recorded, simulate
+from loadtests.thinking_budgets import (
+    Answer,
+    equal_quality,
+    long_thinkers,
+    measure,
+    recorded,
+    simulate,
+)
 
 # One answer in ten goes on for long, and is wrong.
 ANSWERS = [Answer("c", 20 if n % 10 else 4000, float(n % 10 > 0)) for n in range(2000)]
@@ -23,6 +30,15 @@ def test_simulate_saves_what_is_lost_anyway_and_nothing_without_a_price() -> Non
     assert spent.tokens < 0.3 * free.tokens
     # What has to be left whole is left whole.
     assert simulate(ANSWERS, 0.95, 1e-3).cut == 0
+
+
+def test_equal_quality_saves_what_is_lost_anyway_and_no_right_answer() -> None:
+    _, saved, spent = equal_quality(ANSWERS, simulate(ANSWERS, 0.8, 0.0))
+    assert saved > 0.5
+    assert spent.quality == 0.9
+    # Where the long answers are the right ones, nothing can be saved.
+    turned = [Answer(one.category, one.tokens, 1.0 - one.score) for one in ANSWERS]
+    assert equal_quality(turned, simulate(turned, 0.8, 0.0))[1] == 0
 
 
 def test_measure_reads_recorded_lengths_of_both_kinds(tmp_path: Path) -> None:
