@@ -6,6 +6,7 @@ All tests share one `coe serve` and follow one another.
 from __future__ import annotations
 
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.coe_serve_process import Service, serve, wait_until
 from tests.support.redis_server import redis_server
@@ -95,6 +97,19 @@ def stream(client: openai.OpenAI, tokens: int, model: str = "one") -> int:
     return 1 + sum(1 for chunk in answer if chunk.choices)
 
 
+def wanted_pools(service: Service) -> float:
+    """The replicas of the pool that start or run; others end their streams and stop."""
+    with urllib.request.urlopen(service.url + "/metrics", timeout=60) as reply:
+        text = reply.read().decode()
+    states = {
+        sample.labels["state"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "coe_replicas" and sample.labels["deployment"] == "pool-main"
+    }
+    return states["starting"] + states["running"]
+
+
 def test_pool_scaled_to_zero_answers_the_first_request(
     service: Service, client: openai.OpenAI
 ) -> None:
@@ -124,9 +139,10 @@ def test_removed_replica_ends_its_streams(service: Service, client: openai.OpenA
     tokens = 250
     with ThreadPoolExecutor(2) as threads:
         long = [threads.submit(stream, client, tokens) for _ in range(2)]
+        wait_until(lambda: wanted_pools(service) == 1, "a replica is taken out of service")
+        assert not any(one.done() for one in long), "they ran all the while"
         assert {one.result() for one in long} == {tokens}
-    # It was taken out of service while they ran: else it would be there for the delay.
-    wait_until(lambda: len(service.named(POOL)) <= 1, "a replica is gone", DELAY_S - 2)
+    wait_until(lambda: len(service.named(POOL)) <= 1, "a replica is gone")
 
 
 def test_pool_is_scaled_to_zero_and_comes_again(service: Service, client: openai.OpenAI) -> None:
