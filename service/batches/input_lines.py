@@ -157,7 +157,8 @@ def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, int, bytes | None]
         number = offset = 0
         while line := file.readline(max_bytes + 2):
             size, rest = len(line), line
-            fits = line.endswith(b"\n") or size <= max_bytes
+            end = 2 if line.endswith(b"\r\n") else 1 if line.endswith(b"\n") else 0
+            fits = size - end <= max_bytes
             while not rest.endswith(b"\n") and (rest := file.readline(1 << 18)):
                 size += len(rest)
             yield number, offset, line if fits else None

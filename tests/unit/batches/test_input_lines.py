@@ -30,6 +30,18 @@ parts = st.one_of(
 )
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [MOST - 1, MOST, MOST + 1, MOST + 2])
+def test_read_index_takes_lines_of_the_greatest_size_and_no_more(
+    tmp_path: Path, size: int, end: bytes
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(line("a", input="x" * (size - len(line("a", input="")))) + end)
+    index = read_index(path, URL, max_lines=9, max_line_bytes=MOST)
+    assert [*index.numbers] == ([0] if size <= MOST else [])
+    assert [fault.code for fault in index.faults] == ([] if size <= MOST else ["line_too_long"])
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
