@@ -308,7 +308,10 @@ async def test_pool_port_requires_the_secret(given: dict[str, str], path: str) -
 
 
 async def test_pool_port_limits_bodies_and_refuses_unknown_paths() -> None:
-    config = simulated({"cpu": {}}, server={"max_body_bytes": 100})
+    config = simulated(
+        {"cpu": {}}, server={"max_body_bytes": 100, "limits": {"max_audio_bytes": 100}}
+    )
+    most = config.server.most_inner_bytes
     given = {"x-coe-secret": SECRET}
     async with run_pool(config, "cpu") as pool, aiohttp.ClientSession(headers=given) as client:
         async with client.get(pool.url + "/nothing") as reply:
@@ -329,7 +332,7 @@ async def test_pool_port_limits_bodies_and_refuses_unknown_paths() -> None:
             "x-coe-prompt-tokens": "1",
             "x-coe-places": "1",
         }
-        async with client.post(pool.url + CHAT, data=b"x" * 101, headers=call) as reply:
+        async with client.post(pool.url + CHAT, data=b"x" * (most + 1), headers=call) as reply:
             assert reply.status == 413
         async with client.post(
             pool.url + CHAT, data=b"x", headers={**call, "x-coe-expert": "nobody"}
