@@ -44,6 +44,8 @@ KEPT, CANCELLED = "kept", "cancelled"
 _ENGINE = "loadtests.lib.fake_openai_server"
 _MODELS = ("general", "math", "turn-a", "turn-b", "server", "auto")
 _LINES = 400
+# More than they cost: a batch with a bound is also planned again while it runs.
+_TERMS = {"max_cost": 1000.0}
 _TOKENS, _STEP_MS = 40, 25
 _CANCELLED_S = 5.0
 _LEASE_S = 3.0
@@ -221,7 +223,7 @@ class KilledSite:
             made = [one for one in client.batches() if one["input_file_id"] == file_id]
             if made:
                 return str(made[0]["id"])
-            return str(client.create(file_id, "/v1/chat/completions", {})["id"])
+            return str(client.create(file_id, "/v1/chat/completions", _TERMS)["id"])
 
         return patient(create)
 
