@@ -510,6 +510,7 @@ async def test_swaps_twenty_leave_no_process_port_or_file_open(tmp_path: Path) -
             await ask(engine, chat("hello"))
             assert engine._connections is not None
             ports.append(engine._connections._port)
+            await until(lambda: len(pids_in(pids)) == 2 * len(ports), "it has forked")
 
     await once()  # the loop's own files
     before = set(os.listdir("/proc/self/fd"))
