@@ -180,7 +180,7 @@ _add_operation("unpin", "Let an expert's weights be evicted again.")
 def _experts_table(payload: Any) -> Any:
     from rich.table import Table
 
-    head = ("pool", "expert", "state", "bytes", "waiting", "running", "swap", "last swap")
+    head = ("pool", "expert", "state", "bytes", "waiting", "running", "swap", "last swap", "can do")
     table = Table(*head, box=None, header_style="bold", pad_edge=False)
     for pool, states in payload["pools"].items():
         for name, state in states.items():
@@ -194,6 +194,7 @@ def _experts_table(payload: Any) -> Any:
                 str(state["running"]),
                 f"{state['swap_s'] * 1000:.0f} ms" if "swap_s" in state else "",
                 f"{last['method']}, {last['reason']}, {last['ago_s']:.0f} s ago" if last else "",
+                ", ".join(state.get("capabilities", ())),
             )
     return table
 

@@ -10,7 +10,14 @@ import aiohttp
 import openai
 import pytest
 
-from tests.support.in_process_service import RunningGateway, chat, run_gateway, serving, simulated
+from tests.support.in_process_service import (
+    ADMIN_KEY,
+    RunningGateway,
+    chat,
+    run_gateway,
+    serving,
+    simulated,
+)
 from tests.support.recordings import wav
 
 PATH = "/v1/audio/transcriptions"
@@ -43,6 +50,10 @@ async def test_auto_asks_an_expert_that_transcribes() -> None:
     async with _service() as (s, client):
         async with s.get("/v1/models/ear") as reply:
             assert (await reply.json())["coe"]["capabilities"] == ["transcription"]
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        async with s.get("/admin/experts", headers=admin) as reply:
+            (account,) = (await reply.json())["pools"].values()
+        assert account["ear"]["capabilities"] == ["transcription"]
         sent: dict[str, Any] = {"file": ("a.wav", wav(2.0)), "language": "en"}
         told = await client.audio.transcriptions.create(model="auto", **sent)
         assert told.text.startswith("ear: ")

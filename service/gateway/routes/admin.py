@@ -30,12 +30,18 @@ _MAX_BODY_BYTES = 10_000
 async def list_experts(services: Services) -> Response:
     """Return every pool's own account of its experts, and the experts that an admin has added.
 
+    The config's capabilities of an expert are beside its account.
+
     A pool that is gone is left out.
     """
     links = services.directory.links()
     accounts = await asyncio.gather(*(link.experts() for link in links), return_exceptions=True)
+    known = services.config.experts
     pools = {
-        link.address.name: account
+        link.address.name: {
+            name: {**told, "capabilities": known[name].capabilities} if name in known else told
+            for name, told in account.items()
+        }
         for link, account in zip(links, accounts, strict=True)
         if isinstance(account, dict)
     }
