@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from service.broker.rendezvous_hash import rendezvous_hash
 from service.rpc.expert_latency import PRIOR
 from service.rpc.snapshot import STALE_S, ExpertState, Queue, Snapshot, SnapshotDelta, Speed
 from service.types import Residency
@@ -33,8 +34,11 @@ _TABLES = ("experts", "queues", "speeds", "idle_speeds")
 _ETA, _FIRST, _PER_TOKEN, _CHUNK, _CAPACITY, _AHEAD, _DISPLACED, _USABLE, _CONTEXT, _PROMPTS = (
     range(10)
 )
-_IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK = range(10, 13)
-_COLUMNS = 13
+_IDLE_FIRST, _IDLE_PER_TOKEN, _IDLE_CHUNK, _FAR = range(10, 14)
+_COLUMNS = 14
+# Among pools where a cold expert would be ready at about the same time, within this share of it,
+# a rendezvous hash of expert and pool chooses.
+_ALIKE = 0.25
 # The first token, each prompt token, each token; the same where nothing else runs.
 _SPEED = slice(_FIRST, _CHUNK + 1)
 _IDLE_SPEED = slice(_IDLE_FIRST, _IDLE_CHUNK + 1)
@@ -86,6 +90,9 @@ class PoolMatrix:
             like this.
         idle_per_token: `per_token` where nothing else runs.
         idle_chunk: `chunk` where nothing else runs.
+        far: Time that counts against a pool in the order of a rendezvous hash of expert and pool,
+            as a part of the time until the expert is ready there. It only chooses the pool. So cold
+            experts spread over equal pools, and all gateways take the same pool for each of them.
     """
 
     boots: tuple[BootId, ...]
@@ -103,6 +110,7 @@ class PoolMatrix:
     idle_first: Floats
     idle_per_token: Floats
     idle_chunk: Floats
+    far: Floats
 
 
 class PoolStateTable:
@@ -158,6 +166,7 @@ class PoolStateTable:
             idle_first=table[_IDLE_FIRST],
             idle_per_token=table[_IDLE_PER_TOKEN],
             idle_chunk=table[_IDLE_CHUNK],
+            far=table[_FAR],
         )
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
@@ -250,6 +259,7 @@ class _PoolRow:
         self._column = np.array([self._index[names[i]] for i in known], np.intp)
         self._capacity = np.array([max(1, snapshot.capacity.get(name, 1)) for name in names], float)
         self._values = np.empty((_COLUMNS, len(names)))
+        self._distance = np.array([rendezvous_hash(name, snapshot.boot) for name in names])
         self.figures[_USABLE] = 0.0
         # Time until ready, time of a swap, context; whether it is not resident, and usable.
         self._states = np.zeros((5, len(names)))
@@ -322,4 +332,5 @@ class _PoolRow:
         values[_CONTEXT] = context
         values[_PROMPTS] = np.bincount(slot, prompts)[slot]
         values[_IDLE_SPEED] = self._idle_speeds[:3]
+        values[_FAR] = _ALIKE * self._distance * eta
         figures[:, self._column] = values[:, self._known]

@@ -461,7 +461,7 @@ def _expert_times(
     # The estimate assumes that the requests ahead have prompts like this one. Longer prompts among
     # them add their prefill time.
     wait += pools.per_token * np.maximum(0.0, pools.prompts - pools.ahead * request.prompt_tokens)
-    total = wait + answer + pools.displaced
+    total = wait + answer + pools.displaced + pools.far
     if warm is not None:
         # Prompts of one length teach no time per token, which is not 0 for that.
         total[warm] -= max(0.0, _LEAST_PREFILL_S - pools.per_token[warm]) * cached

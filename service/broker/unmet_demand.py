@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
-from service.broker.pool_state import BootId, PoolView
+from service.broker.pool_state import PoolView
+from service.broker.rendezvous_hash import rendezvous_hash
 from service.rpc.snapshot import Queue
 from service.types import Residency
 
@@ -33,11 +33,8 @@ def pool_for_demand(expert: str, views: Iterable[PoolView]) -> str | None:
     if not loads:
         return None
     bound = 2 * min(loads.values()) + _EQUAL_LOAD
-
-    def hashed(boot: BootId) -> bytes:
-        return hashlib.blake2b(f"{expert}\0{boot}".encode(), digest_size=8).digest()
-
-    return min((boot for boot, load in loads.items() if load <= bound), key=hashed)
+    equal = (boot for boot, load in loads.items() if load <= bound)
+    return min(equal, key=lambda boot: rendezvous_hash(expert, boot))
 
 
 def _displaced_requests(expert: str, view: PoolView) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.broker.pool_state import PoolStateTable, PoolView
+from service.broker.rendezvous_hash import rendezvous_hash
 from service.rpc.expert_latency import PRIOR
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed, decode, encode
 from service.types import Residency
@@ -133,5 +134,6 @@ def expected_figures(snapshot: Snapshot) -> dict[str, dict[str, float]]:
             "idle_first": idle.first_s,
             "idle_per_token": idle.per_token_s,
             "idle_chunk": idle.chunk_s,
+            "far": 0.25 * rendezvous_hash(name, snapshot.boot) * state.eta_s,
         }
     return found

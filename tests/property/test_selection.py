@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -91,6 +92,37 @@ def test_select_single_experts_score_alike_with_and_without_recipes(
     if not alone.exclusion.all():
         # Else a deadline that all miss is no bar to a single expert.
         np.testing.assert_array_equal(alone.exclusion, beside.exclusion[:3])
+
+
+@given(st.permutations(range(10)), st.sampled_from([Residency.DISK, Residency.HOST]))
+def test_cold_experts_spread_over_equal_pools_whose_order_does_not_matter(
+    order: list[int], state: Residency
+) -> None:
+    names = tuple(f"expert-{i}" for i in range(300))
+    book = RecipeCatalog(names, ())
+
+    def chosen(order: list[int], eta_s: float) -> list[str]:
+        held = {name: ExpertState(state, eta_s=eta_s, swap_s=eta_s) for name in names}
+        views = [
+            PoolView(f"pool-{i}", Snapshot(f"pool-{i}", "gpu", experts=held), 0.1, {})
+            for i in order
+        ]
+        wish = SelectionRequest(
+            rows=book.everything,
+            quality=np.ones(len(names)),
+            escalation_prob=np.zeros((len(names), MAX_LATER)),
+            tokens=np.full(len(names), 20.0),
+            cost=np.zeros(len(names)),
+        )
+        matrix = PoolStateTable(book.index).to_matrix(views)
+        got = select(book, matrix, wish)
+        return [f"pool-{order[int(at)]}" for at in got.pool.tolist()]
+
+    first = chosen(list(range(10)), 5.0)
+    assert chosen(order, 5.0) == first == chosen(order, 50.0)
+    counts = Counter(first)
+    assert len(counts) == 10
+    assert max(counts.values()) <= 60
 
 
 @given(pools(), st.integers(0, 200))
