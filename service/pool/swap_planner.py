@@ -251,7 +251,8 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
     """Choose the unit to load to host memory next, beside the running unit.
 
     Units with waiting requests come first. Units that an operator wants follow, and then the other
-    units in order of demand.
+    units in order of demand, unless requests wait for a unit that has no room yet: what was loaded
+    without a request would take the room that other slots make for it.
     """
     wanted = units_to_keep(slot, units, policy)
     tiers = {u.name: u.tier for u in units if u.swappable}
@@ -264,13 +265,14 @@ def next_fetch(slot: SlotView, units: Sequence[UnitView], policy: SwapPolicy) ->
         and tiers.get(owner_of(u), Residency.LOADING) is not Residency.LOADING
     ]
     waiting = [u for u in absent if u.waiting]
+    cramped = any(u.waiting and u.tier is Residency.DISK and u.swappable for u in units)
     asked_for = [u for u in absent if u.wanted]
     hot = [u for u in absent if u.demand_per_s > 0 or u.pinned]
     if waiting:
         chosen = min(waiting, key=lambda u: turn(u, policy))
     elif asked_for:
         chosen = min(asked_for, key=lambda u: u.name)
-    elif policy.prefetch and not slot.waiting and hot:
+    elif policy.prefetch and not slot.waiting and hot and not cramped:
         chosen = max(hot, key=lambda u: (u.pinned, u.demand_per_s, u.name))
     else:
         return None
