@@ -51,9 +51,9 @@ _LAST = event(" word", last=True)
 
 
 class Upstream(asyncio.Protocol):
-    """Serves one connection."""
+    """Serves one connection: a piece each `step_s`, or a whole answer after `whole_s`."""
 
-    def __init__(self, step_s: float, whole_s: float) -> None:
+    def __init__(self, step_s: float, whole_s: float = 0.0) -> None:
         self._step_s = step_s
         self._whole_s = whole_s
         self._loop = asyncio.get_running_loop()
