@@ -463,14 +463,18 @@ class SharedSlot(BaseSlot[SwappingEngine]):
         """Wait until the planner may decide otherwise than at the last step.
 
         Events wake the controller. Time alone changes a decision only while requests wait for
-        another unit, weights are moved, or idle units may be due.
+        another unit, weights are moved, or idle units may be due. What ends that, such as a client
+        that leaves the queue, changes a decision, too.
         """
         while True:
+            depended = self._depends_on_time()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._tick_s()):
                     await self._wake.wait()
                 return
-            if engine.failure() is not None or self._resting or self._depends_on_time():
+            if engine.failure() is not None or self._resting:
+                return
+            if depended or self._depends_on_time():
                 return
 
     def _depends_on_time(self) -> bool:

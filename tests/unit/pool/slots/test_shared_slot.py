@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def play(world: World, act: Callable[[Stage], Awaitable[None]], **given: Any) ->
         clock = FastTime(asyncio.get_running_loop())
         with pytest.MonkeyPatch.context() as patch:
             on_clock(patch, lambda: clock.now_s)
-            stage = Stage(world, prefetch=False, **given)
+            stage = Stage(world, **{"prefetch": False, **given})
             stages.append(stage)
             supervisor = asyncio.create_task(stage.slot.supervise(asyncio.Lock()))
             try:
@@ -169,6 +170,30 @@ def test_load_without_prefetch_brings_the_unit_to_host_memory_once() -> None:
     play(world(), act)
 
 
+def test_pinned_unit_is_loaded_once_the_request_without_room_has_left() -> None:
+    async def act(stage: Stage) -> None:
+        assert await stage.ask("b") == "ok"
+        # Other slots could make room for a third unit, but have not.
+        stage.slot.policy = replace(
+            stage.slot.policy, min_stay_s=50, max_wait_s=200, most_bytes=3 * SIZE
+        )
+        running = asyncio.create_task(stage.ask("b", 1000))
+        await until(lambda: stage.running == 1, "it runs", timeout_s=5)
+        # The request finds no room beside the running and the pinned unit, and the pinned unit
+        # leaves what room there is to the request.
+        waiting = asyncio.create_task(stage.ask("d"))
+        stage.slot.set_pinned("c", True)
+        await asyncio.sleep(2)
+        assert stage.world.engines[-1].held == {"b"}
+        waiting.cancel()
+        held = stage.world.engines[-1].held
+        await until(lambda: held == {"b", "c"}, "the pinned unit is loaded", timeout_s=5)
+        running.cancel()
+        await asyncio.gather(waiting, running, return_exceptions=True)
+
+    play(world(bound=2 * SIZE), act, prefetch=True)
+
+
 def test_load_that_can_not_succeed_raises_the_reason() -> None:
     async def act(stage: Stage) -> None:
         assert await stage.ask("b") == "ok"
@@ -306,7 +331,7 @@ def test_retire_of_the_running_unit_keeps_the_last_unit_that_can_run() -> None:
         assert await stage.ask("b") == "ok"
         assert stage.slot.hand_over("a") is not None
         await stage.slot.retire("d", "it went")
-        whole = asyncio.create_task(stage.ask("b", 50))
+        whole = asyncio.create_task(stage.ask("b", 1000))
         await until(lambda: stage.running == 1, "it runs", timeout_s=5)
         goes = asyncio.create_task(stage.slot.retire("b", "it went"))
         await asyncio.sleep(0)
