@@ -31,6 +31,7 @@ UNITS = (
     "_seconds",
     "_bytes",
     "_batches",
+    "_entries",
     "_ratio",
     "_requests",
     "_pools",
