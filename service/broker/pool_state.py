@@ -83,7 +83,8 @@ class PoolMatrix:
         chunk: Time per token of the answer.
         capacity: Number of requests that may run at the same time.
         ahead: Number of sequences before a new request in the expert's slot.
-        displaced: Time that a swap to the expert costs other requests.
+        displaced: Time that a swap to the expert costs other requests, as a share: the requests
+            that wait for the expert already have theirs.
         context: Tokens that prompt and answer may have together; 0 if unknown.
         prompts: Prompt tokens in the queue of the slot.
         idle_first: `first` where nothing else runs; 0 if that was never measured. The next two are
@@ -317,7 +318,8 @@ class _PoolRow:
         eta, swap, context, away, usable = self._states
         ahead, requests, prompts = self._queues
         slot, weights = self._slot, self._weights
-        others = np.bincount(slot, requests)[slot] - np.bincount(weights, requests)[weights]
+        own = np.bincount(weights, requests)[weights]
+        others = np.bincount(slot, requests)[slot] - own
         measured = self._speeds[3]
         count = measured.sum()
         guess = self._speeds[:3].sum(axis=1) / count if count else _PRIOR
@@ -326,8 +328,9 @@ class _PoolRow:
         values[_SPEED] = np.where(measured > 0, self._speeds[:3], guess[:, None])
         values[_CAPACITY] = self._capacity
         values[_AHEAD] = np.bincount(slot, ahead)[slot]
-        # The slot swaps to this expert and back. Both swaps delay the other experts' requests.
-        values[_DISPLACED] = 2 * swap * others * away
+        # The slot swaps to this expert and back. Both swaps delay the other experts' requests, and
+        # are made once for all requests that wait for this one.
+        values[_DISPLACED] = 2 * swap * others * away / (1 + own)
         values[_USABLE] = usable
         values[_CONTEXT] = context
         values[_PROMPTS] = np.bincount(slot, prompts)[slot]

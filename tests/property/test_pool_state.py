@@ -117,7 +117,8 @@ def expected_figures(snapshot: Snapshot) -> dict[str, dict[str, float]]:
             for other in snapshot.experts
             if snapshot.weights_of(other) == snapshot.weights_of(name)
         ]
-        others = sum(map(requests, slot)) - sum(map(requests, own))
+        waiting = sum(map(requests, own))
+        others = sum(map(requests, slot)) - waiting
         speed = snapshot.speeds.get(name, guess)
         idle = snapshot.idle_speeds.get(name, Speed())
         away = state.state is not Residency.DEVICE
@@ -128,7 +129,7 @@ def expected_figures(snapshot: Snapshot) -> dict[str, dict[str, float]]:
             "chunk": speed.chunk_s,
             "capacity": max(1, snapshot.capacity.get(name, 1)),
             "ahead": sum(queue(other).ahead for other in slot),
-            "displaced": 2 * state.swap_s * others if away else 0.0,
+            "displaced": 2 * state.swap_s * others / (1 + waiting) if away else 0.0,
             "context": state.max_model_len,
             "prompts": sum(queue(other).waiting_tokens for other in slot),
             "idle_first": idle.first_s,

@@ -184,6 +184,9 @@ def test_select_swap_cost_includes_displaced_requests_both_ways() -> None:
     busy = view("x", experts=experts, queues={"a": Queue(3, 4), "b": Queue()})
     got = decided(busy, quality={"a": 1.0, "b": 1.0})
     assert got.displaced.tolist() == [0, 2 * 0.5 * 7]
+    # The requests that wait for it share the swaps.
+    shared = view("x", experts=experts, queues={"a": Queue(3, 4), "b": Queue(4, 0)})
+    assert decided(shared, quality={"a": 1.0, "b": 1.0}).displaced.tolist() == [0, 2 * 0.5 * 7 / 5]
     elsewhere = {"b": ExpertState(Residency.HOST, eta_s=0.5, swap_s=0.5, slot=1), "a": READY}
     assert decided(view("y", experts=elsewhere, waiting=5), quality={"b": 1}).displaced[0] == 0
 
