@@ -11,6 +11,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +233,14 @@ def http_reference() -> str:
     """Render every endpoint of the gateway with its summary as Markdown."""
     from service.config import parse_config
     from service.gateway.openapi import describe
+    from service.gateway.routes import added_experts, admin, keys
 
     parts = ["# HTTP endpoints\n", _NOTE]
     parts.append(
         "A running service serves its OpenAPI description at `/openapi.json` and a page to\n"
-        "try it at `/docs`. Bodies are OpenAI's or Anthropic's. The gateway passes fields that it\n"
-        "does not check to the engine unchanged. Those of stored responses need\n"
+        "try it at `/docs`. Bodies and errors are those of OpenAI's, Anthropic's or Ollama's\n"
+        "API. The gateway passes fields that it does not check to the engine unchanged. Files and\n"
+        "batches need `batches.enabled`, and stored responses and conversations\n"
         "`responses.enabled`.\n"
     )
     parts.append("| method | path | summary |\n| --- | --- | --- |")
@@ -247,6 +250,14 @@ def http_reference() -> str:
     for path, operations in describe(config)["paths"].items():
         for method, operation in operations.items():
             parts.append(f"| {method.upper()} | `{path}` | {_cell(operation['summary'])} |")
+    parts.append("\n## For administrators\n\nThese need the admin key.\n")
+    parts.append("| method | path | what it does |\n| --- | --- | --- |")
+    routers = admin.router, added_experts.router, keys.router
+    routes: Iterator[Any] = chain.from_iterable(router.routes for router in routers)
+    for route in routes:
+        summary = (route.endpoint.__doc__ or "").partition("\n")[0]
+        path = route.path.replace(":path}", "}")
+        parts += (f"| {method} | `{path}` | {_cell(summary)} |" for method in route.methods)
     parts.append("")
     return "\n".join(parts)
 

@@ -32,8 +32,7 @@ class ResponsesConfig(Section):
         30,
         gt=0,
         le=3650,
-        description="Days after which a response or conversation is deleted that nobody has gone "
-        "on from.",
+        description="Days that a response or conversation is kept after it was last continued.",
     )
     tenant_entries: int = Field(
         10_000,

@@ -141,6 +141,19 @@ _NEW_BATCH = {
         "coe": _TERMS,
     },
 }
+_FORECAST = {
+    "type": "object",
+    "required": ["endpoint"],
+    "additionalProperties": False,
+    "properties": {
+        "input_file_id": {"type": "string"},
+        "requests": {"type": "array", "items": {"type": "object"}},
+        "endpoint": {"enum": [*BATCH_ENDPOINTS]},
+        "budgets": {"type": "array", "items": {"type": "number", "minimum": 0}},
+        "metadata": {"type": ["object", "null"]},
+        "coe": _TERMS,
+    },
+}
 _NEW_FILE = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -496,6 +509,9 @@ def _batch_paths() -> dict[str, Any]:
         "/v1/batches": {
             "post": _post("/v1/batches", "Run a file of requests", _NEW_BATCH, _OK, []),
             "get": _operation("The tenant's batches", "v1_batches_list", *_PAGES),
+        },
+        "/v1/batches/plan": {
+            "post": _post("/v1/batches/plan", "Forecast a batch", _FORECAST, _OK, []),
         },
         "/v1/batches/{id}": {"get": _operation("One batch", "v1_batch", _BY_ID)},
         "/v1/batches/{id}/cancel": {
