@@ -122,6 +122,9 @@ def parse_added_expert(data: Mapping[str, Any], now_s: float) -> tuple[str, Adde
             "name: a name of 1 to 128 letters, digits and . _ : / - is needed, which begins with "
             "a letter or digit"
         )
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        # Clients take such parts out of paths, and DELETE /admin/experts/NAME would miss it.
+        raise ConfigError("name: no part between its slashes may be empty, . or ..")
     source = f"expert {name!r}"
     try:
         expert = ExpertConfig.model_validate(given)

@@ -344,6 +344,7 @@ class AddedExpertService:
             adapter: Its folder's absolute path, or a name of the hub with its commit.
 
         Raises:
+            ConfigError: The name or the adapter is none.
             ConflictError: No base has room for an adapter.
             CoeError: It fits none of them; the reason is that of the first.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelStoreError: The file can't be read or has no JSON object.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            # A pipe would never end, nor would a device such as /dev/zero.
+            raise ModelStoreError(f"{path}: not a file")
+        if found.st_size > _MAX_JSON_BYTES:
             raise ModelStoreError(f"{path}: larger than {_MAX_JSON_BYTES // 10**6} MB")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

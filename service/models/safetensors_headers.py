@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,7 +73,10 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read the tensors of one safetensors file. An incomplete file is refused."""
     try:
-        file_bytes = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelStoreError(f"{path}: not a file")
+        file_bytes = found.st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:

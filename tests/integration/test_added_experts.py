@@ -482,6 +482,11 @@ async def test_adapter_by_vllm_s_name_needs_a_single_base(tmp_path: Path) -> Non
         body = {"lora_name": "law", "lora_path": adapter(tmp_path)}
         status, _, told = await stage.ask(body, "/v1/load_lora_adapter", headers=ADMIN)
         assert (status, "general, other" in told["error"]["message"]) == (409, True)
+        for wrong in ({"lora_name": "x y"}, {"lora_path": "a/b"}, {"lora_path": "/a\0b"}):
+            status, _, told = await stage.ask(
+                {**body, **wrong}, "/v1/load_lora_adapter", headers=ADMIN
+            )
+            assert status == 400, told
     none = config(tmp_path, kinds={})
     async with run_gateway(none) as stage:
         status, _, told = await stage.ask(body, "/v1/load_lora_adapter", headers=ADMIN)

@@ -54,7 +54,10 @@ async def load_lora_adapter(request: Request, services: Services) -> Response:
             param="is_3d_lora_weight",
         )
     _refuse_others(data, "lora_name, lora_path, load_inplace, is_3d_lora_weight")
-    bases = await services.added.bases_for(name, path)
+    try:
+        bases = await services.added.bases_for(name, path)
+    except ConfigError as error:
+        raise InvalidRequestError(error.message) from None
     if len(bases) != 1:
         listed = ", ".join(bases) or "none"
         raise ConflictError(

@@ -112,6 +112,17 @@ def test_merged_adapter_needs_a_slot_where_every_expert_has_its_own() -> None:
     assert "pools.p.slots is 2" in left_out(2)
 
 
+@pytest.mark.parametrize("name", ["a/../b", "a/./b", "a/..", "a//b", "a/"])
+def test_name_that_paths_lose_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no part between its slashes"):
+        added({"name": name})
+
+
+@pytest.mark.parametrize("name", ["a/b", "law:latest", "a..b", "org/x.y-2", "AUTO"])
+def test_name_that_paths_keep_is_taken(name: str) -> None:
+    assert name in added({"name": name}).experts
+
+
 def test_json_keeps_everything() -> None:
     one = added({"name": "x", "examples": {"law": EXAMPLES}, "defaults": {"system": "s"}})
     assert AddedExperts.from_json(one.to_json()) == one

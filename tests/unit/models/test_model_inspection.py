@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from service.errors import ModelStoreError
 from service.models import AdapterInfo, ModelInfo, inspect_model
+from service.models.model_config import read_json
 from service.models.safetensors_headers import encode_header, read_header
 
 CONFIG: dict[str, Any] = {
@@ -250,3 +252,18 @@ def test_inspect_empty_or_missing_folder_raises(tmp_path: Path) -> None:
         inspect_model(tmp_path)
     with pytest.raises(ModelStoreError, match="no such folder"):
         inspect_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize("made", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("read", [read_json, read_header])
+def test_read_file_without_an_end_raises_at_once(tmp_path: Path, read: Any, made: str) -> None:
+    """A pipe would hang, and /dev/zero would fill the memory."""
+    path = tmp_path / "adapter_config.json"
+    if made == "pipe":
+        os.mkfifo(path)
+    elif made == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(ModelStoreError, match=r"config\.json: not a file"):
+        read(path)

@@ -68,12 +68,16 @@ def test_root_takes_what_lies_below_it(tmp_path: Path, inside: str) -> None:
     check_root("n", root / inside, [str(root)])
 
 
-@pytest.mark.parametrize("outside", [".", "..", "../other", "link", "x/../../other", "/"])
+@pytest.mark.parametrize(
+    "outside", [".", "..", "../other", "link", "x/../../other", "/", "loop", "a\0b"]
+)
 def test_root_refuses_everything_else(tmp_path: Path, outside: str) -> None:
     root, other = tmp_path / "root", tmp_path / "other"
     root.mkdir()
     other.mkdir()
     (root / "link").symlink_to(other)
+    (root / "loop").symlink_to(root / "pool")
+    (root / "pool").symlink_to(root / "loop")
     with pytest.raises(DisallowedFieldError, match="lies below none of"):
         check_root("n", root / outside, [str(root)])
 
