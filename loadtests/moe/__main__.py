@@ -1,8 +1,9 @@
 """`python -m loadtests.moe`: Measures capturing, steering and building mixtures of experts.
 
 Part `capture` measures the cost of sampling gates. Part `steer` measures the cost and the savings
-of steering. Part `build` measures what a mixture of dense experts retains of each, and needs
-`--data`. `--part` runs one part alone.
+of steering. Part `offload` compares policies for experts that do not all fit, by simulation. Part
+`build` measures what a mixture of dense experts retains of each, and needs `--data`. `--part` runs
+one part alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def joined(parts: dict[str, Part]) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("moe", __doc__)
-    names = ("capture", "steer", "build")
+    names = ("capture", "steer", "offload", "build")
     words.add_argument(
         "--part", action="append", choices=names, help="run only this part; may be repeated"
     )
@@ -89,12 +90,22 @@ def main() -> int:
 
             return moe_steer.report(given.model, times=given.exchanges, turns=given.turns)
 
+        def offload() -> Report:
+            from loadtests.moe import offload_simulated
+
+            return offload_simulated.report(offload_simulated.traces(given.model))
+
         def build() -> Report:
             from loadtests import moe_build
 
             return moe_build.report(given.data, given.model)
 
-        known: dict[str, Part] = {"capture": capture, "steer": steer, "build": build}
+        known: dict[str, Part] = {
+            "capture": capture,
+            "steer": steer,
+            "offload": offload,
+            "build": build,
+        }
         return joined({name: known[name] for name in names if name in wanted})
 
     return tell(measure, as_json=given.json)
