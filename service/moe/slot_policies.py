@@ -106,7 +106,8 @@ class Segment:
     def worth(self) -> Floats:
         """Return the recent uses of each expert, and less than the smallest use for recency."""
         last = self._last.worth()
-        return self._uses + 1e-9 * last / (last.max() + 1)
+        worth: Floats = self._uses + 1e-9 * last / (last.max() + 1)
+        return worth
 
 
 class Cacheable:
