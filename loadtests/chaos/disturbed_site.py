@@ -335,22 +335,7 @@ class Site:
 
         The method waits until the leases of killed gateways have expired.
         """
-        if self.redis is None:
-            return 0.0
-        config = Config.model_validate(self.config)
-        store = open_store(config, "auditor")
-        await store.start()
-        try:
-            end_s = time.monotonic() + 2 * config.store.lease_s + 5
-            while True:
-                with contextlib.suppress(StoreUnavailableError):
-                    limits = await Ledger(config, store).limits(Tenant("chaos"))
-                    left = float(sum(balance.reserved for _, balance in limits.values()))
-                    if left == 0 or time.monotonic() > end_s:
-                        return left
-                await asyncio.sleep(0.5)
-        finally:
-            await store.stop()
+        return await reserved(self.config, "chaos") if self.redis is not None else 0.0
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""
@@ -359,6 +344,27 @@ class Site:
             line for line in body.decode().splitlines() if line.startswith((name + " ", name + "{"))
         ]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+async def reserved(settings: dict[str, Any], tenant: str) -> float:
+    """Return what is still reserved in a tenant's limits.
+
+    The function waits for zero until the leases of killed gateways must have expired.
+    """
+    config = Config.model_validate(settings)
+    store = open_store(config, "auditor")
+    await store.start()
+    try:
+        end_s = time.monotonic() + 2 * config.store.lease_s + 5
+        while True:
+            with contextlib.suppress(StoreUnavailableError):
+                limits = await Ledger(config, store).limits(Tenant(tenant))
+                left = float(sum(balance.reserved for _, balance in limits.values()))
+                if left == 0 or time.monotonic() > end_s:
+                    return left
+            await asyncio.sleep(0.5)
+    finally:
+        await store.stop()
 
 
 @contextmanager

@@ -157,6 +157,7 @@ class Traffic:
 
     `mix`: a model to ask for, the experts that may answer then, and a deadline in s.
     `leaving`: share of streams whose client leaves after the first piece.
+    `give_up_s`: time after which a client leaves a request that has not ended; it counts as late.
     """
 
     def __init__(
@@ -169,14 +170,17 @@ class Traffic:
         seed: int = 1,
         pause_s: float = 0.02,
         leaving: float = 0.0,
+        host: str = "127.0.0.1",
+        give_up_s: float | None = None,
     ) -> None:
-        self._url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        self._url = f"http://{host}:{port}/v1/chat/completions"
         self._mix = mix
         self._clients = clients
         self._key = key
         self._random = random.Random(seed)
         self._pause_s = pause_s
         self._leaving = leaving
+        self._give_up_s = give_up_s
         self._ids = itertools.count()
         self._tallies: list[Tally] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -203,7 +207,8 @@ class Traffic:
 
     async def _client(self, number: int) -> None:
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self._give_up_s),
         ) as session:
             while not self._stopping:
                 model, experts, deadline_s = self._mix[next(self._ids) % len(self._mix)]
@@ -240,11 +245,13 @@ class Traffic:
             kind, detail = judged(
                 ask, reply.status, reply.headers.get("x-coe-expert", ""), bytes(body)
             )
+        except TimeoutError:
+            kind, detail = LATE, f"no end within {self._give_up_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
             kind, detail = RESET, type(error).__name__
         ended_s = time.monotonic()
         due_s = began_s + ask.deadline_s + _LATE_S
-        if kind != RESET and (first_s if ask.stream else ended_s) > due_s:
+        if kind not in (RESET, LATE) and (first_s if ask.stream else ended_s) > due_s:
             return Verdict(
                 LATE, ask.model, began_s, ended_s, f"{kind} after {ended_s - began_s:.1f} s"
             )

@@ -33,10 +33,15 @@ def admin_key_of(home: Path | None = None) -> str:
 
 
 def fetch(
-    port: int, path: str, timeout_s: float = 5.0, *, admin_key: str = ""
+    port: int,
+    path: str,
+    timeout_s: float = 5.0,
+    *,
+    admin_key: str = "",
+    host: str = "127.0.0.1",
 ) -> tuple[int, bytes]:
-    """GET from this machine: status (0 where nobody answers) and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    """GET, by default from this machine: status (0 where nobody answers) and body."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         connection.request("GET", path, headers=headers)

@@ -13,6 +13,8 @@ file first:
   moment (its option -dR would forbid that).
 - Statistics and metrics listen on loopback instead of every interface, and the admin socket is its
   owner's alone.
+- A gateway whose machine has lost its power or its network is noticed within seconds, as the kernel
+  there no longer answers. HAProxy would wait for ever, and can't wait less for a busy gateway.
 - A body on GET is refused, because Serve's replica would read it without bound while an event
   stream runs. An upgrade to a websocket is refused, because no endpoint speaks it.
 
@@ -84,6 +86,18 @@ _REASONS = {
     501: "Not Implemented",
     503: "Service Unavailable",
 }
+# Time in s in which the kernel of a gateway's machine must acknowledge bytes or a probe. It does so
+# for a gateway that is busy, so that this limits no answer.
+GATEWAY_SILENT_S = 6
+_PROBE_AFTER_S, _PROBE_EVERY_S = 3, 1
+_SILENT_GATEWAYS = (
+    "option srvtcpka",
+    f"srvtcpka-idle {_PROBE_AFTER_S}s",
+    f"srvtcpka-intvl {_PROBE_EVERY_S}s",
+    f"srvtcpka-cnt {(GATEWAY_SILENT_S - _PROBE_AFTER_S) // _PROBE_EVERY_S}",
+    # Probes are sent only while nothing else is on its way.
+    f"default-server tcp-ut {GATEWAY_SILENT_S}s",
+)
 # HAProxy's statuses, the answer's status, its type, code and message.
 _ANSWERS: tuple[tuple[Sequence[int], int, str, str, str], ...] = (
     (
@@ -135,7 +149,7 @@ def write_wrapper(
     """
     pages = folder / "errors"
     pages.mkdir(parents=True, exist_ok=True)
-    lines = [_MARK, f"timeout http-request {header_timeout_s}s"]
+    lines = [_MARK, f"timeout http-request {header_timeout_s}s", *_SILENT_GATEWAYS]
     for theirs, status, kind, code, message in _ANSWERS:
         page = pages / f"{status}.http"
         page.write_bytes(_page(status, kind, code, message))

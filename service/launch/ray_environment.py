@@ -88,6 +88,9 @@ def every_node(server: ServerConfig) -> dict[str, str]:
         # HAProxy closes the connection of a client that neither sends nor reads, and the gateway
         # notices. It keeps streams on which the service is silent.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(server.limits.stall_timeout_s)),
+        # A gateway's machine that does not answer a connect by then is down, and the request goes
+        # to another one. Serve waits for 5 s, three times before it marks the gateway as down.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": "2",
         # Serve restarts HAProxy after three failed checks.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
         # Serve's counters are exported ten times a second by default, by idle processes as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections import Counter
@@ -27,7 +28,11 @@ log = logging.getLogger("coe.link")
 
 _RECONNECT_S = 0.25
 _CONNECT_TIMEOUT_S = 2.0
+# After so much silence, calls end even though the pool's machine takes connections.
 _SILENT_S = 15.0
+# After so many failed connects in a row, calls end at once. The kernel of a machine that is up
+# answers a connect, or refuses it, however busy the pool's process is.
+_DEAD_CONNECTS = 2
 # An engine may take seconds to stop a request.
 _USED_TIMEOUT_S = 8.0
 
@@ -336,11 +341,14 @@ class PoolLink:
         self._connections.close()
 
     async def _follow(self) -> None:
+        dead_connects = 0
         while True:
+            connected = True
             try:
                 await self._read_snapshots()
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 log.debug("snapshot stream of %s: %r", self.address.url, error)
+                connected = not _is_unanswered_connect(error)
             except Exception:
                 # A pool that nobody follows would be lost until its process ends.
                 log.exception("a snapshot of %s could not be taken over", self.address.name)
@@ -349,8 +357,11 @@ class PoolLink:
             self.snapshot = None
             self._contexts_changed()
             self._changed()
-            if time.monotonic() - self._silent_since_s > _SILENT_S:
-                # A pool that hangs does not close its connections, so calls would wait for ever.
+            dead_connects = 0 if connected else dead_connects + 1
+            silent_s = time.monotonic() - self._silent_since_s
+            if dead_connects >= _DEAD_CONNECTS or silent_s > _SILENT_S:
+                # A pool that hangs does not close its connections, nor does one whose machine has
+                # lost its power or its network, so calls would wait for ever.
                 self._connections.abort_calls()
             await asyncio.sleep(_RECONNECT_S)
 
@@ -385,6 +396,18 @@ class PoolLink:
             self._received(self.address.boot, snapshot, delta)
         if before is None or before.seq != snapshot.seq:
             self._changed()
+
+
+def _is_unanswered_connect(error: Exception) -> bool:
+    """Return whether nothing at all answered a connect, as when a machine or its link is down."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return True
+    return isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno in (
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.ETIMEDOUT,
+    )
 
 
 def _contexts_differ(new: Snapshot, old: Snapshot, delta: SnapshotDelta | None) -> bool:

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -48,11 +48,14 @@ listen stats
 
 
 class Gateway(BaseHTTPRequestHandler):
-    """Tells the headers that it got."""
+    """Tells the headers that it got; a request with x-hold waits for `opened`."""
 
     protocol_version = "HTTP/1.1"
+    opened = Event()
 
     def do_GET(self) -> None:
+        if "x-hold" in self.headers:
+            self.opened.wait(60)
         self.rfile.read(int(self.headers.get("content-length", 0)))
         body = json.dumps({k.lower(): v for k, v in self.headers.items()}).encode()
         self.send_response(200)
@@ -69,7 +72,7 @@ class Gateway(BaseHTTPRequestHandler):
 @dataclass
 class Running:
     folder: Path
-    ports: dict[str, int]
+    ports: dict[str, int]  # with that of the gateway
 
     def ask(self, raw: bytes) -> tuple[int, Any]:
         """Send bytes, read a reply: status and JSON."""
@@ -106,7 +109,8 @@ def running(folder: Path, host: str | None) -> Iterator[Running]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
     Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     config = folder / "haproxy.cfg"
-    config.write_text(CONFIG.format(folder=folder, gateway=server.server_address[1], **ports))
+    ports["gateway"] = server.server_address[1]
+    config.write_text(CONFIG.format(folder=folder, **ports))
     process = subprocess.Popen([program, "-db", "-f", str(config)])
     try:
         end_s = time.monotonic() + 60
@@ -232,3 +236,24 @@ def test_haproxy_renames_the_session_that_serve_would_obey(proxy: Running) -> No
     assert status == 200
     assert answer["x-coe-session-id"] == "my one"
     assert "x-session-id" not in answer
+
+
+def probed(port: int) -> bool:
+    """Whether the kernel waits to probe a connection to this port (timer 2 of proc's table)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(
+        int(row[2].rpartition(":")[2], 16) == port and row[3] == "01" and row[5].startswith("02:")
+        for row in rows
+    )
+
+
+def test_haproxy_probes_a_gateway_that_says_nothing(proxy: Running) -> None:
+    try:
+        with closing(socket.create_connection(("127.0.0.1", proxy.ports["port"]), 5)) as made:
+            made.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-hold: 1\r\n\r\n")
+            end_s = time.monotonic() + 60
+            while not probed(proxy.ports["gateway"]):
+                assert time.monotonic() < end_s
+                time.sleep(0.02)
+    finally:
+        Gateway.opened.set()

@@ -1,0 +1,298 @@
+"""`python -m loadtests.nodes [kill|partition|store|slow|head]`: Disturbs nodes under traffic.
+
+Two Ray nodes and a Redis run in network namespaces of this machine. A node is killed, cut off
+(its packets are dropped, not refused), or gets a slow link. The run reports the end of every
+request, and how long each recovery took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loadtests.chaos.disturbed_site import reserved
+from loadtests.chaos.judged_traffic import (
+    BAD,
+    BROKEN,
+    RESET,
+    RIGHT,
+    TYPED,
+    Tally,
+    Traffic,
+    Verdict,
+)
+from loadtests.lib.child_processes import say
+from loadtests.lib.command_line import parser, tell
+from loadtests.lib.targets_and_report import Report, Table, TargetCheck
+from loadtests.nodes.namespace_network import ended_by_sigterm
+from loadtests.nodes.node_cluster import PORT, TENANT, NodeCluster, node_cluster, resident_mib
+
+_DEADLINE_S = 15.0
+# A client leaves a request that has not ended by then, and it counts as late.
+_GIVE_UP_S = 60.0
+_BACK_S = 120.0
+_CALM_S = 45.0
+_ALL = frozenset({"here", "there", "both"})
+MODELS: Mapping[str, frozenset[str]] = {
+    "here": frozenset({"here"}),
+    "there": frozenset({"there"}),
+    "both": frozenset({"both"}),
+    "auto": _ALL,
+}
+COUNTERS = ("coe_in_flight_requests", "coe_requests_waiting", "coe_requests_running")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One fault: begun by `begin`, undone by `end` after `for_s`.
+
+    Attributes:
+        name: What it does.
+        begin: Begins it.
+        end: Ends it.
+        for_s: How long it lasts.
+        part: The argument of the command that selects it.
+        door: The node through whose HAProxy clients come.
+    """
+
+    name: str
+    part: str
+    begin: Callable[[NodeCluster], object]
+    end: Callable[[NodeCluster], object]
+    for_s: float
+    door: str = "head"
+
+
+CASES = (
+    Case(
+        "a node killed",
+        "kill",
+        lambda c: c.kill("far"),
+        lambda c: c.start_node("far"),
+        30.0,
+    ),
+    Case("a node cut off for 20 s", "partition", lambda c: c.far.cut(), lambda c: c.far.heal(), 20),
+    Case("a node cut off for 90 s", "partition", lambda c: c.far.cut(), lambda c: c.far.heal(), 90),
+    *(
+        Case(
+            f"Redis cut off for {for_s} s",
+            "store",
+            lambda c: c.nodes["store"].cut(),
+            lambda c: c.nodes["store"].heal(),
+            for_s,
+        )
+        for for_s in (15, 45)
+    ),
+    Case(
+        "a link with 50 ms each way and 1 % loss",
+        "slow",
+        lambda c: c.network.slow(c.far, 50.0, 0.01),
+        lambda c: c.network.fast(c.far),
+        25.0,
+    ),
+)
+
+
+@dataclass
+class Outcome:
+    """The requests of one case, by model, and its times in s of `time.monotonic`."""
+
+    case: Case
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    fault_s: float = 0.0
+    heal_s: float = 0.0
+    whole_s: float = float("inf")
+
+    def count(self, kind: str) -> int:
+        """Return the number of requests of all models that ended so."""
+        return sum(tally.kinds[kind] for tally in self.tallies.values())
+
+
+def longest_gap_s(verdicts: Sequence[Verdict], from_s: float, to_s: float) -> float:
+    """Return the longest time in [`from_s`, `to_s`] in which no request was answered right."""
+    ends = sorted(
+        verdict.ended_s
+        for verdict in verdicts
+        if verdict.kind == RIGHT and from_s <= verdict.ended_s <= to_s
+    )
+    marks = [from_s, *ends, to_s]
+    return max(after - before for before, after in itertools.pairwise(marks))
+
+
+def longest_wait_s(verdicts: Sequence[Verdict]) -> float:
+    """Return the longest time from a request's beginning to its end, right or not."""
+    return max((verdict.ended_s - verdict.began_s for verdict in verdicts), default=0.0)
+
+
+async def _run(cluster: NodeCluster, case: Case, clients: int) -> Outcome:
+    outcome = Outcome(case)
+    say(case.name)
+    async with contextlib.AsyncExitStack() as stack:
+        for number, (model, experts) in enumerate(MODELS.items()):
+            # Clients of one model must not wait for answers of another.
+            traffic = await stack.enter_async_context(
+                Traffic(
+                    PORT,
+                    [(model, experts, _DEADLINE_S)],
+                    clients,
+                    key=cluster.key,
+                    seed=number,
+                    host=cluster.nodes[case.door].ip,
+                    give_up_s=_GIVE_UP_S,
+                )
+            )
+            outcome.tallies[model] = stack.enter_context(traffic.tally())
+        supervising = asyncio.create_task(_supervise(cluster))
+        stack.callback(supervising.cancel)
+        await asyncio.sleep(3)
+        outcome.fault_s = time.monotonic()
+        await asyncio.to_thread(case.begin, cluster)
+        await asyncio.sleep(case.for_s)
+        await asyncio.to_thread(case.end, cluster)
+        outcome.heal_s = time.monotonic()
+        while time.monotonic() - outcome.heal_s < _BACK_S:
+            if await asyncio.to_thread(cluster.whole):
+                outcome.whole_s = time.monotonic()
+                if all(t.works_again_s(outcome.heal_s) < _BACK_S for t in outcome.tallies.values()):
+                    break
+            await asyncio.sleep(0.25)
+        await asyncio.sleep(2)
+    _say(outcome)
+    return outcome
+
+
+def _say(outcome: Outcome) -> None:
+    for model, tally in outcome.tallies.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in tally.kinds.most_common())
+        codes = ", ".join(f"{count} {code}" for code, count in tally.codes.most_common())
+        say(
+            f"  {model}: {kinds} ({codes}); first right {tally.works_again_s(outcome.fault_s):.1f} "
+            f"s after the fault, {tally.works_again_s(outcome.heal_s):.1f} s after its end"
+        )
+    say(f"  whole again {outcome.whole_s - outcome.heal_s:.1f} s after its end")
+
+
+async def _supervise(cluster: NodeCluster) -> None:
+    while True:
+        await asyncio.to_thread(cluster.supervise)
+        await asyncio.sleep(0.5)
+
+
+async def _calm(cluster: NodeCluster) -> dict[str, float]:
+    """Wait until every counter is zero; what is left of them if never."""
+    end_s = time.monotonic() + _CALM_S
+    while True:
+        left = {
+            f"{name} at {node}": await asyncio.to_thread(cluster.metric, name, node)
+            for name in COUNTERS
+            for node in ("head", "far")
+        }
+        if not any(left.values()) or time.monotonic() > end_s:
+            return left
+        await asyncio.sleep(0.5)
+
+
+async def _measure(cluster: NodeCluster, cases: Sequence[Case], clients: int) -> Report:
+    report = Report("nodes")
+    report.facts["resident_mib"] = resident_mib(cluster.nodes)
+    outcomes = [await _run(cluster, case, clients) for case in cases]
+    left = await _calm(cluster)
+    await asyncio.to_thread(cluster.shut_down)
+    left["reserved in Redis"] = await reserved(cluster.config, TENANT)
+    report.facts["restarts"] = cluster.restarts
+    tell_outcomes(report, outcomes, left)
+    return report
+
+
+def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str, float]) -> None:
+    """Add a table of all requests, and what was reached."""
+    columns = ("fault", "model", RIGHT, TYPED, "broken", "resets", "bad", "longest request, s")
+    times = ("none right for, s", "right again after its end, s", "errors")
+    table = Table("What came of requests", (*columns, *times))
+    for outcome in outcomes:
+        for model, tally in outcome.tallies.items():
+            kinds = tally.kinds
+            gap_s = longest_gap_s(
+                tally.verdicts, outcome.fault_s, max(outcome.heal_s, outcome.fault_s)
+            )
+            errors = [f"{count} {code}" for code, count in tally.codes.most_common(4)]
+            table.rows.append(
+                (
+                    outcome.case.name,
+                    model,
+                    *(str(kinds[kind]) for kind in (RIGHT, TYPED, BROKEN, RESET)),
+                    str(sum(kinds[kind] for kind in BAD)),
+                    f"{longest_wait_s(tally.verdicts):.1f}",
+                    f"{gap_s:.1f}",
+                    f"{tally.works_again_s(outcome.heal_s):.1f}",
+                    ", ".join(errors),
+                )
+            )
+            for kind in (*BAD, RESET):
+                report.notes += [
+                    f"{outcome.case.name}, {model}: {kind}: {detail}"
+                    for detail in tally.details(kind)
+                ]
+    report.tables.append(table)
+    recovery = Table("Recovery", ("fault", "all pools used again after its end, s"))
+    recovery.rows = [(o.case.name, f"{o.whole_s - o.heal_s:.1f}") for o in outcomes]
+    report.tables.append(recovery)
+
+    def zero(name: str, value: float) -> TargetCheck:
+        return TargetCheck(f"{name}, at most", 0.0, value, value == 0)
+
+    for kind in BAD:
+        report.reach.append(zero(f"{kind}s", float(sum(o.count(kind) for o in outcomes))))
+    longest_s = max(
+        longest_wait_s(tally.verdicts) for o in outcomes for tally in o.tallies.values()
+    )
+    report.reach += [
+        TargetCheck(
+            "s that any request took, at most",
+            _DEADLINE_S + 2,
+            round(longest_s, 1),
+            longest_s <= _DEADLINE_S + 2,
+        ),
+        *(zero(f"{name} afterwards", value) for name, value in left.items()),
+    ]
+    report.facts["outcomes"] = {
+        outcome.case.name: {
+            model: {
+                "kinds": dict(tally.kinds),
+                "codes": dict(tally.codes),
+                "longest_s": round(longest_wait_s(tally.verdicts), 2),
+                "right_after_fault_s": round(tally.works_again_s(outcome.fault_s), 2),
+                "right_after_end_s": round(tally.works_again_s(outcome.heal_s), 2),
+            }
+            for model, tally in outcome.tallies.items()
+        }
+        for outcome in outcomes
+    }
+
+
+def _measured(given: argparse.Namespace) -> Report:
+    cases = [case for case in CASES if given.part in (case.part, "all")]
+    with ended_by_sigterm(), node_cluster() as cluster:
+        return asyncio.run(_measure(cluster, cases, given.clients))
+
+
+def main() -> int:
+    """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
+    words = parser("nodes", __doc__)
+    parts = ["all", *dict.fromkeys(case.part for case in CASES)]
+    words.add_argument("part", nargs="?", choices=parts, default="all", help="default: all")
+    words.add_argument(
+        "--clients", type=int, default=3, help="concurrent requests for each model (default 3)"
+    )
+    given = words.parse_args()
+    return tell(lambda _: _measured(given), as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
