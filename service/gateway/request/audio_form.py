@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +20,42 @@ from service.http.asgi_helpers import Receive
 from service.http.multipart_forms import UploadForm, read_form
 
 _LIST = "timestamp_granularities[]"
+# Integers that JSON can hold for every reader of it.
+_MOST_INTEGER = 2**63 - 1
+
+
+def _number(text: str) -> float:
+    """Read a number.
+
+    Raises:
+        ValueError: It is none, or JSON has no form of it, as of `inf`.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _integer(text: str) -> int:
+    """Read an integer.
+
+    Raises:
+        ValueError: It is none, or has more than 64 bits.
+    """
+    value = int(text)
+    if abs(value) > _MOST_INTEGER:
+        raise ValueError
+    return value
+
+
 _READ_AS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("model", "language", "prompt", "response_format"), str),
     **dict.fromkeys(("hotwords", "to_language"), str),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), float),
-    **dict.fromkeys(("top_k", "seed"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _number),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), _number),
+    **dict.fromkeys(("top_k", "seed"), _integer),
 }
+_KINDS = {_number: "a finite number", _integer: "an integer of at most 64 bits"}
 
 
 async def read_audio_form(
@@ -61,14 +91,12 @@ def _as_json(form: UploadForm, recording: bytearray) -> bytes:
         if name in (_LIST, _LIST.removesuffix("[]")):
             data[_LIST] = form.repeated[name]
         elif (read := _READ_AS.get(name)) is not None:
+            if text == "":  # as some clients send what is not set
+                continue
             try:
-                value = read(text)
+                data[name] = read(text)
             except ValueError:
-                value = float("nan")
-            if value != value:
-                raise InvalidRequestError(f"`{name}` must be a number", param=name)
-            if value != "":  # as some clients send what is not set
-                data[name] = value
+                raise InvalidRequestError(f"`{name}` must be {_KINDS[read]}", param=name) from None
         else:
             raise InvalidRequestError(
                 f"there is no field `{name[:64]}` here; fields: file, {', '.join(_READ_AS)}, "

@@ -71,6 +71,28 @@ async def test_form_that_is_not_valid_is_refused_by_its_field(
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        *(("temperature", text, "a finite number") for text in ("inf", "-Infinity", "1e999", "x")),
+        *(("seed", text, "64 bits") for text in (f"{2**63}", f"{-(2**63)}", "9" * 30, "9" * 4000)),
+        *(("top_k", text, "64 bits") for text in ("1e3", "9" * 4096, "inf")),
+    ],
+)
+async def test_number_that_json_can_not_hold_is_refused(name: str, text: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequestError, match=allowed) as caught:
+        await read(form(FILE, part(name, text.encode())))
+    assert caught.value.param == name
+
+
+async def test_number_is_kept_up_to_its_bounds_and_left_out_where_it_is_empty() -> None:
+    fields = {"seed": 2**63 - 1, "top_k": -1, "temperature": 1e308}
+    parts = [part(name, str(value).encode()) for name, value in fields.items()]
+    found = await read(form(*parts, part("top_p", b""), FILE))
+    assert {name: found[name] for name in fields} == fields
+    assert "top_p" not in found
+
+
+@pytest.mark.parametrize(
     ("body", "headers", "error"),
     [
         (form(FILE), {b"content-type": b"application/json"}, UnsupportedMediaTypeError),
