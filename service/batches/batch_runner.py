@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -62,6 +61,7 @@ from service.batches.batch_types import (
     PlansBatches,
     as_planned,
 )
+from service.batches.cost_limit import CostLimit
 from service.batches.file_folder import FileFolder, storage_error
 from service.batches.input_lines import CheckLine, InputIndex, InputLines, LineFault, read_index
 from service.batches.line_call import (
@@ -95,10 +95,6 @@ log = logging.getLogger("coe.batches")
 
 _PAGE = 256
 _RETRY_S = 0.5
-# A line may cost this many times what is expected of it, or this part of what is left, whichever
-# is more: few answers are cut, and those only near the end of the budget.
-_OF_EXPECTED = 4.0
-_OF_LEFT = 64.0
 # Time between two looks at what is left, in s.
 _RESERVE_S = 0.05
 _LAST_RETRY_S = 10.0
@@ -165,8 +161,7 @@ class _Job:
         batch: The batch, as it was last seen.
         ending: Set when its lines have to stop.
         why: Why they stop.
-        spent: Units of cost of its results so far.
-        under_way: The most that the lines that run now may cost.
+        cost: What is left of its `max_cost`.
         calls: The lines that run now.
         background: Charges that are being delivered.
         places: One for each line that may run at once.
@@ -181,8 +176,7 @@ class _Job:
     places: asyncio.Semaphore
     ending: asyncio.Event = field(default_factory=asyncio.Event)
     why: Ending = Ending.FINISHED
-    spent: float = 0.0
-    under_way: float = 0.0
+    cost: CostLimit = field(default_factory=lambda: CostLimit(None))
     calls: set[asyncio.Task[None]] = field(default_factory=set)
     background: set[asyncio.Task[None]] = field(default_factory=set)
     left: LinesLeft = field(default_factory=lambda: LinesLeft(()))
@@ -383,8 +377,10 @@ class BatchRunner:
                 continue  # nothing is lost by running on: each line's first result counts
             if batch is None:
                 job.end(Ending.LOST)
-            elif batch.status is Status.CANCELLING:
-                job.end(Ending.CANCELLED)
+            else:
+                job.cost.observe(batch.counts.cost)
+                if batch.status is Status.CANCELLING:
+                    job.end(Ending.CANCELLED)
 
     async def _advance(self, job: _Job) -> None:
         """Take a batch from the state that it is in to its end."""
@@ -460,7 +456,7 @@ class BatchRunner:
             raise _LostError  # another gateway has ended it meanwhile
         await self._settle_earlier(job)
         done = await self._state.done(job.batch.id)
-        job.spent = job.batch.counts.cost
+        job.cost = CostLimit(job.batch.terms.max_cost, job.batch.counts.cost)
         await self._put_faults(job, index.faults, done)
         choices = await asyncio.to_thread(load_plan, stored)
         job.left = await asyncio.to_thread(LinesLeft, choices, done)
@@ -498,7 +494,7 @@ class BatchRunner:
                 batch.terms,
                 lines,
                 lambda: self._parts.identify(batch.tenant, batch.key),
-                lambda: job.spent,
+                lambda: job.cost.spent,
                 lambda: batch.expires_s - self._clock(),
                 store,
             ),
@@ -650,7 +646,7 @@ class BatchRunner:
         model = counted_as(choice.model, batch.shares)
         # A line may have megabytes.
         line = await asyncio.to_thread(lines.numbered, choice.line)
-        may_cost = await self._reserve(job, choice.cost, turn)
+        may_cost = await self._reserve(job, choice, turn)
         if may_cost is None:
             message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
             fault = fault_of(line.number, line.custom_id, name, "max_cost_reached", message)
@@ -684,35 +680,23 @@ class BatchRunner:
             if job.replanning is not None and not result.failed:
                 job.replanning.finished(choice, result.cost)
         finally:
-            if math.isfinite(may_cost):
-                job.under_way -= may_cost
+            job.cost.give_back(choice.line)
 
     @staticmethod
-    async def _reserve(job: _Job, expected: float, turn: _Turn) -> float | None:
+    async def _reserve(job: _Job, choice: LineChoice, turn: _Turn) -> float | None:
         """Reserve a part of the batch's `max_cost` for a line.
-
-        The parts of all lines under way are within what is left, and no line may cost more than its
-        own. So the batch never costs more, whatever the lengths of its answers.
 
         Returns:
             The most that the line may cost, infinite without `max_cost`; None where too little is
             left for what is expected of it.
         """
-        most = job.batch.terms.max_cost
-        if most is None:
-            return math.inf
-        while True:
-            left = most - job.spent - job.under_way
-            needed = _OF_EXPECTED * expected if job.under_way else expected
-            if needed <= left * (1 + 1e-9) and left > 0:
-                may_cost = min(left, max(_OF_EXPECTED * expected, left / _OF_LEFT))
-                job.under_way += may_cost
-                return may_cost
-            if not job.under_way:
+        while (may_cost := job.cost.reserve(choice.line, choice.cost)) is None:
+            if job.cost.is_final:
                 return None
             # Lines under way give back what they don't use of theirs, perhaps in hours.
             async with turn.paused():
                 await asyncio.sleep(_RESERVE_S)
+        return may_cost
 
     async def _try(
         self, job: _Job, choice: LineChoice, body: dict[str, Any], name: str, may_cost: float
@@ -766,30 +750,35 @@ class BatchRunner:
 
     async def _put(self, job: _Job, result: LineResult, settlements: list[Settlement]) -> None:
         """Store a line's result, and charge it where it counts."""
-        while True:
-            try:
-                added = await self._state.put_results(job.batch.id, [result])
-                break
-            except (StoreUnavailableError, StorageFullError) as error:
-                log.warning("a result of batch %s can't be stored: %s", job.batch.id, error.code)
-                await asyncio.sleep(_RETRY_S)
-        if not added and not await self._is_ours(job, result):
+        job.cost.begin_to_store(result.line, result.cost)
+        counts = False
+        try:
+            while True:
+                try:
+                    added = await self._state.put_results(job.batch.id, [result])
+                    # An earlier try to store it may have worked, although it raised.
+                    counts = bool(added) or await self._is_stored(job.batch.id, result)
+                    break
+                except (StoreUnavailableError, StorageFullError) as error:
+                    log.warning(
+                        "a result of batch %s can't be stored: %s", job.batch.id, error.code
+                    )
+                    await asyncio.sleep(_RETRY_S)
+        finally:
+            job.cost.end_to_store(result.line, counts=counts)
+        if not counts:
             self._later(job, self._release(settlements))
             return
-        if added:
-            job.spent += result.cost
-            self._parts.counted("failed" if result.failed else "completed")
+        self._parts.counted("failed" if result.failed else "completed")
         if settlements:
             self._later(job, self._charge(job.batch.id, result.line, settlements))
 
-    async def _is_ours(self, job: _Job, result: LineResult) -> bool:
-        """Whether a result that was refused is there because an earlier try to store it worked."""
-        if result.settlements is None:
-            return False
-        with contextlib.suppress(CoeError):
-            kept = dict(await self._state.unsettled(job.batch.id))
-            return kept.get(result.line) == result.settlements
-        return False
+    async def _is_stored(self, batch_id: str, result: LineResult) -> bool:
+        """Whether the state has this very result of a line."""
+        kept = await self._state.results(
+            batch_id, failed=result.failed, after=result.line - 1, limit=1
+        )
+        return [*kept] == [(result.line, result.body)]
 
     async def _charge(self, batch_id: str, line: int, settlements: list[Settlement]) -> None:
         """Charge a line's result once, and forget its settlements then."""

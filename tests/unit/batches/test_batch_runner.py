@@ -28,7 +28,12 @@ from service.batches.file_folder import FileFolder
 from service.batches.input_lines import InputLines
 from service.batches.sqlite_state import SqliteState
 from service.config import BatchesConfig
-from service.errors import CoeError, StorageFullError, UnauthorizedError
+from service.errors import (
+    CoeError,
+    StorageFullError,
+    StoreUnavailableError,
+    UnauthorizedError,
+)
 from service.http.asgi_helpers import send_response
 from service.store.memory_store import MemoryStore
 from service.types import NOBODY, Tenant
@@ -158,6 +163,37 @@ async def test_runner_stops_at_the_batch_s_cost(tmp_path: Path) -> None:
     assert (batch.counts.completed, batch.counts.failed) == (3, 7)
     left = bench.read(batch.error_file_id)
     assert {line["error"]["code"] for line in left} == {"max_cost_reached"}
+
+
+async def test_runner_that_has_used_the_cost_ends_the_batch_whatever_its_lines_cost(
+    tmp_path: Path,
+) -> None:
+    def reply(number: int, tried: int) -> tuple[int, bytes]:
+        # Sums of such numbers depend on their order.
+        return answers(0.1 + number / 7)(number, tried)
+
+    bench = Bench(tmp_path, reply, lines=24, in_flight=4)
+    batch = await bench.run(BatchTerms(max_cost=3.0))
+    assert batch.status is Status.COMPLETED
+    assert batch.counts.completed + batch.counts.failed == 24
+    assert batch.counts.failed >= 10
+
+
+async def test_runner_counts_the_cost_of_a_result_whose_storing_seemed_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, answers(2.0), lines=10, in_flight=1)
+    put = bench.state.put_results
+
+    async def unheard(*args: Any) -> set[int]:
+        await put(*args)
+        monkeypatch.setattr(bench.state, "put_results", put)
+        raise StoreUnavailableError("the reply was lost")
+
+    monkeypatch.setattr(bench.state, "put_results", unheard)
+    batch = await bench.run(BatchTerms(max_cost=5.0))
+    assert (batch.counts.completed, batch.counts.failed) == (3, 7)
+    assert bench.counted.count("completed") == 3
 
 
 async def test_runner_has_no_more_lines_under_way_than_allowed(tmp_path: Path) -> None:
