@@ -108,6 +108,7 @@ class Outcome:
     fault_s: float = 0.0
     heal_s: float = 0.0
     whole_s: float = float("inf")
+    lacks: str = ""
 
     def count(self, kind: str) -> int:
         """Return the number of requests of all models that ended so."""
@@ -157,8 +158,9 @@ async def _run(cluster: NodeCluster, case: Case, clients: int) -> Outcome:
         await asyncio.to_thread(case.end, cluster)
         outcome.heal_s = time.monotonic()
         while time.monotonic() - outcome.heal_s < _BACK_S:
-            if await asyncio.to_thread(cluster.whole):
-                outcome.whole_s = time.monotonic()
+            outcome.lacks = await asyncio.to_thread(cluster.lacks)
+            if not outcome.lacks:
+                outcome.whole_s = min(outcome.whole_s, time.monotonic())
                 if all(t.works_again_s(outcome.heal_s) < _BACK_S for t in outcome.tallies.values()):
                     break
             await asyncio.sleep(0.25)
@@ -175,7 +177,7 @@ def _say(outcome: Outcome) -> None:
             f"  {model}: {kinds} ({codes}); first right {tally.works_again_s(outcome.fault_s):.1f} "
             f"s after the fault, {tally.works_again_s(outcome.heal_s):.1f} s after its end"
         )
-    say(f"  whole again {outcome.whole_s - outcome.heal_s:.1f} s after its end")
+    say(f"  whole again {outcome.whole_s - outcome.heal_s:.1f} s after its end {outcome.lacks}")
 
 
 async def _supervise(cluster: NodeCluster) -> None:

@@ -42,6 +42,7 @@ _GCS, _DASHBOARD, _REDIS = 6379, 8265, 6380
 _HAPROXY_PAGES = (8404, 9101)
 _BIN = Path(sys.executable).parent
 _START_S = 150.0
+_USABLE = ("device", "host", "disk")
 _RESOURCES: Mapping[str, Mapping[str, float]] = {
     "head": {"coe-gateway": 1, "coe-pool-here": 1, "coe-pool-both": 1},
     "far": {"coe-gateway": 1, "coe-pool-there": 1, "coe-pool-both": 1},
@@ -254,13 +255,20 @@ class NodeCluster:
         lines = [line for line in body.decode().splitlines() if line.startswith(starts)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
-    def whole(self) -> bool:
-        """Return whether all four pools are known, and all experts can be used."""
+    def lacks(self) -> str:
+        """Return what is missing of four known pools and three usable experts; empty: nothing."""
         status, body = fetch(PORT, "/ready", admin_key=self.admin_key, host=self.head.ip)
         if status != 200:
-            return False
-        states = {item["state"] for item in orjson.loads(body)["experts"].values()}
-        return states <= {"device", "host", "disk"} and self.pools() == 4
+            return f"/ready answers {status}"
+        experts = orjson.loads(body)["experts"].items()
+        lost = [name for name, state in experts if state["state"] not in _USABLE]
+        if lost:
+            return f"experts {', '.join(lost)}"
+        return "" if (pools := self.pools()) == 4 else f"pools: {pools} of 4"
+
+    def whole(self) -> bool:
+        """Return whether all four pools are known, and all experts can be used."""
+        return not self.lacks()
 
     def log(self) -> str:
         """Return the end of what the nodes have written."""

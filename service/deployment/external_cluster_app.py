@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from service.config import load_config, read_config
-from service.deployment.gpu_check import node_faults
+from service.deployment.gpu_check import check_nodes, node_faults
 from service.deployment.serve_application import application
 
 log = logging.getLogger("coe.deployment")
@@ -38,6 +38,11 @@ class ClusterArgs(BaseModel):
         description="Gateways run only on nodes with the Ray resource coe-gateway, and pools only "
         "on nodes with coe-pool-KIND; one replica per unit of the resource.",
     )
+    nodes_may_join: bool = Field(
+        False,
+        description="Nodes with more GPUs than those that run may start on demand, so that a pool "
+        "waits for one. Otherwise a pool that fits on no node is refused.",
+    )
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -48,7 +53,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
     Raises:
         ValidationError: The arguments are wrong; Serve reports it.
-        ConfigError: The config is wrong; Serve reports it.
+        ConfigError: The config is wrong, or no node can hold one of its pools; Serve reports it.
     """
     arguments = ClusterArgs.model_validate(args)
     config = (
@@ -61,7 +66,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = config.model_copy(update={"server": server})
     if ray.is_initialized():
         nodes = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        # A larger node may start on demand, so this is no error.
+        if not arguments.nodes_may_join:
+            check_nodes(config, nodes)
         for fault in node_faults(config, nodes):
             log.warning("%s", fault)
     return application(

@@ -49,6 +49,20 @@ def node_faults(config: Config, nodes: Iterable[float]) -> list[str]:
     ]
 
 
+def check_nodes(config: Config, nodes: Iterable[float]) -> None:
+    """Check that some node of a cluster can hold a replica of each kind of pool.
+
+    Args:
+        config: The config.
+        nodes: The GPUs of each node, as for `node_faults`.
+
+    Raises:
+        ConfigError: No node has a pool's GPUs.
+    """
+    if faults := node_faults(config, nodes):
+        raise ConfigError("; ".join(faults))
+
+
 def check_torch(config: Config, build: TorchBuild | None) -> None:
     """Check that the installed torch can use a GPU where a pool has one.
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.config import Config
-from service.deployment.gpu_check import check_gpus, check_torch, node_faults
+from service.deployment.gpu_check import check_gpus, check_nodes, check_torch, node_faults
 from service.deployment.serve_application import application
 from service.errors import ConfigError
 from service.torch_build import TorchBuild
@@ -78,6 +78,11 @@ def test_node_faults_name_replicas_that_would_span_nodes(
     found = node_faults(pools, nodes)
     assert [line.split(".")[1] for line in sorted(found)] == wrong
     assert all("pipeline_parallel_size" in line and "one node" in line for line in found)
+    if not wrong:
+        return check_nodes(pools, nodes)
+    with pytest.raises(ConfigError) as caught:
+        check_nodes(pools, nodes)
+    assert all(f"pools.{kind}.gpus" in caught.value.message for kind in wrong)
 
 
 def test_application_asks_ray_for_all_gpus_of_a_replica_in_one_actor(tmp_path: Path) -> None:
