@@ -125,6 +125,10 @@ class PoolStateTable:
         """Create an empty table."""
         self._index = index
         self._rows: dict[BootId, _PoolRow] = {}
+        # The pools of the last matrix, in its order; their rows write into one block of memory.
+        self._boots: tuple[BootId, ...] = ()
+        self._ordered: list[_PoolRow] = []
+        self._block = np.empty((_COLUMNS, 0, len(index)))
 
     def update(self, boot: BootId, snapshot: Snapshot, delta: SnapshotDelta | None = None) -> None:
         """Bring a pool's row up to date, so that the next selection need not do it.
@@ -141,18 +145,19 @@ class PoolStateTable:
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
         """Compute the arrays of these pools, in the same order."""
-        if len(self._rows) > 2 * len(views) + 8:
-            known = {view.boot for view in views}
-            self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
-        # By figure, so that each figure of all pools is one block of memory.
-        table = np.empty((_COLUMNS, len(views), len(self._index)))
+        boots = tuple([view.boot for view in views])
+        if boots != self._boots:
+            self._lay_out(boots)
+        for row, view in zip(self._ordered, views, strict=True):
+            if row.last is not view.snapshot:
+                row.update(view.snapshot, None)
+        # A selection keeps its matrix while snapshots change the rows.
+        table = self._block.copy()
         for i, view in enumerate(views):
-            self.update(view.boot, view.snapshot)
-            table[:, i] = self._rows[view.boot].figures
             if view.unseen:
                 self._count_unseen(table[_AHEAD, i], view)
         return PoolMatrix(
-            boots=tuple(view.boot for view in views),
+            boots=boots,
             fresh=np.array([view.age_s <= STALE_S for view in views], dtype=bool),
             usable=table[_USABLE] > 0,
             eta=table[_ETA],
@@ -169,6 +174,25 @@ class PoolStateTable:
             idle_chunk=table[_IDLE_CHUNK],
             far=table[_FAR],
         )
+
+    def _lay_out(self, boots: tuple[BootId, ...]) -> None:
+        """Put the rows of these pools into one block, each figure of all pools together."""
+        if len(self._rows) > 2 * len(boots) + 8:
+            known = set(boots)
+            self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
+        # A row that is in this block no more must not write into the one that took its place.
+        for row in self._ordered:
+            row.figures = row.figures.copy()
+        self._boots = boots
+        self._block = np.empty((_COLUMNS, len(boots), len(self._index)))
+        self._ordered = []
+        for i, boot in enumerate(boots):
+            row = self._rows.get(boot)
+            if row is None:
+                row = self._rows[boot] = _PoolRow(self._index)
+            self._block[:, i] = row.figures
+            row.figures = self._block[:, i]
+            self._ordered.append(row)
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
         """Add the requests on their way to `ahead`, (experts,).
@@ -194,17 +218,18 @@ class _PoolRow:
 
     Attributes:
         figures: (figures, experts of the catalog).
+        last: The snapshot that they show.
     """
 
     def __init__(self, index: dict[str, int]) -> None:
         self._index = index
-        self._last: Snapshot | None = None
+        self.last: Snapshot | None = None
         self.figures = np.zeros((_COLUMNS, len(index)))
         self.figures[_CAPACITY] = 1.0
 
     def update(self, snapshot: Snapshot, delta: SnapshotDelta | None) -> None:
         """Take over a snapshot. With what it changes, only that is read."""
-        last, self._last = self._last, snapshot
+        last, self.last = self.last, snapshot
         if snapshot is last:
             return
         if delta is not None and delta.before is last and self._keeps_structure(snapshot, delta):

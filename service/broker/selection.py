@@ -454,7 +454,9 @@ def _expert_times(
         prefill[warm] -= pools.per_token[warm] * cached
     decode = pools.chunk * request.tokens
     answer = prefill + decode
-    batches, rest = np.divmod(pools.ahead, pools.capacity)
+    # Both are whole numbers, so this is what the slower `divmod` gives.
+    batches = np.floor(pools.ahead / pools.capacity)
+    rest = pools.ahead - batches * pools.capacity
     # A request waits until all full batches before it have ended. The other requests ahead run in
     # its own batch, and delay it only by a share of their prefill.
     wait = pools.eta + batches * answer + rest / pools.capacity * prefill
@@ -608,33 +610,30 @@ def _recipe_totals(
         times.idle,
         times.wait + times.prefill,
     )
-    of_members = table[:, members]
-    of_later = table[:, later]
-    slowest = of_members[_TIME].max(axis=1)
-    max_cost = of_members[_COST].sum(axis=1) + of_later[_COST].sum(axis=1)
+    # (figures, members, recipes): reducing an axis is faster where the last one is long.
+    of_members = table.take(members.T, axis=1)
+    of_later = table.take(later.T, axis=1)
+    slowest = of_members[_TIME].max(axis=0)
+    max_cost = of_members[_COST].sum(axis=0) + of_later[_COST].sum(axis=0)
     # A recipe of several experts can't stream before they have agreed.
     first = table[_FIRST] if request.streams else table[_TIME]
-    in_full = slowest + of_later[_TIME].sum(axis=1)
+    in_full = slowest + of_later[_TIME].sum(axis=0)
     deadline_time = np.where(single, first[members[:, 0]], in_full)
     recruits = catalog.recruits[rows]
     if request.streams and recruits.any():
         # A recruit streams its aggregator's answer.
         deadline_time = np.where(recruits, slowest + first[later[:, 0]], deadline_time)
     # 0 · ∞ would be NaN, but an expert that is never called costs nothing.
-    np.multiply(
-        of_later[:_FIRST],
-        cast.later_prob,
-        out=of_later[:_FIRST],
-        where=cast.later_prob > 0,
-    )
-    of_later[:_FIRST][:, cast.later_prob <= 0] = 0.0
-    expected = of_later[:_FIRST].sum(axis=2)
+    prob = np.ascontiguousarray(cast.later_prob.T)
+    called = np.zeros((_FIRST, *prob.shape))
+    np.multiply(of_later[:_FIRST], prob, out=called, where=prob > 0)
+    expected = called.sum(axis=1)
     totals = _RecipeTotals(
         time=slowest + expected[_TIME],
-        waiting=of_members[_WAITING].max(axis=1) + expected[_WAITING],
-        displaced=of_members[_DISPLACED].sum(axis=1) + expected[_DISPLACED],
-        cost=of_members[_COST].sum(axis=1) + expected[_COST],
-        ideal_waiting=of_members[_IDLE].max(axis=1) + expected[_IDLE],
+        waiting=of_members[_WAITING].max(axis=0) + expected[_WAITING],
+        displaced=of_members[_DISPLACED].sum(axis=0) + expected[_DISPLACED],
+        cost=of_members[_COST].sum(axis=0) + expected[_COST],
+        ideal_waiting=of_members[_IDLE].max(axis=0) + expected[_IDLE],
         max_cost=max_cost,
         deadline_time=deadline_time,
     )
