@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+from msgspec import structs
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.median_intervals import Estimate, median, percentile
@@ -190,7 +191,7 @@ def _next_state(last: Snapshot, draw: random.Random) -> Snapshot:
         last,
         seq=last.seq + 1,
         experts=last.experts
-        | {name: replace(last.experts[name], eta_s=draw.random() * 5) for name in inside},
+        | {name: structs.replace(last.experts[name], eta_s=draw.random() * 5) for name in inside},
         queues=last.queues
         | {name: Queue(draw.randint(0, 4), draw.randint(0, 8)) for name in inside},
         speeds=last.speeds | {draw.choice(inside): Speed(0.1, 0.02 * draw.random(), 0.0001)},

@@ -27,6 +27,8 @@ REMOTE: Final = None
 Place = tuple[str, BootId]
 
 _IDLE = Queue()
+# Attributes of an enumeration are looked up slowly.
+_DEVICE, _FAILED = Residency.DEVICE, Residency.FAILED
 _UNMEASURED = (0.0, 0.0, 0.0, 0.0)
 # The tables of a snapshot that a row is read from, but for its structure.
 _TABLES = ("experts", "queues", "speeds", "idle_speeds")
@@ -187,9 +189,7 @@ class PoolStateTable:
         self._block = np.empty((_COLUMNS, len(boots), len(self._index)))
         self._ordered = []
         for i, boot in enumerate(boots):
-            row = self._rows.get(boot)
-            if row is None:
-                row = self._rows[boot] = _PoolRow(self._index)
+            row = self._rows.setdefault(boot, _PoolRow(self._index))
             self._block[:, i] = row.figures
             row.figures = self._block[:, i]
             self._ordered.append(row)
@@ -250,8 +250,12 @@ class _PoolRow:
             touched = dict.fromkeys(_TABLES, self._names)
         self._read_states(snapshot.experts, touched["experts"])
         self._read_queues(snapshot.queues, touched["queues"])
-        self._read_speeds(self._speeds, snapshot.speeds, touched["speeds"])
-        self._read_speeds(self._idle_speeds, snapshot.idle_speeds, touched["idle_speeds"])
+        if names := touched["speeds"]:
+            self._read_speeds(self._speeds, snapshot.speeds, names)
+            self._guess_speeds()
+        if names := touched["idle_speeds"]:
+            self._read_speeds(self._idle_speeds, snapshot.idle_speeds, names)
+            self._values[_IDLE_SPEED] = self._idle_speeds[:3]
         self._write_figures(snapshot.draining)
 
     @staticmethod
@@ -283,9 +287,11 @@ class _PoolRow:
         known = [i for i, name in enumerate(names) if name in self._index]
         self._known = np.array(known, np.intp)
         self._column = np.array([self._index[names[i]] for i in known], np.intp)
-        self._capacity = np.array([max(1, snapshot.capacity.get(name, 1)) for name in names], float)
+        # Whether the pool has all experts of the catalog and no others, in its order.
+        self._all_in_order = names == list(self._index)
         self._values = np.empty((_COLUMNS, len(names)))
-        self._distance = np.array([rendezvous_hash(name, snapshot.boot) for name in names])
+        self._values[_CAPACITY] = [max(1, snapshot.capacity.get(name, 1)) for name in names]
+        self._distance = _ALIKE * np.array([rendezvous_hash(n, snapshot.boot) for n in names])
         self.figures[_USABLE] = 0.0
         # Time until ready, time of a swap, context; whether it is not resident, and usable.
         self._states = np.zeros((5, len(names)))
@@ -303,13 +309,16 @@ class _PoolRow:
                         state.eta_s,
                         state.swap_s,
                         state.max_model_len,
-                        state.state is not Residency.DEVICE,
-                        state.state is not Residency.FAILED,
+                        state.state is not _DEVICE,
+                        state.state is not _FAILED,
                     )
                     for state in map(states.__getitem__, names)
                 ],
                 float,
             ).T
+            self._values[_ETA], self._values[_CONTEXT] = self._states[0], self._states[2]
+            self._values[_USABLE] = self._states[4]
+            np.multiply(self._distance, self._states[0], out=self._values[_FAR])
 
     def _read_queues(self, queues: dict[str, Queue], names: Sequence[str]) -> None:
         if names:
@@ -320,45 +329,43 @@ class _PoolRow:
                 ],
                 float,
             ).T
+            ahead, requests, prompts = self._queues
+            slot, weights = self._slot, self._weights
+            self._own = np.bincount(weights, requests)[weights]
+            self._others = np.bincount(slot, requests)[slot] - self._own
+            self._values[_AHEAD] = np.bincount(slot, ahead)[slot]
+            self._values[_PROMPTS] = np.bincount(slot, prompts)[slot]
 
     def _read_speeds(self, figures: Floats, speeds: dict[str, Speed], names: Sequence[str]) -> None:
-        if names:
-            figures[:, self._positions(names)] = np.array(
-                [
-                    _UNMEASURED
-                    if speed is None
-                    else (speed.first_s, speed.per_token_s, speed.chunk_s, 1.0)
-                    for speed in map(speeds.get, names)
-                ]
-            ).T
+        figures[:, self._positions(names)] = np.array(
+            [
+                _UNMEASURED
+                if speed is None
+                else (speed.first_s, speed.per_token_s, speed.chunk_s, 1.0)
+                for speed in map(speeds.get, names)
+            ]
+        ).T
+
+    def _guess_speeds(self) -> None:
+        """Take the average of the measured experts for those that were not."""
+        measured = self._speeds[3]
+        count = measured.sum()
+        guess = self._speeds[:3].sum(axis=1) / count if count else _PRIOR
+        self._values[_SPEED] = np.where(measured > 0, self._speeds[:3], guess[:, None])
 
     def _positions(self, names: Sequence[str]) -> list[int]:
         return [self._at[name] for name in names]
 
     def _write_figures(self, draining: bool) -> None:
-        figures = self.figures
         if draining or not len(self._column):
-            figures[_USABLE] = 0.0
+            self.figures[_USABLE] = 0.0
             return
-        eta, swap, context, away, usable = self._states
-        ahead, requests, prompts = self._queues
-        slot, weights = self._slot, self._weights
-        own = np.bincount(weights, requests)[weights]
-        others = np.bincount(slot, requests)[slot] - own
-        measured = self._speeds[3]
-        count = measured.sum()
-        guess = self._speeds[:3].sum(axis=1) / count if count else _PRIOR
         values = self._values
-        values[_ETA] = eta
-        values[_SPEED] = np.where(measured > 0, self._speeds[:3], guess[:, None])
-        values[_CAPACITY] = self._capacity
-        values[_AHEAD] = np.bincount(slot, ahead)[slot]
         # The slot swaps to this expert and back. Both swaps delay the other experts' requests, and
         # are made once for all requests that wait for this one.
-        values[_DISPLACED] = 2 * swap * others * away / (1 + own)
-        values[_USABLE] = usable
-        values[_CONTEXT] = context
-        values[_PROMPTS] = np.bincount(slot, prompts)[slot]
-        values[_IDLE_SPEED] = self._idle_speeds[:3]
-        values[_FAR] = _ALIKE * self._distance * eta
-        figures[:, self._column] = values[:, self._known]
+        swap, away = self._states[1], self._states[3]
+        values[_DISPLACED] = 2 * swap * self._others * away / (1 + self._own)
+        if self._all_in_order:
+            self.figures[:] = values
+        else:
+            self.figures[:, self._column] = values[:, self._known]

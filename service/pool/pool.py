@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import orjson
+from msgspec import structs
 
 from service.engine.engine_interface import EngineRequest, Send
 from service.errors import (
@@ -658,7 +659,7 @@ class Pool:
         for name, state in states.items():
             known = self._told_states.get(name)
             if known is None or known[0] is not state or known[1].slot != slot:
-                known = self._told_states[name] = (state, replace(state, slot=slot))
+                known = self._told_states[name] = (state, structs.replace(state, slot=slot))
             states[name] = known[1]
         return states
 

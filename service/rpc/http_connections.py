@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,6 +43,58 @@ class HttpReply:
     body: asyncio.StreamReader
 
 
+class LineReader:
+    """A body whose lines are passed on as they come, without a task that wakes for each of them.
+
+    Args:
+        receive: Called with each line, without its end. What it raises ends the reading.
+        most_bytes: The most bytes of a line.
+
+    Attributes:
+        ended: Done when the body has ended; with what was raised or the connection's error, if any.
+    """
+
+    def __init__(self, receive: Callable[[bytes], None], most_bytes: int) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._receive = receive
+        self._most_bytes = most_bytes
+        # A line whose end has not come yet.
+        self._begun: list[bytes] = []
+        self._begun_bytes = 0
+
+    def feed_data(self, data: bytes) -> None:
+        """Take the next bytes of the body."""
+        if self.ended.done():
+            return
+        first, *others = data.split(b"\n")
+        try:
+            self._begin(first)
+            for line in others:
+                whole = b"".join(self._begun)
+                self._begun.clear()
+                self._begun_bytes = 0
+                self._receive(whole)
+                self._begin(line)
+        except Exception as error:
+            self.ended.set_exception(error)
+
+    def _begin(self, part: bytes) -> None:
+        self._begun.append(part)
+        self._begun_bytes += len(part)
+        if self._begun_bytes > self._most_bytes:
+            raise ValueError(f"a line has more than {self._most_bytes} bytes")
+
+    def feed_eof(self) -> None:
+        """End the body."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def set_exception(self, error: Exception) -> None:
+        """End the body, because the connection was lost."""
+        if not self.ended.done():
+            self.ended.set_exception(error)
+
+
 class HttpConnection(asyncio.Protocol):
     """A connection with at most one request at a time."""
 
@@ -52,7 +104,8 @@ class HttpConnection(asyncio.Protocol):
         self._parser: Any = None
         self._head: asyncio.Future[HttpReply] | None = None
         self._headers: dict[str, str] = {}
-        self._body: asyncio.StreamReader | None = None
+        self._body: asyncio.StreamReader | LineReader | None = None
+        self._lines: LineReader | None = None
         self._until_close = False
         self._ended = True
 
@@ -65,18 +118,20 @@ class HttpConnection(asyncio.Protocol):
         # A long reply that nobody read has stopped it, and would stop the next reply, too.
         return transport.is_reading()
 
-    async def request(self, head: bytes, body: bytes) -> HttpReply:
+    async def request(self, head: bytes, body: bytes, lines: LineReader | None = None) -> HttpReply:
         """Send a request, and wait for the headers of its reply.
 
         Args:
             head: The request line and all headers but `content-length`.
             body: The body.
+            lines: Gets the reply's body instead of the reply's own reader.
 
         Raises:
             ConnectionError: The connection was lost, or the reply is not HTTP.
         """
         assert self._transport is not None
         self._ended = False
+        self._lines = lines
         self._parser = httptools.HttpResponseParser(self)
         self._head = asyncio.get_running_loop().create_future()
         self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
@@ -112,7 +167,8 @@ class HttpConnection(asyncio.Protocol):
         assert self._transport is not None
         if self._parser.get_status_code() < _LEAST_FINAL:
             return  # the reply follows
-        self._body = body = asyncio.StreamReader(_BUFFER_BYTES)
+        body = asyncio.StreamReader(_BUFFER_BYTES)
+        self._body = self._lines or body
         body.set_transport(self._transport)
         status = self._parser.get_status_code()
         # Such a body, of an HTTP/1.0 server for example, ends where the connection does.

@@ -21,7 +21,13 @@ from service.config.effective_config import AddedExperts
 from service.errors import PoolUnavailableError, PoolUnreachableError
 from service.rpc import cluster_secret as secrets
 from service.rpc.call_headers import Call
-from service.rpc.http_connections import ConnectError, HttpConnection, HttpConnections, HttpReply
+from service.rpc.http_connections import (
+    ConnectError,
+    HttpConnection,
+    HttpConnections,
+    HttpReply,
+    LineReader,
+)
 from service.rpc.snapshot import GONE_S, Snapshot, SnapshotDelta, decode
 
 log = logging.getLogger("coe.link")
@@ -33,6 +39,8 @@ _SILENT_S = 15.0
 # After so many failed connects in a row, calls end at once. The kernel of a machine that is up
 # answers a connect, or refuses it, however busy the pool's process is.
 _DEAD_CONNECTS = 2
+# A whole state has about 350 bytes for each expert.
+_MOST_LINE_BYTES = 2**26
 # An engine may take seconds to stop a request.
 _USED_TIMEOUT_S = 8.0
 
@@ -110,7 +118,10 @@ class PoolLink:
         # Open calls that no snapshot has acknowledged, by number, in the order of sending.
         self._unseen: dict[int, str] = {}
         url = urlsplit(address.url)
-        self._connections = HttpConnections(url.hostname or "", url.port or 80, _CONNECT_TIMEOUT_S)
+        place = url.hostname or "", url.port or 80, _CONNECT_TIMEOUT_S
+        self._connections = HttpConnections(*place)
+        # Apart, because the calls of a silent pool are ended while its stream is tried again.
+        self._snapshot_connections = HttpConnections(*place)
         self._calls = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -339,6 +350,7 @@ class PoolLink:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._connections.close()
+        self._snapshot_connections.close()
 
     async def _follow(self) -> None:
         dead_connects = 0
@@ -346,7 +358,7 @@ class PoolLink:
             connected = True
             try:
                 await self._read_snapshots()
-            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            except (OSError, ValueError) as error:  # TimeoutError is an OSError
                 log.debug("snapshot stream of %s: %r", self.address.url, error)
                 connected = not _is_unanswered_connect(error)
             except Exception:
@@ -366,21 +378,37 @@ class PoolLink:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _read_snapshots(self) -> None:
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=GONE_S
-        )
+        snapshot: Snapshot | None = None
+
+        def receive(line: bytes) -> None:
+            nonlocal snapshot
+            snapshot, delta = decode(line, snapshot)
+            if snapshot.boot != self.address.boot:
+                raise ValueError("another process has this address now")
+            self.receive_snapshot(snapshot, delta)
+
         headers = {**self._headers, "x-coe-gateway": self._gateway}
-        async with self._session.get(
-            self.address.url + "/snapshots", headers=headers, timeout=timeout
-        ) as reply:
+        path = urlsplit(self.address.url).path
+        head = self._snapshot_connections.head(path + "/snapshots", headers, "GET")
+        lines = LineReader(receive, _MOST_LINE_BYTES)
+        begun_s = time.monotonic()
+        connection = await self._snapshot_connections.take()
+        try:
+            async with asyncio.timeout(GONE_S):
+                reply = await connection.request(head, b"", lines)
             if reply.status != 200:
                 raise ValueError(f"status {reply.status}")
-            snapshot: Snapshot | None = None
-            async for line in reply.content:
-                snapshot, delta = decode(line, snapshot)
-                if snapshot.boot != self.address.boot:
-                    raise ValueError("another process has this address now")
-                self.receive_snapshot(snapshot, delta)
+            while not lines.ended.done():
+                left_s = max(begun_s, self.received_s) + GONE_S - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError("the pool is silent")
+                await asyncio.wait([lines.ended], timeout=left_s)
+            lines.ended.result()
+        finally:
+            connection.abort()
+            self._snapshot_connections.give_back(connection)
+            if not lines.ended.cancel() and not lines.ended.cancelled():
+                lines.ended.exception()  # it was raised above, or the reply's head was
 
     def receive_snapshot(self, snapshot: Snapshot, delta: SnapshotDelta | None = None) -> None:
         """Take over a snapshot, and what it changes where that is known."""
@@ -400,13 +428,11 @@ class PoolLink:
 
 def _is_unanswered_connect(error: Exception) -> bool:
     """Return whether nothing at all answered a connect, as when a machine or its link is down."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return True
-    return isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno in (
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.EHOSTDOWN,
-        errno.ETIMEDOUT,
+    cause = error.__cause__
+    return isinstance(error, ConnectError) and (
+        isinstance(cause, TimeoutError)
+        or getattr(cause, "errno", None)
+        in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT)
     )
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgspec
-import orjson
 
 from service.types import Residency
 
@@ -22,8 +21,7 @@ STALE_S = 1.0
 GONE_S = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertState:
+class ExpertState(msgspec.Struct, frozen=True, omit_defaults=True):
     """One expert in one pool.
 
     Attributes:
@@ -44,11 +42,10 @@ class ExpertState:
     reason: str = ""
     released: bool = False
     max_model_len: int = 0
-    engine: dict[str, str] = field(default_factory=dict)
+    engine: dict[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Requests of one expert in a pool.
 
     Attributes:
@@ -89,8 +86,7 @@ class Queue:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
+class Speed(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Measured latencies in seconds, as moving averages; 0 without measurements.
 
     Attributes:
@@ -164,9 +160,12 @@ class SnapshotDelta:
 
 
 def encode(now: Snapshot, before: Snapshot | None) -> bytes:
-    """Encode a snapshot as a line. With `before`, the line has only the differences from it."""
+    """Encode a snapshot as a line. With `before`, the line has only the differences from it.
+
+    Fields of entries that have their defaults are left out.
+    """
     if before is None:
-        return orjson.dumps(now) + b"\n"
+        return msgspec.json.encode(now) + b"\n"
     line: dict[str, Any] = {"seq": now.seq}
     changed: dict[str, dict[str, Any]] = {}
     removed: dict[str, list[str]] = {}
@@ -190,7 +189,7 @@ def encode(now: Snapshot, before: Snapshot | None) -> bytes:
         line["changed"] = changed
     if removed:
         line["removed"] = removed
-    return orjson.dumps(line) + b"\n"
+    return msgspec.json.encode(line) + b"\n"
 
 
 class _Tables(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):

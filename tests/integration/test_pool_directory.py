@@ -13,7 +13,8 @@ from service.rpc import pool_link
 from service.rpc.call_headers import Call
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.pool_link import PoolAddress, PoolLink
-from service.rpc.snapshot import Snapshot, encode
+from service.rpc.snapshot import ExpertState, Snapshot, encode
+from service.types import Residency
 from tests.support.in_process_service import serving
 from tests.support.polling import until
 
@@ -21,14 +22,15 @@ from tests.support.polling import until
 class Node:
     """A pool's node: until it is cut off, it says what pools say; then nothing, ever."""
 
-    def __init__(self) -> None:
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
         self.cut_off = asyncio.Event()
+        self._first = encode(snapshot or Snapshot("boot", "cpu"), None)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         follows = scope["path"] == "/snapshots"
         if not self.cut_off.is_set():
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            first = encode(Snapshot("boot", "cpu"), None) if follows else b"one"
+            first = self._first if follows else b"one"
             await send({"type": "http.response.body", "body": first, "more_body": True})
         while follows and not self.cut_off.is_set():
             await send({"type": "http.response.body", "body": b"{}\n", "more_body": True})
@@ -87,3 +89,16 @@ async def test_directory_close_does_not_wait_for_calls() -> None:
         directory.update([])
         await directory.close()
         assert not link.follows
+
+
+async def test_pool_of_many_experts_is_followed() -> None:
+    state = ExpertState(Residency.HOST, 1.5, 0.25, 3, "", True, 4096, {"device": "x" * 60})
+    experts = {f"expert-{number}": state for number in range(8000)}
+    snapshot = Snapshot("boot", "cpu", experts=experts)
+    assert len(encode(snapshot, None)) > 2**20
+    async with followed(Node(snapshot)) as (directory, link):
+        await until(
+            lambda: link.snapshot is not None and link.snapshot.experts == experts,
+            "its whole state was read",
+        )
+        await directory.close()

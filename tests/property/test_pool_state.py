@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.rendezvous_hash import rendezvous_hash
@@ -58,7 +59,7 @@ def histories(draw: st.DrawFn) -> list[Snapshot]:
     for _ in range(draw(st.integers(1, 6))):
         last, now = found[-1], draw(snapshots())
         experts = {
-            name: replace(now.experts.get(name, state), slot=state.slot)
+            name: structs.replace(now.experts.get(name, state), slot=state.slot)
             for name, state in last.experts.items()
         }
         found.append(replace(now, experts=experts, capacity=last.capacity, shares=last.shares))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import RequestBounds
@@ -143,7 +144,7 @@ def test_idle_times_are_what_the_selection_expects_of_an_idle_pool(
     assert not idle_times(book, table.to_matrix(views), wish).any()
     for view in views:
         held = view.snapshot.experts
-        ready = {name: replace(state, eta_s=0.0) for name, state in held.items()}
+        ready = {name: structs.replace(state, eta_s=0.0) for name, state in held.items()}
         idle = replace(view.snapshot, experts=ready, queues={}, idle_speeds=view.snapshot.speeds)
         matrix = table.to_matrix([replace(view, snapshot=idle)])
         expected = select(book, matrix, wish).time

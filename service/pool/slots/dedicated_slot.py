@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from service.engine.engine_interface import Engine
 from service.errors import CoeError, ConflictError, UnknownModelError

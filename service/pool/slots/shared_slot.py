@@ -14,9 +14,11 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from msgspec.structs import replace
 
 from service.engine.engine_interface import RestingEngine, SwappingEngine
 from service.errors import CoeError, ConflictError, EngineDeadError, UnknownModelError

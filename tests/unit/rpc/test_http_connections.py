@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.rpc.http_connections import ConnectError, HttpConnections, HttpReply
+from service.rpc.http_connections import ConnectError, HttpConnections, HttpReply, LineReader
 from tests.support.polling import until
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
@@ -274,3 +277,78 @@ def test_header_with_a_line_break_is_refused(value: str) -> None:
 
 def test_head_names_an_ipv6_host_in_brackets() -> None:
     assert b"\r\nhost: [::1]:80\r\n" in HttpConnections("::1", 80, 2.0).head("/path", {})
+
+
+LINES = b"".join(b"%d" % number * (number % 7) + b"\n" for number in range(40))
+
+
+@given(st.lists(st.integers(0, len(LINES)), max_size=20), st.booleans())
+def test_lines_are_passed_on_whole_however_they_are_cut(cuts: list[int], unended: bool) -> None:
+    async def run() -> None:
+        found: list[bytes] = []
+        lines = LineReader(found.append, 100)
+        body = LINES + b"rest" * unended
+        for begin, end in itertools.pairwise([0, *sorted(cuts), len(body)]):
+            lines.feed_data(body[begin:end])
+        lines.feed_eof()
+        assert found == LINES.splitlines()
+        assert lines.ended.result() is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "refused"),
+    [(10, None), (4, "a line has more than 4 bytes"), (9, "a line has more than 9 bytes")],
+)
+async def test_line_that_is_too_long_ends_the_reading(most_bytes: int, refused: str | None) -> None:
+    found: list[bytes] = []
+    lines = LineReader(found.append, most_bytes)
+    for piece in (b"ab\n0123", b"456", b"789\ncd\n"):
+        lines.feed_data(piece)
+    lines.feed_eof()
+    if refused is None:
+        assert found == [b"ab", b"0123456789", b"cd"]
+    else:
+        assert found == [b"ab"]
+        with pytest.raises(ValueError, match=refused):
+            lines.ended.result()
+
+
+async def test_what_a_line_raises_ends_the_reading_and_no_further_line_is_passed_on() -> None:
+    found: list[bytes] = []
+
+    def receive(line: bytes) -> None:
+        found.append(line)
+        raise KeyError("bad")
+
+    async with connected(saying(HEAD + b"transfer-encoding: chunked\r\n\r\n4\r\na\nb\n\r\n")) as (
+        connections,
+        _,
+    ):
+        lines = LineReader(receive, 100)
+        connection = await connections.take()
+        reply = await connection.request(connections.head("/", {}), b"{}", lines)
+        with pytest.raises(KeyError):
+            await lines.ended
+        connections.give_back(connection)
+    assert reply.status == 200
+    assert found == [b"a"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_lines_end_as_their_body_does(lost: bool) -> None:
+    body = b"2\r\na\n\r\n" + b"0\r\n\r\n" * (not lost)
+    answer = (ending if lost else saying)(HEAD + b"transfer-encoding: chunked\r\n\r\n" + body)
+    async with connected(answer) as (connections, _):
+        found: list[bytes] = []
+        lines = LineReader(found.append, 100)
+        connection = await connections.take()
+        await connection.request(connections.head("/", {}), b"{}", lines)
+        if lost:
+            with pytest.raises(ConnectionError):
+                await lines.ended
+        else:
+            await lines.ended
+        connections.give_back(connection)
+    assert found == [b"a"]

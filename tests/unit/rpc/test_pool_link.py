@@ -8,21 +8,24 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import aiohttp
 import pytest
-from aiohttp.client_reqrep import ConnectionKey
 
 from service.errors import PoolUnavailableError
 from service.rpc import pool_link
 from service.rpc.call_headers import Call
+from service.rpc.http_connections import ConnectError
 from service.rpc.pool_link import PoolAddress, PoolLink, new_session
 from tests.support.polling import until
 
-_KEY = ConnectionKey("pool", 31100, False, True, None, None, None)
+
+def failed_connect(cause: OSError) -> Exception:
+    error = ConnectError(type(cause).__name__)
+    error.__cause__ = cause
+    return error
 
 
 def refused_by(number: int) -> Exception:
-    return aiohttp.ClientConnectorError(_KEY, OSError(number, "no connection"))
+    return failed_connect(OSError(number, "no connection"))
 
 
 class SilentPool(PoolLink):
@@ -76,13 +79,13 @@ def reconnects_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        aiohttp.ConnectionTimeoutError(),
+        failed_connect(TimeoutError()),
         refused_by(errno.EHOSTUNREACH),
         refused_by(errno.ENETUNREACH),
         refused_by(errno.EHOSTDOWN),
         refused_by(errno.ETIMEDOUT),
     ],
-    ids=lambda error: str(getattr(error, "errno", None) or type(error).__name__),
+    ids=lambda error: str(error.__cause__.errno),
 )
 async def test_calls_end_when_the_pool_s_machine_answers_no_connect(error: Exception) -> None:
     async with called(lambda _: error) as (_, asking):
@@ -95,12 +98,12 @@ async def test_calls_end_when_the_pool_s_machine_answers_no_connect(error: Excep
     "fault",
     [
         # Accepted, then silent: a pool that imports vLLM, for example.
-        lambda _: aiohttp.SocketTimeoutError(),
+        lambda _: TimeoutError(),
         # A process that has gone: the kernel resets its connections itself.
         lambda _: refused_by(errno.ECONNREFUSED),
         lambda _: ValueError("status 503"),
         # One lost connect, as a link with losses has.
-        lambda number: aiohttp.ConnectionTimeoutError() if number % 2 else ValueError("status"),
+        lambda number: failed_connect(TimeoutError()) if number % 2 else ValueError("status"),
     ],
     ids=["silent", "refused", "status", "every other connect"],
 )
