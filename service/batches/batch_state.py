@@ -19,6 +19,12 @@ CANCELLED_LEASE_S = 2.5
 A gateway renews it every second. So another one soon ends a cancelled batch whose gateway died.
 """
 
+MOST_LEASES = 4.0
+"""A lease that ends later than in so many of who asks for it is of a clock that was set back.
+
+It holds no more: nobody would run its batch until the clock is there again.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchStatistics:
@@ -116,7 +122,8 @@ class BatchState(Protocol):
     ) -> BatchRecord | None:
         """Lease the next batch that has not ended and that nobody holds.
 
-        Tenants take turns: first comes the tenant with the fewest leased batches.
+        Tenants take turns: first comes the tenant with the fewest leased batches. A lease that ends
+        later than in `MOST_LEASES` times `lease_s` holds no more.
 
         Args:
             owner: The gateway that leases it.

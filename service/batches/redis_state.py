@@ -33,7 +33,7 @@ from service.batches.batch_records import (
     load_batch,
     load_file,
 )
-from service.batches.batch_state import CANCELLED_LEASE_S, BatchStatistics
+from service.batches.batch_state import CANCELLED_LEASE_S, MOST_LEASES, BatchStatistics
 from service.errors import StoreUnavailableError
 from service.store.list_page import Page
 from service.store.scripted_redis import ScriptedRedis
@@ -219,7 +219,13 @@ class RedisState:
         self, owner: str, lease_s: float, without: Collection[str] = ()
     ) -> BatchRecord | None:
         return _batch(
-            await self._run("lease", owner=owner, lease=lease_s, without=dict.fromkeys(without, 1))
+            await self._run(
+                "lease",
+                owner=owner,
+                lease=lease_s,
+                most=MOST_LEASES * lease_s,
+                without=dict.fromkeys(without, 1),
+            )
         )
 
     async def renew(self, owner: str, batch_id: str, lease_s: float) -> BatchRecord | None:

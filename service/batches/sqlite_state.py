@@ -27,7 +27,7 @@ from service.batches.batch_records import (
     load_batch,
     load_file,
 )
-from service.batches.batch_state import CANCELLED_LEASE_S, BatchStatistics
+from service.batches.batch_state import CANCELLED_LEASE_S, MOST_LEASES, BatchStatistics
 from service.store.list_page import Page
 from service.store.sqlite_file import SqliteFile
 
@@ -245,16 +245,18 @@ class SqliteState:
         self, owner: str, lease_s: float, without: Collection[str] = ()
     ) -> BatchRecord | None:
         now_s = self._clock()
+        # When leases that hold end. A clock that was set back has left later ones.
+        held = math.nextafter(now_s, math.inf), now_s + MOST_LEASES * lease_s
 
         def take(db: sqlite3.Connection) -> BatchRecord | None:
             row = db.execute(
                 f"SELECT id, {_BATCH} FROM batches WHERE open "
-                "AND (owner IS NULL OR leased_until_s <= ?) "
+                "AND (owner IS NULL OR leased_until_s NOT BETWEEN ? AND ?) "
                 "AND tenant NOT IN (SELECT value FROM json_each(?)) ORDER BY ("
                 "  SELECT count(*) FROM batches AS o WHERE o.open AND o.tenant = batches.tenant "
-                "  AND o.owner IS NOT NULL AND o.leased_until_s > ?"
+                "  AND o.owner IS NOT NULL AND o.leased_until_s BETWEEN ? AND ?"
                 "), created_s, id LIMIT 1",
-                (now_s, orjson.dumps([*without]).decode(), now_s),
+                (*held, orjson.dumps([*without]).decode(), *held),
             ).fetchone()
             if row is None:
                 return None

@@ -1,10 +1,12 @@
 -- Lease the next open batch that nobody holds: that of the tenant with the fewest leased ones.
--- args: owner, lease, without (tenants that are left out, as keys). Returns the batch, or false.
+-- args: owner, lease, most (a lease that ends later than in so many seconds holds no more), without
+-- (tenants that are left out, as keys). Returns the batch, or false.
 
 local held, free = {}, {}
 for _, id in ipairs(redis.call('ZRANGE', open_key, 0, -1)) do
   local tenant = redis.call('HGET', batch_key(id), 'tenant')
-  if leased(id) then held[tenant] = (held[tenant] or 0) + 1
+  local has_owner, until_s = leased(id)
+  if has_owner and until_s <= now + args.most then held[tenant] = (held[tenant] or 0) + 1
   elseif not args.without[tenant] then free[#free + 1] = {id, tenant} end
 end
 local best

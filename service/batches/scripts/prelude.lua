@@ -34,9 +34,11 @@ local function load_batch(id)
   return found
 end
 
+-- Whether a batch is leased now, and when the lease ends.
 local function leased(id)
   local owner, until_s = unpack(redis.call('HMGET', batch_key(id), 'owner', 'until'))
-  return owner and owner ~= '' and tonumber(until_s or '0') > now, owner
+  until_s = tonumber(until_s or '0')
+  return owner and owner ~= '' and until_s > now, until_s
 end
 
 local function forget_results(id)
