@@ -39,8 +39,16 @@ class LinesLeft:
         return list(self._by_model)
 
     def snapshot(self) -> list[list[LineChoice]]:
-        """The lines that are left, by model in the order of the plan, with some that started."""
-        return [list(lines) for lines in self._by_model.values()]
+        """The lines that are left, by model in the order of the plan.
+
+        Lines that started while a plan was made stand anywhere in it. What they cost is under way
+        or spent already.
+        """
+        left = (
+            [choice for choice in lines if choice.line not in self._started]
+            for lines in self._by_model.values()
+        )
+        return [lines for lines in left if lines]
 
     def take(self, model: str) -> LineChoice | None:
         """Start the next line of a model; None where it has none any more."""

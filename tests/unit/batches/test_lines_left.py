@@ -35,6 +35,9 @@ def test_lines_left_starts_every_line_once_while_plans_change(data: st.DataObjec
         action = data.draw(st.sampled_from(["take", "take", "look", "exchange"]))
         if action == "look":
             snapshot = left.snapshot()
+            seen = [choice.line for each in snapshot for choice in each]
+            assert sorted([*seen, *started]) == list(range(n))
+            assert all(snapshot)
         elif action == "exchange":
             lines = [choice.line for each in snapshot for choice in each]
             # A plan of a snapshot, in which some lines have started since.
