@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import fcntl
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import orjson
 
 from service.config.effective_config import AddedExperts
-from service.errors import ConfigError, ConflictError, StorageFullError
+from service.errors import ConfigError, ConflictError
+from service.store.locked_file import LockedFile
 from service.store.store_interface import Store
 
 # The store's table, with one record.
@@ -84,14 +81,10 @@ class FileExpertRepository:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = LockedFile(path)
 
     async def version(self) -> bytes | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return f"{found.st_mtime_ns}.{found.st_ino}.{found.st_size}".encode()
+        return self._file.version()
 
     async def load(self) -> AddedExperts:
         return await asyncio.to_thread(self._read)
@@ -100,52 +93,17 @@ class FileExpertRepository:
         return await asyncio.to_thread(self._change, change)
 
     def _read(self) -> AddedExperts:
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return AddedExperts()
-        except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        data = self._file.read()
         try:
             return _loads(data)
         except ConfigError as error:
-            raise ConfigError(f"{self._path}: {error.message}") from None
+            raise ConfigError(f"{self._file.path}: {error.message}") from None
 
     def _change(self, change: Change) -> AddedExperts:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._locked():
-                after = change(self._read())
-                self._write(orjson.dumps(after.to_json()))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFullError(
-                    f"the disk of {self._path} is full; nothing was changed"
-                ) from None
-            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        with self._file.locked():
+            after = change(self._read())
+            self._file.replace(orjson.dumps(after.to_json()))
         return after
-
-    def _write(self, data: bytes) -> None:
-        partial = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the file's lock, against this process and others."""
-        lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
 
 def _loads(data: bytes | None) -> AddedExperts:

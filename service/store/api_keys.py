@@ -8,13 +8,10 @@ need a key.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import hashlib
 import hmac
-import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +19,7 @@ from typing import Protocol
 import orjson
 
 from service.errors import ConfigError, ConflictError, UnknownModelError
+from service.store.locked_file import LockedFile
 from service.store.store_interface import Store
 from service.types import Limits
 
@@ -204,56 +202,30 @@ class FileKeyRepository:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = LockedFile(path)
 
     async def version(self) -> bytes | None:
-        try:
-            found = self._path.stat()
-        except FileNotFoundError:
-            return None
-        return f"{found.st_mtime_ns}.{found.st_ino}.{found.st_size}".encode()
+        return self._file.version()
 
     async def load(self) -> list[KeyRecord]:
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> list[KeyRecord]:
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        lines = (self._file.read() or b"").splitlines()
         try:
             return [loads(line) for line in lines if line.strip()]
         except ConfigError as error:
-            raise ConfigError(f"{self._path}: {error.message}") from None
+            raise ConfigError(f"{self._file.path}: {error.message}") from None
 
     async def change(self, key_id: str, change: Change) -> KeyRecord:
         return await asyncio.to_thread(self._change, key_id, change)
 
     def _change(self, key_id: str, change: Change) -> KeyRecord:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._locked():
+        with self._file.locked():
             records = {record.id: record for record in self._read()}
             record = records[key_id] = change(records.get(key_id))
-            partial = self._path.with_suffix(f".{os.getpid()}")
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(b"".join(each.dumps() + b"\n" for each in records.values()))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
+            self._file.replace(b"".join(each.dumps() + b"\n" for each in records.values()))
         return record
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the file's lock, against this process and others."""
-        lock = os.open(self._path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
 
 class KeyService:

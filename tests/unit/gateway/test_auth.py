@@ -36,6 +36,7 @@ from service.store.api_keys import (
     digest_of,
     new_key,
 )
+from service.store.locked_file import LockedFile
 from service.store.memory_store import MemoryStore
 from service.types import NOBODY, Limits
 
@@ -287,7 +288,7 @@ async def test_revoke_during_concurrent_rotations_stays_revoked(tmp_path: Path, 
 async def test_file_book_lock_held_elsewhere_does_not_block_the_loop(tmp_path: Path) -> None:
     book = FileKeyRepository(tmp_path / "keys.jsonl")
     made, _ = await KeyService(book).create(WANTED, 1.0)
-    with book._locked():
+    with LockedFile(tmp_path / "keys.jsonl").locked():
         revoking = asyncio.create_task(KeyService(book).revoke(made.id, 2.0))
         await asyncio.sleep(0.05)  # the loop runs on
         assert not revoking.done()
