@@ -111,6 +111,19 @@ class Beyond:
     displaced_calls: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class RecipeUsage:
+    """What recipes are expected to use for one prompt, each (recipes,).
+
+    Attributes:
+        cost: Units of cost of all calls.
+        tokens: Tokens that all calls read and write.
+    """
+
+    cost: Floats
+    tokens: Floats
+
+
 def fixed_cast(catalog: RecipeCatalog, rows: Ints, escalation_prob: Floats) -> Cast:
     """The experts of recipes that recruit none."""
     none = np.zeros(len(rows), dtype=bool)
@@ -313,44 +326,67 @@ def most_cost(
     return found
 
 
-def expected_calls(
+def expected_usage(
     catalog: RecipeCatalog,
     rows: Ints,
     escalation_prob: Floats,
+    cost: Floats,
+    prompt_tokens: Floats,
+    answer_tokens: Floats,
+    figures: StepFigures | None,
     skill: Floats | None = None,
     recruitable: NDArray[np.bool_] | None = None,
-) -> Floats:
-    """How often each recipe calls each expert for one prompt, by the experts' skill alone.
+) -> RecipeUsage:
+    """What each recipe costs and reads and writes for one prompt, by the experts' skill alone.
 
     Args:
         catalog: The recipes.
         rows: (recipes,), rows of the catalog.
         escalation_prob: (recipes, MAX_LATER), probability of each later step.
+        cost: (experts,), expected cost of one answer.
+        prompt_tokens: (experts,), length of the prompt.
+        answer_tokens: (experts,), expected length of one answer.
+        figures: What experts write and read in steps; None where no recipe has any.
         skill: (experts,), expected quality of each expert alone, for recruits.
         recruitable: (experts,), those that may be recruited; None for all.
-
-    Returns:
-        (recipes, experts), expected numbers of calls.
     """
     experts = len(catalog.experts)
+    none = np.zeros(experts)
     cast = cast_of(
         catalog,
         rows,
         escalation_prob,
         eligible=np.ones(experts, dtype=bool) if recruitable is None else recruitable,
-        skill=np.zeros(experts) if skill is None else skill,
-        price=np.zeros(experts),
-        cost=np.zeros(experts),
+        skill=none if skill is None else skill,
+        price=none,
+        cost=none,
         max_cost=np.inf,
     )
     # The last column stands for absent members.
-    found = np.zeros((len(rows), experts + 1))
+    calls = np.zeros((len(rows), experts + 1))
     each = np.arange(len(rows))[:, None]
-    np.add.at(found, (each, cast.members), 1.0)
-    np.add.at(found, (each, cast.later), cast.later_prob)
-    deliberates = catalog.deliberates[rows]
-    found[deliberates] *= further_steps(escalation_prob[deliberates])[:, None]
-    return found[:, :-1]
+    np.add.at(calls, (each, cast.members), 1.0)
+    np.add.at(calls, (each, cast.later), cast.later_prob)
+    calls = calls[:, :-1]
+    spent, tokens = calls @ cost, calls @ (prompt_tokens + answer_tokens)
+    if figures is None:
+        return RecipeUsage(spent, tokens)
+    no_time = StepTimes(none, none, none, none)
+    spent += beyond_first_calls(catalog, rows, escalation_prob, cost, figures, cast, no_time).cost
+    for at, rounds, members in deliberations(catalog, rows):
+        prompts = float(prompt_tokens[members].sum())
+        read, _ = _reviews(figures, members)
+        written = float(figures.review_tokens[members].sum())
+        reviews = prompts + len(members) * TEMPLATE_TOKENS + float(read.sum()) + written
+        again = prompts + len(members) * _revision_tokens(figures, members)
+        further = reviews + again + float(answer_tokens[members].sum())
+        steps = escalation_prob[at]
+        tokens[at] += steps[0] * reviews + steps[1:rounds].sum() * further
+    for at in np.flatnonzero(catalog.recruits[rows] & ~cast.missing).tolist():
+        members = cast.members[at][cast.members[at] < experts]
+        read_too = float(figures.answer_tokens[members].sum()) + TEMPLATE_TOKENS
+        tokens[at] += float(cast.later_prob[at, 0]) * read_too
+    return RecipeUsage(spent, tokens)
 
 
 def further_steps(escalation_prob: Floats) -> Floats:

@@ -17,7 +17,7 @@ from service.batches.batch_types import BatchLine, LineChoice
 from service.broker.batch_knapsack import BatchOptions
 from service.broker.cost_model import LONG_TOKENS
 from service.broker.pool_state import Floats, PoolStateTable, PoolView
-from service.broker.recipe_steps import expected_calls
+from service.broker.recipe_steps import expected_usage
 from service.config import Config
 from service.errors import CoeError
 from service.gateway.request.expert_defaults import RequestDefaults
@@ -158,10 +158,17 @@ class BatchEstimator:
         answer = request.answers * expected.tokens if generates else np.zeros(experts)
         place = {row: i for i, row in enumerate(plan.rows.tolist())}
         at = np.array([place.get(row, -1) for row in self._rows.tolist()], dtype=np.intp)
-        calls = expected_calls(
-            catalog, plan.rows, plan.escalation_prob, plan.skill, plan.recruitable
+        used = expected_usage(
+            catalog,
+            plan.rows,
+            plan.escalation_prob,
+            expected.cost,
+            prompt,
+            answer,
+            expected.steps,
+            plan.skill,
+            plan.recruitable,
         )
-        costs, tokens = calls @ expected.cost, calls @ (prompt + answer)
         needed = request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS)
         contexts = np.array([self._context(name) for name in catalog.experts])
         too_long = (contexts > 0) & (contexts < needed)
@@ -172,9 +179,9 @@ class BatchEstimator:
             number,
             plan.category,
             np.where(possible, quality[at], 0.0),
-            np.where(possible, costs[at], 0.0),
+            np.where(possible, used.cost[at], 0.0),
             possible,
-            np.where(possible, tokens[at], 0.0),
+            np.where(possible, used.tokens[at], 0.0),
             answer,
             prompt,
             request.answers,

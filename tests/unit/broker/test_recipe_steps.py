@@ -14,8 +14,10 @@ from service.broker.quality_cost_bounds import Exclusion, RequestBounds
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.recipe_steps import (
     LEAST_RECRUITS,
+    TEMPLATE_TOKENS,
     StepFigures,
     cast_of,
+    expected_usage,
     further_steps,
     most_cost,
 )
@@ -185,6 +187,50 @@ def test_cast_of_recruits_distinct_eligible_experts_within_the_cost(
             worth = np.array(skill) - 0.1 * each
             left = [e for e in range(4) if eligible[e] and e not in members]
             assert all(worth[m] >= worth[e] - 1e-9 for m in members for e in left)
+
+
+# Prompts of 20 tokens and answers of 100: a review reads the other two answers and writes 50.
+ANSWERS, REVIEWS = 3 * 120.0, 3 * (20.0 + TEMPLATE_TOKENS + 200.0 + 50.0)
+# The best answer, and corrections of two reviewers.
+AGAIN = 3 * (20.0 + TEMPLATE_TOKENS + 100.0 + 50.0 + 100.0)
+FIRST_COST, REVIEW_COST = 3.0, 3 * (2.0 + 0.01 * 200)
+
+
+@pytest.mark.parametrize(
+    ("row", "prob", "cost", "tokens"),
+    [
+        (0, [0.0, 0.0, 0.0], 1.0, 120.0),
+        (ONE, [0.0, 0.0, 0.0], FIRST_COST, ANSWERS),
+        (ONE, [0.5, 0.9, 0.9], FIRST_COST + 0.5 * REVIEW_COST, ANSWERS + 0.5 * REVIEWS),
+        (
+            THREE,
+            [1.0, 0.5, 0.25],
+            None,
+            ANSWERS + REVIEWS + 0.75 * (REVIEWS + AGAIN),
+        ),
+        # The aggregator reads two answers.
+        (TWO_OF, [0.5, 0.0, 0.0], 2 + 0.5 * (1 + 0.01 * 350), 2 * 120 + 0.5 * (120 + 350)),
+    ],
+)
+def test_expected_usage_counts_each_step_by_what_it_reads_and_writes(
+    row: int, prob: list[float], cost: float | None, tokens: float
+) -> None:
+    skill = [0.9, 0.8, 0.2, 0.1]
+    used = expected_usage(
+        BOOK,
+        np.array([row]),
+        np.array([prob]),
+        np.array([1.0, 1.0, 1.0, 3.0]),
+        np.full(4, 20.0),
+        np.full(4, 100.0),
+        figures(),
+        np.array(skill),
+    )
+    assert used.tokens == pytest.approx([tokens])
+    # The selection expects the same cost.
+    assert used.cost == pytest.approx(chosen([row], prob, skill).cost)
+    if cost is not None:
+        assert used.cost == pytest.approx([cost])
 
 
 def test_further_steps_of_a_deliberation_count_answers_and_reviews() -> None:
