@@ -59,6 +59,7 @@ class Case:
         for_s: How long it lasts.
         part: The argument of the command that selects it.
         door: The node through whose HAProxy clients come.
+        durable: Whether Ray keeps its state in Redis meanwhile.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Case:
     end: Callable[[NodeCluster], object]
     for_s: float
     door: str = "head"
+    durable: bool = False
 
 
 CASES = (
@@ -95,6 +97,15 @@ CASES = (
         lambda c: c.network.slow(c.far, 50.0, 0.01),
         lambda c: c.network.fast(c.far),
         25.0,
+    ),
+    Case(
+        "Ray's head killed, its state in Redis",
+        "head",
+        lambda c: c.kill("head"),
+        lambda c: c.start_node("head"),
+        20.0,
+        door="far",
+        durable=True,
     ),
 )
 
@@ -200,16 +211,25 @@ async def _calm(cluster: NodeCluster) -> dict[str, float]:
         await asyncio.sleep(0.5)
 
 
-async def _measure(cluster: NodeCluster, cases: Sequence[Case], clients: int) -> Report:
-    report = Report("nodes")
-    report.facts["resident_mib"] = resident_mib(cluster.nodes)
-    outcomes = [await _run(cluster, case, clients) for case in cases]
+@dataclass
+class Measured:
+    """The outcomes of all cases, and everything that must be zero afterwards."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    left: dict[str, float] = field(default_factory=dict)
+
+
+async def _measure(
+    cluster: NodeCluster, cases: Sequence[Case], clients: int, measured: Measured
+) -> None:
+    """Add what comes of the cases in a cluster."""
+    for case in cases:
+        measured.outcomes.append(await _run(cluster, case, clients))
     left = await _calm(cluster)
     await asyncio.to_thread(cluster.shut_down)
     left["reserved in Redis"] = await reserved(cluster.config, TENANT)
-    report.facts["restarts"] = cluster.restarts
-    tell_outcomes(report, outcomes, left)
-    return report
+    for name, value in left.items():
+        measured.left[name] = measured.left.get(name, 0.0) + value
 
 
 def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str, float]) -> None:
@@ -279,9 +299,19 @@ def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str
 
 
 def _measured(given: argparse.Namespace) -> Report:
-    cases = [case for case in CASES if given.part in (case.part, "all")]
-    with ended_by_sigterm(), node_cluster() as cluster:
-        return asyncio.run(_measure(cluster, cases, given.clients))
+    report = Report("nodes")
+    measured = Measured()
+    chosen = [case for case in CASES if given.part in (case.part, "all")]
+    with ended_by_sigterm():
+        for durable in sorted({case.durable for case in chosen}):
+            cases = [case for case in chosen if case.durable == durable]
+            with node_cluster(durable=durable) as cluster:
+                report.facts["resident_mib"] = resident_mib(cluster.nodes)
+                asyncio.run(_measure(cluster, cases, given.clients, measured))
+                for name, count in cluster.restarts.items():
+                    report.notes.append(f"Ray ended by itself on {name}, {count} times.")
+    tell_outcomes(report, measured.outcomes, measured.left)
+    return report
 
 
 def main() -> int:

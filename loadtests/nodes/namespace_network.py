@@ -17,7 +17,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ _SIOCETHTOOL = 0x8946
 # Checksums and segmentation by the interface: what a slow link relays must be whole packets.
 _TX_CHECKSUM, _TSO, _GSO, _GRO = 0x17, 0x1F, 0x24, 0x2C
 _END_S = 10.0
+_TRIES = 10
 
 
 def missing() -> str:
@@ -73,17 +73,21 @@ class Namespace:
 
         Returns:
             Their number.
+
+        Raises:
+            RuntimeError: Some are still there.
         """
         killed = set()
-        end_s = time.monotonic() + _END_S
-        # One that was just starting another may have left it behind.
-        while (doomed := self.processes()) and time.monotonic() < end_s:
+        for _ in range(_TRIES):
+            if not (doomed := self.processes()):
+                return len(killed)
+            # One that was just starting another may leave it behind for the next turn.
             for process in doomed:
                 killed.add(process.pid)
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(doomed, timeout=1)
-        return len(killed)
+            psutil.wait_procs(doomed, timeout=_END_S)
+        raise RuntimeError(f"processes of {self.name} can't be killed: {sorted(killed)}")
 
     def cut(self) -> None:
         """Drop all packets to and from the namespace, without a word to either end."""

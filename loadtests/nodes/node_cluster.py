@@ -85,6 +85,8 @@ class NodeCluster:
         folder: Everything that it writes.
         key: A client's key.
         config: Its config.
+        nodes: Its nodes, by name.
+        durable: Whether Ray's state is in Redis, so that the head may restart.
         restarts: How often each node ended by itself and was started again.
     """
 
@@ -93,6 +95,7 @@ class NodeCluster:
     key: str
     config: dict[str, Any]
     nodes: dict[str, Namespace]
+    durable: bool = False
     restarts: dict[str, int] = field(default_factory=dict)
     _ray: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -175,6 +178,11 @@ class NodeCluster:
                 "PYTHONPATH": os.getcwd(),
                 KEY_ENV: self.key,
             }
+            | (
+                {"RAY_REDIS_ADDRESS": f"{self.nodes['store'].ip}:{_REDIS}"}
+                if self.durable and name == "head"
+                else {}
+            )
         )
 
     def deploy(self) -> None:
@@ -223,7 +231,8 @@ class NodeCluster:
             check=False,
             timeout=_START_S,
         )
-        wait_for("the end of the service", lambda: fetch(PORT, "/", host=self.head.ip)[0] == 0)
+        door = self.head.ip
+        wait_for("its end", lambda: "an answer" if fetch(PORT, "/", host=door)[0] else "")
 
     def kill(self, name: str) -> None:
         """Kill all processes of a node; its supervisor is gone as well."""
@@ -243,17 +252,19 @@ class NodeCluster:
                 self.start_node(name)
 
     def pools(self) -> int:
-        """Return how many pools the gateway that answers has heard of in the last 3 s."""
-        return int(self.metric("coe_pools"))
+        """Return how many pools the gateway knows that knows the fewest."""
+        return int(min(self._samples("coe_pools", "head"), default=0.0))
 
     def metric(self, name: str, node: str = "head") -> float:
-        """Return the sum of a metric's samples; -1 where nobody answers."""
-        status, body = fetch(PORT, "/metrics", admin_key=self.admin_key, host=self.nodes[node].ip)
-        if status != 200:
-            return -1.0
+        """Return the sum of a metric's samples of all gateways and pools; -1: nobody answers."""
+        samples = self._samples(name, node)
+        return sum(samples) if samples else -1.0
+
+    def _samples(self, name: str, node: str) -> list[float]:
+        _, body = fetch(PORT, "/metrics", admin_key=self.admin_key, host=self.nodes[node].ip)
         starts = (name + " ", name + "{")
         lines = [line for line in body.decode().splitlines() if line.startswith(starts)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
 
     def lacks(self) -> str:
         """Return what is missing of four known pools and three usable experts; empty: nothing."""
@@ -266,10 +277,6 @@ class NodeCluster:
             return f"experts {', '.join(lost)}"
         return "" if (pools := self.pools()) == 4 else f"pools: {pools} of 4"
 
-    def whole(self) -> bool:
-        """Return whether all four pools are known, and all experts can be used."""
-        return not self.lacks()
-
     def log(self) -> str:
         """Return the end of what the nodes have written."""
         return "\n".join(
@@ -277,26 +284,25 @@ class NodeCluster:
         )
 
 
-def wait_for(what: str, holds: Callable[[], bool], timeout_s: float = _START_S) -> float:
-    """Wait for a state.
-
-    Returns:
-        The time that it took, in s.
+def wait_for(what: str, lacks: Callable[[], str]) -> None:
+    """Wait until nothing is lacking.
 
     Raises:
-        RuntimeError: It did not come.
+        RuntimeError: Something still is after 150 s.
     """
-    began_s = time.monotonic()
-    while not holds():
-        if time.monotonic() - began_s > timeout_s:
-            raise RuntimeError(f"{what}: not within {timeout_s:g} s")
+    end_s = time.monotonic() + _START_S
+    while missing := lacks():
+        if time.monotonic() > end_s:
+            raise RuntimeError(f"{what}: not within {_START_S:g} s ({missing})")
         time.sleep(0.25)
-    return time.monotonic() - began_s
 
 
 @contextmanager
-def node_cluster() -> Iterator[NodeCluster]:
+def node_cluster(*, durable: bool = False) -> Iterator[NodeCluster]:
     """The cluster, serving. Everything of it is gone at the end.
+
+    Args:
+        durable: See `NodeCluster`.
 
     Raises:
         RuntimeError: It can't be built here, or did not start.
@@ -309,7 +315,7 @@ def node_cluster() -> Iterator[NodeCluster]:
             nodes = {name: made.add(letter) for name, letter in _LETTERS.items()}
             config = settings(nodes["store"].ip)
             key = "coe-" + secrets.token_urlsafe(32)
-            cluster = NodeCluster(made, folder, key, config, nodes)
+            cluster = NodeCluster(made, folder, key, config, nodes, durable)
             for name in ("token", "secret", "admin_key"):
                 make_secret(folder / name)
             try:
@@ -331,10 +337,11 @@ def _start(cluster: NodeCluster) -> None:
     began_s = time.monotonic()
     cluster.start_redis()
     cluster.start_node("head")
-    wait_for("Ray's dashboard", lambda: fetch(_DASHBOARD, "/", host=cluster.head.ip)[0] != 0)
+    ray = cluster.head.ip
+    wait_for("Ray", lambda: "" if fetch(_DASHBOARD, "/", host=ray)[0] else "its dashboard")
     cluster.start_node("far")
     cluster.deploy()
-    wait_for("the service", cluster.whole)
+    wait_for("the service", cluster.lacks)
     say(f"two nodes serve after {time.monotonic() - began_s:.0f} s")
 
 

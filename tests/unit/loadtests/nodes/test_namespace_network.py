@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
+import psutil
 import pytest
 
 from loadtests.nodes import namespace_network
-from loadtests.nodes.namespace_network import Network, ended_by_sigterm, left_behind, sweep
+from loadtests.nodes.namespace_network import (
+    Namespace,
+    Network,
+    ended_by_sigterm,
+    left_behind,
+    sweep,
+)
 
 DEAD_PID = 2**22 + 1  # above the kernel's largest
 
@@ -54,3 +62,21 @@ def test_sigterm_ends_the_block_by_an_exception() -> None:
     assert cleaned == [True]
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_kill_goes_on_until_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    found = [psutil.Process(one.pid) for one in started]
+    rounds = [[found[0]], [found[1]], []]
+    monkeypatch.setattr(Namespace, "processes", lambda _: rounds.pop(0))
+    assert Namespace("a", "", "").kill() == 2
+    assert [one.wait() for one in started] == [-signal.SIGKILL] * 2
+
+
+def test_kill_that_leaves_something_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = subprocess.Popen(["sleep", "600"])
+    process = psutil.Process(started.pid)
+    monkeypatch.setattr(Namespace, "processes", lambda _: [process])
+    with pytest.raises(RuntimeError, match=f"can't be killed: .{started.pid}"):
+        Namespace("a", "", "").kill()
+    assert started.wait() == -signal.SIGKILL
