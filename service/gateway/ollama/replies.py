@@ -1,7 +1,7 @@
 """Turns answers of OpenAI's API into those of Ollama's as they pass. Pure, but for the clock.
 
 A stream of Ollama's API is one JSON object a line. The last one has the counts, and durations in
-nanoseconds.
+nanoseconds. Servers of others make some of the answers: a field of another type counts as missing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from service.http.error_formats import Dialect, error_body
 _LINES = (b"content-type", b"application/x-ndjson")
 _NS_PER_MS = 10**6
 _DATA = b"data:"
+# Counts and times beyond that are none.
+_MOST = 2**40
+_NONSENSE = "the expert's reply is no answer to such a request"
 
 
 def now_text() -> str:
@@ -113,37 +116,42 @@ class OllamaSend:
             detail = data.get("error") if isinstance(data, dict) else None
             shown = detail if isinstance(detail, dict) else {"message": "the request failed"}
             out = error_body(shown, self.status, Dialect.OLLAMA)
+        elif (shown_whole := self._whole(_object(data))) is not None:
+            out = orjson.dumps(shown_whole)
         else:
-            out = orjson.dumps(self._whole(data))
+            self._head = {**self._head, "status": 502}
+            out = error_body({"message": _NONSENSE}, 502, Dialect.OLLAMA)
         length = (b"content-length", str(len(out)).encode())
         kept = [pair for pair in self._head["headers"] if pair[0] != b"content-length"]
         await self._send({**self._head, "headers": [*kept, length]})
         await self._send({"type": "http.response.body", "body": out})
 
-    def _whole(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _whole(self, data: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer as the endpoint shows it; None where an expert's reply is none."""
+        fields = self._usage_fields(data.get("usage"))
         if self._path in (EMBED, EMBEDDINGS):
-            vectors = [item["embedding"] for item in data.get("data", ())]
+            vectors = [item.get("embedding") for item in _objects(data.get("data"))]
+            if not vectors or not all(isinstance(vector, list) for vector in vectors):
+                return None
             if self._path == EMBEDDINGS:
-                return {"embedding": vectors[0] if vectors else []}
-            fields = self._usage_fields(data.get("usage"))
+                return {"embedding": vectors[0]}
             kept = ("total_duration", "load_duration", "prompt_eval_count")
             return {
                 "model": data.get("model"),
                 "embeddings": vectors,
                 **{name: fields[name] for name in kept},
             }
-        choice = (data.get("choices") or [{}])[0]
-        message = choice.get("message") or {"content": choice.get("text")}
-        said: dict[str, Any] = {"content": message.get("content") or ""}
-        if thought := message.get("reasoning") or message.get("reasoning_content"):
+        choices = _objects(data.get("choices"))
+        if not choices:
+            return None
+        choice = choices[0]
+        message = _object(choice.get("message")) or {"content": choice.get("text")}
+        said: dict[str, Any] = {"content": _text(message.get("content"))}
+        if thought := _thought(message):
             said["thinking"] = thought
-        if calls := message.get("tool_calls"):
+        if calls := _objects(message.get("tool_calls")):
             said["tool_calls"] = [_call(call) for call in calls]
-        end = {
-            "done": True,
-            "done_reason": _reason(choice.get("finish_reason")),
-            **self._usage_fields(data.get("usage")),
-        }
+        end = {"done": True, "done_reason": _reason(choice.get("finish_reason")), **fields}
         return {**self._with(data.get("model"), said), **_logprobs(choice), **end}
 
     def _events(self, lines: bytes) -> Iterator[bytes]:
@@ -168,15 +176,14 @@ class OllamaSend:
 
     def _usage_fields(self, usage: object) -> dict[str, int]:
         """Counts and durations in nanoseconds."""
-        given = usage if isinstance(usage, dict) else {}
-        found = given.get("coe")
-        times = found if isinstance(found, dict) else {}
+        given = _object(usage)
+        times = _object(given.get("coe"))
         return {
             "total_duration": int((self._clock() - self._began_s) * 1e9),
             "load_duration": _ns(times.get("swap_ms")),
-            "prompt_eval_count": int(given.get("prompt_tokens") or 0),
+            "prompt_eval_count": _count(given.get("prompt_tokens")),
             "prompt_eval_duration": _ns(times.get("prefill_ms")),
-            "eval_count": int(given.get("completion_tokens") or 0),
+            "eval_count": _count(given.get("completion_tokens")),
             "eval_duration": _ns(times.get("decode_ms")),
         }
 
@@ -201,15 +208,15 @@ class _Stream:
             return
         self._model = event.get("model") or self._model
         self._usage = event.get("usage") or self._usage
-        choices = event.get("choices")
+        choices = _objects(event.get("choices"))
         if not choices:
             return
         choice = choices[0]
-        delta = choice.get("delta") or {"content": choice.get("text")}
-        said = {"content": delta.get("content") or ""}
-        if thought := delta.get("reasoning") or delta.get("reasoning_content"):
+        delta = _object(choice.get("delta")) or {"content": choice.get("text")}
+        said: dict[str, Any] = {"content": _text(delta.get("content"))}
+        if thought := _thought(delta):
             said["thinking"] = thought
-        for call in delta.get("tool_calls") or ():
+        for call in _objects(delta.get("tool_calls")):
             self._add(call)
         if choice.get("finish_reason"):
             self._reason = choice["finish_reason"]
@@ -231,30 +238,36 @@ class _Stream:
 
     def _add(self, piece: Mapping[str, Any]) -> None:
         held = self._calls.setdefault(
-            int(piece.get("index") or 0), {"function": {"name": "", "arguments": ""}}
+            _count(piece.get("index")), {"function": {"name": "", "arguments": ""}}
         )
         if piece.get("id"):
             held["id"] = piece["id"]
-        for name, text in (piece.get("function") or {}).items():
-            held["function"][name] = held["function"].get(name, "") + (text or "")
+        function = _object(piece.get("function"))
+        for name in ("name", "arguments"):
+            held["function"][name] += _text(function.get(name))
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call of a tool, whose arguments are an object."""
-    function = call.get("function") or {}
-    try:
-        arguments = orjson.loads(function.get("arguments") or b"{}")
-    except orjson.JSONDecodeError:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        arguments = {}
-    made = {"function": {"name": function.get("name"), "arguments": arguments}}
+    """A call of a tool, whose arguments are an object; empty where what was written is none."""
+    function = _object(call.get("function"))
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments or b"{}")
+            # A text may hold more levels than can be written again, with those around it.
+            orjson.dumps([[[[[[arguments]]]]]])
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+            arguments = {}
+    made = {"function": {"name": _text(function.get("name")), "arguments": _object(arguments)}}
     return {"id": call["id"], **made} if call.get("id") else made
 
 
+def _thought(said: Mapping[str, Any]) -> str:
+    return _text(said.get("reasoning")) or _text(said.get("reasoning_content"))
+
+
 def _logprobs(choice: Mapping[str, Any]) -> dict[str, Any]:
-    found = choice.get("logprobs")
-    content = found.get("content") if isinstance(found, dict) else None
+    content = _object(choice.get("logprobs")).get("content")
     return {"logprobs": content} if content else {}
 
 
@@ -263,7 +276,24 @@ def _reason(given: object) -> str:
 
 
 def _ns(milliseconds: object) -> int:
-    return int(milliseconds * _NS_PER_MS) if isinstance(milliseconds, int | float) else 0
+    whole = isinstance(milliseconds, int | float) and abs(milliseconds) < _MOST
+    return int(milliseconds * _NS_PER_MS) if whole else 0  # type: ignore[operator]
+
+
+def _count(given: object) -> int:
+    return given if isinstance(given, int) and 0 <= given < _MOST else 0
+
+
+def _text(given: object) -> str:
+    return given if isinstance(given, str) else ""
+
+
+def _object(given: object) -> dict[str, Any]:
+    return given if isinstance(given, dict) else {}
+
+
+def _objects(given: object) -> list[dict[str, Any]]:
+    return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
 
 
 def _line(data: Mapping[str, Any]) -> bytes:

@@ -55,7 +55,10 @@ _READ_AS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), _number),
     **dict.fromkeys(("top_k", "seed"), _integer),
 }
-_KINDS = {_number: "a finite number", _integer: "an integer of at most 64 bits"}
+_KINDS: dict[Callable[[str], Any], str] = {
+    _number: "a finite number",
+    _integer: "an integer of at most 64 bits",
+}
 
 
 async def read_audio_form(

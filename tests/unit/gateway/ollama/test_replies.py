@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.engine_interface import Message
@@ -18,6 +18,15 @@ USAGE = {
     "completion_tokens": 2,
     "coe": {"swap_ms": 1.5, "prefill_ms": 20, "decode_ms": 30},
 }
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
 CALL = {"id": "c1", "function": {"name": "f", "arguments": '{"n": 1}'}}
 SHOWN_CALL = {"id": "c1", "function": {"name": "f", "arguments": {"n": 1}}}
 
@@ -168,3 +177,76 @@ async def test_stream_that_fails_ends_with_the_error_only(raw: bytes, error: str
     first, last = await lines(CHAT, raw)
     assert first["message"]["content"] == "a"
     assert last == {"error": error}
+
+
+def anything(names: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Anything, or an object whose fields have the values of these names or anything."""
+    fields = {name: value | JSON for name, value in names.items()}
+    return st.fixed_dictionaries({}, optional=fields) | JSON
+
+
+FUNCTION = anything({"name": st.just("f"), "arguments": st.just('{"n": 1}')})
+CALLS = st.lists(anything({"index": st.just(0), "function": FUNCTION}), max_size=2)
+SAID = anything({"content": st.just("x"), "reasoning": st.just("hm"), "tool_calls": CALLS})
+CHOICE = anything(
+    {"message": SAID, "delta": SAID, "text": st.just("x"), "finish_reason": st.just("stop")}
+    | {"logprobs": anything({"content": JSON})}
+)
+REPLY = anything(
+    {"choices": st.lists(CHOICE, max_size=2), "usage": anything(dict.fromkeys(USAGE, JSON))}
+    | {"data": st.lists(anything({"embedding": JSON}), max_size=2)}
+)
+
+
+def check_line(line: Any) -> None:
+    if "error" in line:
+        assert isinstance(line["error"], str)
+        return
+    message = line["message"]
+    assert isinstance(message["content"], str)
+    assert isinstance(message.get("thinking", ""), str)
+    for call in message.get("tool_calls", ()):
+        assert isinstance(call["function"]["name"], str)
+        assert isinstance(call["function"]["arguments"], dict)
+
+
+@settings(max_examples=60)
+@given(REPLY)
+async def test_reply_of_any_form_becomes_an_answer_or_one_error(reply: Any) -> None:
+    body = orjson.dumps(reply)
+    for path in (CHAT, EMBED):
+        out: list[Message] = []
+
+        async def send(message: Message, out: list[Message] = out) -> None:
+            out.append(message)
+
+        shown = OllamaSend(path, TranslatedRequest("/v1/x", {}, "e", False, None), send)
+        headers = [(b"content-type", b"application/json")]
+        await shown({"type": "http.response.start", "status": 200, "headers": headers})
+        await shown({"type": "http.response.body", "body": body})
+        answer = orjson.loads(out[1]["body"])
+        assert (out[0]["status"] == 200) is ("error" not in answer)
+        assert out[0]["status"] in (200, 502)
+        if path == CHAT:
+            check_line(answer)
+
+
+@settings(max_examples=60)
+@given(st.lists(REPLY, max_size=3))
+async def test_stream_of_any_form_becomes_lines_with_one_end(replies: list[Any]) -> None:
+    found = await lines(CHAT, events(*replies))
+    for line in found:
+        check_line(line)
+    assert [line for line in found if line.get("done") or "error" in line][-1] == found[-1]
+
+
+@pytest.mark.parametrize("levels", [1, 200, 300, 2000])
+async def test_arguments_that_can_not_be_written_again_are_left_out(levels: int) -> None:
+    written = '{"n":' + "[" * levels + "]" * levels + "}"
+    call = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": written}}
+    answer = await whole(CHAT, {"choices": [{"message": {"tool_calls": [call]}}]})
+    first = (await lines(CHAT, events(piece(tool_calls=[call]), piece(finish="tool_calls"))))[0]
+    for shown in (answer, first):
+        (made,) = shown["message"]["tool_calls"]
+        assert made["function"]["name"] == "f"
+        assert made["function"]["arguments"].keys() == ({"n"} if levels <= 200 else set())
