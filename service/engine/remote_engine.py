@@ -28,6 +28,7 @@ from service.errors import (
 )
 from service.http.asgi_helpers import body_message, send_json, start_response
 from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
+from service.http.reply_depth import check_events, check_reply
 from service.http.reply_model_name import rename, rename_lines
 
 ENDPOINTS = frozenset(
@@ -133,6 +134,7 @@ class RemoteEngine:
                     return
                 rest = b""
                 async for lines in self._lines(reply, expert):
+                    check_events(lines, expert)
                     if not lines.endswith(b"\n"):
                         rest = lines
                         continue
@@ -238,8 +240,9 @@ def _answer(body: bytes, expert: str) -> dict[str, Any]:
     """Parse an answer of any kind.
 
     Raises:
-        UpstreamError: The answer is not a JSON object.
+        UpstreamError: The answer is not a JSON object, or is nested too deep.
     """
+    check_reply(body, expert)
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -41,6 +41,18 @@ class Upstream:
         self.asked.append(body)
         words = body["messages"][0]["content"]
         assert scope["path"] == "/base/v1/chat/completions"
+        if words.startswith("deep"):
+            levels = int(words.split()[1])
+            extra = "[" * levels + "]" * levels
+            event = (
+                f'{{"model":"m","choices":[{{"index":0,"delta":{{"content":"x"}}}}],"x":{extra}}}'
+            )
+            called = b"text/event-stream" if body.get("stream") else b"application/json"
+            start = {"type": "http.response.start", "status": 200}
+            await send({**start, "headers": [(b"content-type", called)]})
+            data = f"data: {event}\n\ndata: [DONE]\n\n" if body.get("stream") else event
+            await send({"type": "http.response.body", "body": data.encode()})
+            return
 
         async def reply(status: int, data: bytes, *more: tuple[bytes, bytes]) -> None:
             kind = (b"content-type", b"application/json")
@@ -252,6 +264,18 @@ async def test_remote_expert_unsupported_endpoint_is_a_404() -> None:
     async with far_site() as (s, _):
         status, _, body = await s.ask({"model": "far", "prompt": "x"}, "/tokenize")
         assert (status, body["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+async def test_remote_expert_reply_nested_too_deep_is_a_502(path: str) -> None:
+    async with far_site() as (s, _):
+        for stream in (False, True):
+            status, _, body = await s.ask(far("deep 254", stream=stream), path)
+            assert status == 502
+            error = body["error"] if path == "/api/chat" else body["error"]["message"]
+            assert error == "expert 'far': its endpoint's reply is nested more than 254 levels deep"
+        async with s.post(far("deep 253", stream=True), path) as reply:
+            assert reply.status == 200
 
 
 async def test_remote_expert_too_deeply_nested_body_is_refused() -> None:

@@ -43,6 +43,7 @@ from service.errors import (
 )
 from service.http.asgi_helpers import LineBuffer, body_message, start_response
 from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
+from service.http.reply_depth import check_events, check_reply
 from service.http.reply_model_name import rename_lines, rename_reply
 from service.rpc.http_connections import HttpConnection, HttpConnections, HttpReply
 
@@ -439,6 +440,7 @@ class CommandEngine:
 
         Raises:
             EngineDeadError: The answer has no end, or a line without one, or was cut off.
+            UpstreamError: It is nested too deep to be sent on.
         """
         content_type = answer.headers.get("content-type", "application/json")
         status = answer.status
@@ -452,6 +454,8 @@ class CommandEngine:
             is_json = status < 400 and content_type.startswith("application/json")
             if is_json and _ends_with_connection(answer) and not _is_json(body):
                 raise EngineDeadError(f"the server of {expert!r} cut its answer off")
+            if status < 400:
+                check_reply(body, expert)
             await send(body_message(body if status >= 400 else rename_reply(body, expert)))
             return
         lines = LineBuffer()
@@ -479,6 +483,7 @@ class CommandEngine:
             raise EngineDeadError(f"the server of {expert!r} sent an empty answer")
 
     def _named(self, lines: bytes, expert: str) -> bytes:
+        check_events(lines, expert)
         if lines.count(b'"model"') == lines.count(self._repeated):
             return lines
         return rename_lines(lines, expert)

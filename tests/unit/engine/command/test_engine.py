@@ -35,6 +35,7 @@ from service.errors import (
     ExpertFailedError,
     InvalidRequestError,
     OverCapacityError,
+    UpstreamError,
 )
 from service.rpc.http_connections import HttpConnections
 from tests.support.foreign_server import command
@@ -202,6 +203,17 @@ async def test_run_failure_is_typed(
             assert engine.failure() == "its server ended (signal SIGKILL)"
             with pytest.raises(EngineRestartingError):
                 await ask(engine, chat("hello"))
+
+
+async def test_run_answer_that_can_not_be_written_again_is_refused(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(253):
+        deep = [deep]
+    async with started(make(tmp_path)) as engine:
+        # The server repeats the body one level deeper.
+        with pytest.raises(UpstreamError, match="more than 254 levels"):
+            await ask(engine, chat("hello", deep=deep))
+        assert (await ask(engine, chat("hello", deep=deep[0]))).status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
