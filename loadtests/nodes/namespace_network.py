@@ -77,7 +77,7 @@ class Namespace:
         Raises:
             RuntimeError: Some are still there.
         """
-        killed = set()
+        killed: set[int] = set()
         for _ in range(_TRIES):
             if not (doomed := self.processes()):
                 return len(killed)

@@ -70,7 +70,7 @@ def test_kill_goes_on_until_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     rounds = [[found[0]], [found[1]], []]
     monkeypatch.setattr(Namespace, "processes", lambda _: rounds.pop(0))
     assert Namespace("a", "", "").kill() == 2
-    assert [one.wait() for one in started] == [-signal.SIGKILL] * 2
+    assert [one.poll() is not None for one in started] == [True, True]
 
 
 def test_kill_that_leaves_something_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,4 +79,4 @@ def test_kill_that_leaves_something_raises(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Namespace, "processes", lambda _: [process])
     with pytest.raises(RuntimeError, match=f"can't be killed: .{started.pid}"):
         Namespace("a", "", "").kill()
-    assert started.wait() == -signal.SIGKILL
+    assert started.poll() is not None
