@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # More bytes than that are written at once, so that a sender that never waits still learns from the
@@ -64,8 +63,3 @@ class CoalescingProtocol(HttpToolsProtocol):
     ) -> None:
         joined = CoalescingTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, joined))
-
-
-def use_by_default() -> None:
-    """Make it the protocol of servers that name none, such as the one around a Serve replica."""
-    HTTP_PROTOCOLS["auto"] = f"{__name__}:{CoalescingProtocol.__name__}"

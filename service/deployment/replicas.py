@@ -23,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from service.config import Config
-from service.deployment import coalescing_protocol
+from service.deployment import direct_prompts
 from service.deployment.config_reload import config_file, current_config, follow, reload, version
 from service.deployment.live_changes import pool_changes
 from service.deployment.pool_http_server import QuietServer, bind_free_port, server_config
@@ -158,8 +158,6 @@ class GatewayReplica:
         pools: dict[str, DeploymentHandle],
     ) -> None:
         set_up_logs()
-        # Serve starts its HTTP server after this constructor.
-        coalescing_protocol.use_by_default()
         in_force = config_file(Path(secret_path))
         seen = version(in_force)
         config = current_config(in_force, config_json)
@@ -192,6 +190,8 @@ class GatewayReplica:
             self._ending = asyncio.create_task(
                 self._app.end_after(end_of_service, config.server.drain_s)
             )
+        # Serve starts its HTTP server after this constructor.
+        direct_prompts.use_by_default(self._app)
         loop = asyncio.get_running_loop()
         directory = self._process.directory
         pool_address_registry.listen(lambda known: _in_loop(loop, lambda: directory.update(known)))

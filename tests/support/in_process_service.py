@@ -99,13 +99,13 @@ class RunningServer:
 
 
 @asynccontextmanager
-async def serving(application: Any) -> AsyncIterator[RunningServer]:
-    """Serve an ASGI application on a free port of loopback."""
+async def serving(application: Any, http: Any = "httptools") -> AsyncIterator[RunningServer]:
+    """Serve an ASGI application on a free port of loopback, by one of uvicorn's protocols."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         application,
-        http="httptools",
+        http=http,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -8,14 +8,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-import uvicorn
-from uvicorn.config import HTTP_PROTOCOLS
 
-from service.deployment.coalescing_protocol import (
-    CoalescingProtocol,
-    CoalescingTransport,
-    use_by_default,
-)
+from service.deployment.coalescing_protocol import CoalescingProtocol, CoalescingTransport
 from tests.support.in_process_service import serving
 from tests.support.polling import until
 
@@ -111,7 +105,7 @@ async def test_client_that_reads_nothing_stops_a_sender_that_never_waits() -> No
             await send({"type": "http.response.body", "body": bytes(2**10), "more_body": True})
             sent += 2**10
 
-    async with serving(app) as served:
+    async with serving(app, CoalescingProtocol) as served:
         parts = urlsplit(served.url)
         _, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**10)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -134,18 +128,9 @@ async def test_served_replies_are_whole_and_the_connection_is_kept(length: int |
             await asyncio.sleep(0.01)
         await send({"type": "http.response.body", "body": b"six"})
 
-    async with serving(app) as served:
+    async with serving(app, CoalescingProtocol) as served:
         connector = aiohttp.TCPConnector(limit=1)
         async with aiohttp.ClientSession(connector=connector) as client:
             for _ in range(3):
                 async with client.get(served.url) as reply:
                     assert await reply.read() == b"onetwosix"
-
-
-def test_servers_that_name_no_protocol_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Ray Serve's: a release of uvicorn that chooses otherwise would lose it silently."""
-    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
-    use_by_default()
-    config = uvicorn.Config(lambda: None, factory=True, lifespan="off", log_config=None)
-    config.load()
-    assert config.http_protocol_class is CoalescingProtocol
