@@ -116,6 +116,26 @@ class PoolMatrix:
     far: Floats
 
 
+@dataclass(slots=True)
+class PlaceFigures:
+    """One expert in one pool, with the figures that `PoolMatrix` has of all."""
+
+    eta: float
+    first: float
+    per_token: float
+    chunk: float
+    capacity: float
+    ahead: float
+    displaced: float
+    usable: float
+    context: float
+    prompts: float
+    idle_first: float
+    idle_per_token: float
+    idle_chunk: float
+    far: float
+
+
 class PoolStateTable:
     """Keeps the row of each pool. A new snapshot changes only what differs from the one before.
 
@@ -126,6 +146,7 @@ class PoolStateTable:
     def __init__(self, index: dict[str, int]) -> None:
         """Create an empty table."""
         self._index = index
+        self._experts = {column: name for name, column in index.items()}
         self._rows: dict[BootId, _PoolRow] = {}
         # The pools of the last matrix, in its order; their rows write into one block of memory.
         self._boots: tuple[BootId, ...] = ()
@@ -179,9 +200,7 @@ class PoolStateTable:
 
     def _lay_out(self, boots: tuple[BootId, ...]) -> None:
         """Put the rows of these pools into one block, each figure of all pools together."""
-        if len(self._rows) > 2 * len(boots) + 8:
-            known = set(boots)
-            self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
+        self.keep(boots)
         # A row that is in this block no more must not write into the one that took its place.
         for row in self._ordered:
             row.figures = row.figures.copy()
@@ -193,6 +212,28 @@ class PoolStateTable:
             self._block[:, i] = row.figures
             row.figures = self._block[:, i]
             self._ordered.append(row)
+
+    def keep(self, boots: Sequence[BootId]) -> None:
+        """Forget other pools than these, once there are many."""
+        if len(self._rows) > 2 * len(boots) + 8:
+            known = set(boots)
+            self._rows = {boot: row for boot, row in self._rows.items() if boot in known}
+
+    def place(self, view: PoolView, column: int) -> PlaceFigures:
+        """Return the figures of the expert of a column in one pool, requests on their way included.
+
+        They are the same as in the matrix of this view.
+        """
+        self.update(view.boot, view.snapshot)
+        # In the order of the array's rows.
+        found = PlaceFigures(*self._rows[view.boot].figures[:, column].tolist())
+        if view.unseen:
+            experts = view.snapshot.experts
+            own = experts.get(self._experts[column])
+            for name, count in view.unseen.items():
+                if own is not None and name in experts and experts[name].slot == own.slot:
+                    found.ahead += count
+        return found
 
     def _count_unseen(self, ahead: Floats, view: PoolView) -> None:
         """Add the requests on their way to `ahead`, (experts,).

@@ -63,7 +63,7 @@ from service.broker.session_terms import (
 
 _INFINITE = np.inf
 # Prefill time of a prompt token, at least, where pools are compared: 50,000 tokens a second.
-_LEAST_PREFILL_S = 2e-5
+LEAST_PREFILL_S = 2e-5
 _NO_POOLS = np.zeros(0, dtype=np.intp)
 # Time in which people read a token: 238 words a minute (Brysbaert: How many words do we read per
 # minute?, 2019) of 1.33 tokens.
@@ -466,7 +466,7 @@ def _expert_times(
     total = wait + answer + pools.displaced + pools.far
     if warm is not None:
         # Prompts of one length teach no time per token, which is not 0 for that.
-        total[warm] -= max(0.0, _LEAST_PREFILL_S - pools.per_token[warm]) * cached
+        total[warm] -= max(0.0, LEAST_PREFILL_S - pools.per_token[warm]) * cached
     total[~usable] = _INFINITE
     pool = total.argmin(axis=0)
     columns = catalog.all_singles

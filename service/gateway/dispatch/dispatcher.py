@@ -23,6 +23,7 @@ from service.broker.pool_state import Floats, Place, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import FIRST_BROKEN_BOUND, Exclusion, worst_costs
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import ExpertInPool, Selection, SelectionRequest, idle_times, select
+from service.broker.sole_candidate import select_sole
 from service.broker.thinking_lengths import ThinkingWorth
 from service.broker.unmet_demand import can_serve, failure_reason
 from service.engine.engine_interface import EngineRequest
@@ -166,6 +167,7 @@ class Dispatcher:
         left_s: float | None = None,
         excluded: frozenset[Place] = frozenset(),
         views: list[PoolView] | None = None,
+        chosen_only: bool = False,
     ) -> Selection:
         """Compute the utility of every candidate now, without side effects.
 
@@ -177,6 +179,8 @@ class Dispatcher:
             left_s: Seconds left until the deadline; None means the whole deadline.
             excluded: Places, as (expert, pool's boot id), that must not be selected.
             views: The state of every pool; None means the current state.
+            chosen_only: Whether nothing is asked of the selection but the choice: nothing of
+                experts and pools that are no candidates.
         """
         excluded |= self.breakers.blocked()
         views = self.views() if views is None else views
@@ -191,6 +195,10 @@ class Dispatcher:
             added=self.defaults.added(request, self.catalog.experts),
             saved_tokens=self.defaults.saved_thinking(request, self.catalog.experts, plan.category),
         )
+        if chosen_only:
+            sole = select_sole(self.catalog, self._pool_table, views, wanted)
+            if sole is not None:
+                return sole
         return select(self.catalog, self._pool_table.to_matrix(views), wanted)
 
     def idle_times(self, request: SelectionRequest) -> Floats:
@@ -292,7 +300,9 @@ class Dispatcher:
             InfeasibleBoundsError: Every candidate breaks the request's bounds.
         """
         views = self.views()
-        selection = self.weigh_candidates(request, plan, left_s=left_s, views=views)
+        selection = self.weigh_candidates(
+            request, plan, left_s=left_s, views=views, chosen_only=True
+        )
         self.budget_prices.observe(request.tenant, selection)
         position = selection.best_position()
         if position is None:
