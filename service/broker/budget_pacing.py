@@ -173,6 +173,9 @@ class BudgetPacer:
         """
         if not self._seen:
             return 0.0
+        # At price 0 each request takes its best option, which is the last of its hull.
+        if sum(float(cost[-1]) for _, cost in self._seen) / len(self._seen) <= each:
+            return 0.0
         width = max(len(cost) for _, cost in self._seen)
         worth = np.full((len(self._seen), width), -np.inf)
         cost = np.zeros((len(self._seen), width))
@@ -183,8 +186,6 @@ class BudgetPacer:
         def spends(price: float) -> float:
             return float(cost[rows, (worth - price * cost).argmax(axis=1)].mean())
 
-        if spends(0.0) <= each:
-            return 0.0
         low, high = 0.0, _steepest(worth, cost)
         if spends(high) > each:
             return high
@@ -211,6 +212,8 @@ def upper_concave_hull(worth: Floats, cost: Floats) -> NDArray[np.intp]:
 
     At most 24 of them are returned, evenly spaced.
     """
+    if len(worth) == 1:
+        return np.flatnonzero(np.isfinite(worth))
     order = np.flatnonzero(np.isfinite(worth))
     order = order[np.lexsort((-worth[order], cost[order]))]
     # Drop options that cost more than a better one, which leaves few.

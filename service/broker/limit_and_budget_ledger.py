@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Literal
 
 from service.broker.savings import Saving
 from service.broker.token_prices import MICRO, micro
@@ -35,6 +37,10 @@ from service.types import Limits, Tenant, Usage
 _KEEP_USAGE_S = 400 * 86_400
 _DAY_S = 86_400
 _PERIODS = {"day": DAY, "month": MONTH}
+# Most tenants and keys whose accounts are kept at hand.
+_MOST_KNOWN = 4096
+
+_Kind = Literal["requests", "tokens", "concurrent", "budget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,24 @@ class Reservation:
     granted: Granted
 
 
+@dataclass(frozen=True, slots=True)
+class _TenantAccounts:
+    """The accounts of one tenant and key.
+
+    Attributes:
+        limits: The key's own limits, which they are made of.
+        all: All of them, each with its kind.
+        at_once: What a request is charged before its body is read.
+    """
+
+    limits: Limits
+    all: tuple[tuple[_Kind, Account], ...]
+    at_once: tuple[Charge, ...]
+
+
+_NOTHING = UsageBound(0)
+
+
 class Ledger:
     """Claims and charges of one service's tenants, counted in a store."""
 
@@ -115,6 +139,7 @@ class Ledger:
         self._tenants = {name: limits_of(tenant) for name, tenant in config.tenants.items()}
         self._budgets = {name: _budget(name, budget) for name, budget in config.budgets.items()}
         self._of_tenant = {name: budget.tenant for name, budget in config.budgets.items()}
+        self._known: dict[tuple[str, str], _TenantAccounts] = {}
 
     def bounds(self, tenant: Tenant) -> bool:
         """Whether this tenant's tokens or costs are bounded, so that answers need a bound."""
@@ -128,9 +153,7 @@ class Ledger:
 
         Raises RateLimitExceededError, StoreUnavailableError.
         """
-        at_once = ("requests", "concurrent")
-        lines = [line for line in self._lines(tenant, UsageBound(0)) if _kind(line) in at_once]
-        return await self._claim(request_id, tenant, UsageBound(0), lines)
+        return await self._claim(request_id, tenant, _NOTHING, self._accounts(tenant).at_once)
 
     async def look_up(self, request_id: str, tenant: Tenant) -> None:
         """Count a request that needs no expert.
@@ -138,10 +161,10 @@ class Ledger:
         Raises RateLimitExceededError, StoreUnavailableError.
         """
         lines = []
-        for line in self._lines(tenant, UsageBound(0)):
-            if _kind(line) == "requests":
-                name = line.account.name.removesuffix("requests") + "lookups"
-                lines.append(Charge(replace(line.account, name=name), 1))
+        for kind, account in self._accounts(tenant).all:
+            if kind == "requests":
+                name = account.name.removesuffix("requests") + "lookups"
+                lines.append(Charge(replace(account, name=name), 1))
         held = await self._claim(request_id, tenant, UsageBound(0), lines)
         await self._store.settle(held.granted, [1] * len(lines), None)
 
@@ -151,13 +174,13 @@ class Ledger:
         Raises RateLimitExceededError, naming the limit; StoreUnavailableError.
         """
         lines = []
-        for line in self._lines(tenant, bound):
-            if _kind(line) == "concurrent":
+        for kind, account in self._accounts(tenant).all:
+            if kind == "concurrent":
                 # It has taken one place when it arrived, and takes no more than there are.
-                more = min(bound.places, line.account.limit) - 1
-                lines += [Charge(line.account, more)] if more > 0 else []
-            elif _kind(line) != "requests":
-                lines.append(line)
+                more = min(bound.places, account.limit) - 1
+                lines += [Charge(account, more)] if more > 0 else []
+            elif kind != "requests":
+                lines.append(_line(kind, account, bound))
         return await self._claim(request_id, tenant, bound, lines)
 
     async def _claim(
@@ -260,7 +283,7 @@ class Ledger:
 
     async def limits(self, tenant: Tenant) -> dict[str, tuple[Account, AccountBalance]]:
         """The accounts that bound a tenant and its key, with their balances."""
-        accounts = [line.account for line in self._lines(tenant, UsageBound(0))]
+        accounts = [account for _, account in self._accounts(tenant).all]
         balances = await self._store.balances(accounts)
         return {a.name: (a, b) for a, b in zip(accounts, balances, strict=True)}
 
@@ -274,15 +297,25 @@ class Ledger:
         found = await self._store.counts([_usage_name(tenant, start) for start in starts])
         return {_day(start): counts for start, counts in zip(starts, found, strict=True) if counts}
 
-    def _lines(self, tenant: Tenant, bound: UsageBound) -> Iterator[Charge]:
-        if tenant.key:
-            yield from _limited(f"key/{tenant.key}", tenant.limits, bound)
-        yield from _limited(
-            f"tenant/{tenant.name}", self._tenants.get(tenant.name, Limits()), bound
-        )
-        for name, account in self._budgets.items():
-            if self._concerns(name, tenant):
-                yield _cost_line(account, bound)
+    def _accounts(self, tenant: Tenant) -> _TenantAccounts:
+        """The accounts that bound a tenant and its key; they are the same for all its requests."""
+        known = self._known.get((tenant.name, tenant.key))
+        if known is None or (known.limits is not tenant.limits and known.limits != tenant.limits):
+            found: list[tuple[_Kind, Account]] = []
+            if tenant.key:
+                found += _limited(f"key/{tenant.key}", tenant.limits)
+            found += _limited(f"tenant/{tenant.name}", self._tenants.get(tenant.name, Limits()))
+            found += [
+                ("budget", account)
+                for name, account in self._budgets.items()
+                if self._concerns(name, tenant)
+            ]
+            at_once = [Charge(a, 1) for kind, a in found if kind in ("requests", "concurrent")]
+            known = _TenantAccounts(tenant.limits, tuple(found), tuple(at_once))
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[tenant.name, tenant.key] = known
+        return known
 
     def _concerns(self, budget: str, tenant: Tenant) -> bool:
         return self._of_tenant[budget] in (None, tenant.name)
@@ -315,30 +348,33 @@ def _own_budget(whose: str, limits: Limits) -> Account | None:
     return Account(f"{whose}/budget", _whole(limits.budget), _PERIODS[limits.period])
 
 
-def _limited(whose: str, limits: Limits, bound: UsageBound) -> Iterator[Charge]:
+def _limited(whose: str, limits: Limits) -> Iterator[tuple[_Kind, Account]]:
+    """The accounts of the limits of a tenant or a key."""
     if limits.requests_per_min is not None:
-        yield Charge(Account(f"{whose}/requests", limits.requests_per_min, MINUTE), 1)
+        yield "requests", Account(f"{whose}/requests", limits.requests_per_min, MINUTE)
     if limits.tokens_per_min is not None:
-        account = Account(f"{whose}/tokens", limits.tokens_per_min, MINUTE)
-        yield bound.rate_line(account)
+        yield "tokens", Account(f"{whose}/tokens", limits.tokens_per_min, MINUTE)
     if limits.concurrent is not None:
-        yield Charge(Account(f"{whose}/concurrent", limits.concurrent, NOW), 1)
-    if (account_ := _own_budget(whose, limits)) is not None:
-        yield _cost_line(account_, bound)
+        yield "concurrent", Account(f"{whose}/concurrent", limits.concurrent, NOW)
+    if (account := _own_budget(whose, limits)) is not None:
+        yield "budget", account
 
 
-def _cost_line(account: Account, bound: UsageBound) -> Charge:
+def _line(kind: _Kind, account: Account, bound: UsageBound) -> Charge:
+    """What a request is charged in an account of tokens or costs."""
+    if kind == "tokens":
+        return bound.rate_line(account)
     return Charge(account, micro(bound.prompt_cost), bound.token_cost * MICRO)
 
 
-def _kind(line: Charge) -> str:
-    """The kind of account: requests, lookups, tokens, concurrent, or budget."""
-    name = line.account.name
-    return "budget" if name.startswith("budget/") else name.rpartition("/")[2]
+@lru_cache(_MOST_KNOWN)
+def _kind(account: str) -> str:
+    """The kind of an account by its name: requests, lookups, tokens, concurrent, or budget."""
+    return "budget" if account.startswith("budget/") else account.rpartition("/")[2]
 
 
 def _used(line: Charge, usage: Usage, counts: bool) -> int:
-    kind = _kind(line)
+    kind = _kind(line.account.name)
     if kind == "budget":
         return micro(usage.cost)
     if kind == "tokens":
@@ -396,7 +432,12 @@ def _usage_name(tenant: Tenant, start_s: int) -> str:
 
 
 def _day(start_s: float) -> str:
-    return datetime.fromtimestamp(start_s, UTC).strftime("%Y-%m-%d")
+    return _date(int(start_s // _DAY_S))
+
+
+@lru_cache(_MOST_KNOWN)
+def _date(day: int) -> str:
+    return datetime.fromtimestamp(day * _DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def _note(

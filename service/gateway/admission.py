@@ -247,7 +247,7 @@ class Admission:
             return request
         bound = UsageBound(0, places=request.sequences)
         if self.ledger.bounds(request.tenant):
-            bound = self._bound(request, expert_sets(), likely_tokens(), most_shown())
+            bound = self._bound(request, expert_sets(), likely_tokens, most_shown())
         held = await self.ledger.reserve(f"{entry.id}-{len(entry.held)}", entry.tenant, bound)
         entry.held.append(held)
         if held.max_tokens < bound.max_tokens or bound.needs_clip:
@@ -269,7 +269,7 @@ class Admission:
         self,
         request: InferenceRequest,
         expert_sets: Sequence[Sequence[str]],
-        likely_tokens: float,
+        likely_tokens: Callable[[], float],
         beyond: StepBound,
     ) -> UsageBound:
         """The most that any candidate could use, with all its calls together."""
@@ -319,7 +319,7 @@ class Admission:
             likely_prompt=calls * min(prompt, request.prompt_tokens),
             likely_tokens=None
             if request.most_tokens is not None
-            else max(1, math.ceil(likely_tokens / calls)),
+            else max(1, math.ceil(likely_tokens() / calls)),
             places=request.sequences,
         )
 
@@ -364,13 +364,13 @@ class Admission:
             entry.behalf.used = _used(usage)
             entry.behalf.ended.set()
             return
-        settled = await asyncio.gather(
-            *map(self.ledger.deliver, settlements), return_exceptions=True
-        )
-        for error in settled:
-            if isinstance(error, CoeError):
+        # One after the other: a task for each would cost more than a store in memory takes.
+        for settlement in settlements:
+            try:
+                await self.ledger.deliver(settlement)
+            except CoeError as error:
                 log.error("settlement of a request failed: %s", error.code)
-            elif error is not None:
+            except Exception as error:
                 log.error("settlement of a request failed", exc_info=error)
 
     def _savings(self, entry: Entry, calls: Sequence[ExpertCall]) -> tuple[Saving, ...]:

@@ -175,7 +175,9 @@ class MemoryStore:
         return True
 
     def _counts(self, account: Account, now_ms: int) -> _Counts:
-        counts = self._accounts.setdefault(account.name, _Counts(account.window))
+        counts = self._accounts.get(account.name)
+        if counts is None:
+            counts = self._accounts[account.name] = _Counts(account.window)
         counts.window = account.window
         counts.forget(now_ms)
         return counts

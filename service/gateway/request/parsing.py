@@ -149,8 +149,11 @@ class InferenceRequest:
     @property
     def answers(self) -> int:
         """The number of answers: choices times prompts."""
-        given = (self.data[name] for name in self._reads.choices if name in self.data)
-        return max((1, *(count for count in given if isinstance(count, int)))) * self.prompts
+        reads, choices = self._reads, 1
+        for name in reads.choices:
+            if isinstance(count := self.data.get(name), int) and count > choices:
+                choices = count
+        return choices * self.prompts if reads.several else choices
 
     @property
     def sequences(self) -> int:

@@ -1,4 +1,4 @@
-"""Requests with a prompt pass Serve's layers by; all others reach Serve, and no reply lacks an id."""
+"""Requests with a prompt pass Serve's layers by, and all others reach Serve; none lacks an id."""
 
 from __future__ import annotations
 
