@@ -1,7 +1,8 @@
 """`python -m loadtests.moe`: Measures capturing, steering and building mixtures of experts.
 
 Part `capture` measures the cost of sampling gates. Part `steer` measures the cost and the savings
-of steering. Part `offload` compares policies for experts that do not all fit, by simulation. Part
+of steering. Part `drop` measures what it saves when a profile drops choices of single tokens. Part
+`offload` compares policies for experts that do not all fit, by simulation. Part
 `build` measures what a mixture of dense experts retains of each, and needs `--data`. `--part` runs
 one part alone.
 """
@@ -36,7 +37,7 @@ def joined(parts: dict[str, Part]) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("moe", __doc__)
-    names = ("capture", "steer", "offload", "build")
+    names = ("capture", "steer", "drop", "offload", "build")
     words.add_argument(
         "--part", action="append", choices=names, help="run only this part; may be repeated"
     )
@@ -64,7 +65,10 @@ def main() -> int:
         help="steer: number of exchanges of profiles (default 200)",
     )
     words.add_argument(
-        "--turns", type=int, default=8, help="steer: number of turns of each profile (default 8)"
+        "--turns",
+        type=int,
+        default=8,
+        help="steer, drop: number of turns of each profile (default 8)",
     )
     given = words.parse_args()
     wanted = given.part or [name for name in names if name != "build" or given.data is not None]
@@ -90,6 +94,11 @@ def main() -> int:
 
             return moe_steer.report(given.model, times=given.exchanges, turns=given.turns)
 
+        def drop() -> Report:
+            from loadtests.moe import dropped_choices as moe_drop
+
+            return moe_drop.report(given.model, turns=given.turns)
+
         def offload() -> Report:
             from loadtests.moe import offload_simulated
 
@@ -103,6 +112,7 @@ def main() -> int:
         known: dict[str, Part] = {
             "capture": capture,
             "steer": steer,
+            "drop": drop,
             "offload": offload,
             "build": build,
         }

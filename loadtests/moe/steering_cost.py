@@ -20,10 +20,21 @@ from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_sha
 from service.moe.virtual_expert_profiles import steering_of
 
 EXCHANGE_MS = 30.0
-_BASE = "base"
-_IN_FLIGHT, _PROMPT, _ANSWER = 8, 48, 24
+BASE = "base"
 # The demo's layers, fewer of them: what steering costs and saves is of each layer, as its work.
 _LAYERS, _EXPERTS, _TOP_K = 12, 4, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The requests of a turn: how many at once, and the tokens of their prompts and answers."""
+
+    in_flight: int
+    prompt: int
+    answer: int
+
+
+_WORK = Work(in_flight=8, prompt=48, answer=24)
 
 
 @dataclass(slots=True)
@@ -49,15 +60,17 @@ def _profiles(folder: Path) -> dict[str, SteeringProfile]:
     }
 
 
-def _sources(folder: Path, root: Path) -> dict[str, Weights]:
-    profiles = _profiles(folder)
-    experts: dict[str, Mapping[str, str]] = {_BASE: {"model": str(folder)}}
+def sources(
+    folder: Path, root: Path, profiles: Mapping[str, SteeringProfile]
+) -> dict[str, Weights]:
+    """What an engine needs of a base in `folder` and its profiles, which are written to `root`."""
+    experts: dict[str, Mapping[str, str]] = {BASE: {"model": str(folder)}}
     for name, profile in profiles.items():
         write_profile(profile, root / name)
-        experts[name] = {"base": _BASE, "profile": str(root / name)}
+        experts[name] = {"base": BASE, "profile": str(root / name)}
     config = Config.model_validate({"experts": experts, "pools": {"p": {"engine": "simulated"}}})
     return {
-        _BASE: Weights(str(folder)),
+        BASE: Weights(str(folder)),
         **{
             name: Weights(str(folder), steering=steering_of(config, name, folder))
             for name in profiles
@@ -65,21 +78,31 @@ def _sources(folder: Path, root: Path) -> dict[str, Weights]:
     }
 
 
-async def _turn(engine: SharedEngine, name: str, rounds: int) -> float:
+async def _turn(engine: SharedEngine, name: str, work: Work, rounds: int) -> float:
     began_s = time.perf_counter()
     tokens = 0
     for _ in range(rounds):
-        requests = (ask(engine, name, _PROMPT, _ANSWER) for _ in range(_IN_FLIGHT))
-        tokens += sum(await asyncio.gather(*requests)) + _IN_FLIGHT * _PROMPT
+        requests = (ask(engine, name, work.prompt, work.answer) for _ in range(work.in_flight))
+        tokens += sum(await asyncio.gather(*requests)) + work.in_flight * work.prompt
     return tokens / (time.perf_counter() - began_s)
 
 
-async def _measure(
-    sources: dict[str, Weights], options: VllmOptions, times: int, turns: int, rounds: int
+async def measure(
+    weights: dict[str, Weights],
+    options: VllmOptions,
+    work: Work,
+    *,
+    turns: int,
+    rounds: int,
+    times: int = 0,
 ) -> Found:
-    engine = SharedEngine(sources, options)
+    """Measure exchanges of profiles, `times` of them, and turns of the same work with each profile.
+
+    Raises RuntimeError where an exchange fails.
+    """
+    engine = SharedEngine(weights, options)
     found = Found()
-    names = list(sources)
+    names = list(weights)
     try:
         say("an engine with a mixture of experts")
         await engine.start()
@@ -87,8 +110,9 @@ async def _measure(
             await engine.load_to_host(name)
         for name in [*names[1:], *names]:  # each one's canary, and code that is new
             await engine.swap_in(name)
-            await _turn(engine, name, 1)
-        say(f"{times} exchanges")
+            await _turn(engine, name, work, 1)
+        if times:
+            say(f"{times} exchanges")
         for i in range(times):
             done = await engine.swap_in(names[(i + 1) % len(names)])
             if not done.ok or done.method != "steer":
@@ -98,7 +122,7 @@ async def _measure(
             say(f"turn {i + 1} of {turns}")
             for name in names if i % 2 else reversed(names):
                 await engine.swap_in(name)
-                rate = await _turn(engine, name, rounds)
+                rate = await _turn(engine, name, work, rounds)
                 found.tokens_per_s.setdefault(name, []).append(rate)
     finally:
         await engine.close()
@@ -114,7 +138,7 @@ def report(model: Path | None, *, times: int = 200, turns: int = 8, rounds: int 
         dtype="float32",
         max_model_len=512,
         kv_cache_bytes=256 * 1024**2,
-        max_num_seqs=_IN_FLIGHT,
+        max_num_seqs=_WORK.in_flight,
         enforce_eager=True,
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,11 +148,13 @@ def report(model: Path | None, *, times: int = 200, turns: int = 8, rounds: int 
             random_mixtral(folder, layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K)
         root = Path(scratch) / "profiles"
         root.mkdir()
-        sources = _sources(folder, root)
+        weights = sources(folder, root, _profiles(folder))
         shape = moe_shape(folder)
         assert shape is not None
         kept = max(shape.top_k, shape.experts // 2)
-        found = asyncio.run(_measure(sources, options, times, turns, rounds))
+        found = asyncio.run(
+            measure(weights, options, _WORK, turns=turns, rounds=rounds, times=times)
+        )
     return _told(found, shape.experts, shape.top_k, kept)
 
 
@@ -147,16 +173,16 @@ def _told(found: Found, experts: int, top_k: int, kept: int) -> Report:
         )
     )
     words = {
-        _BASE: f"top {top_k} of {experts}, vLLM's own choice",
+        BASE: f"top {top_k} of {experts}, vLLM's own choice",
         "one": f"top 1 of {experts}",
         "half": f"top {top_k} of {kept}, the others masked",
     }
     table = Table(
-        f"Throughput, {_IN_FLIGHT} in flight, prompts of {_PROMPT} and answers of {_ANSWER} "
-        "tokens; medians with 95 % intervals",
+        f"Throughput, {_WORK.in_flight} in flight, prompts of {_WORK.prompt} and answers of "
+        f"{_WORK.answer} tokens; medians with 95 % intervals",
         ("routed experts", "turns", "tokens/s", "times the base's"),
     )
-    base: Sequence[float] = found.tokens_per_s[_BASE]
+    base: Sequence[float] = found.tokens_per_s[BASE]
     for name, rates in found.tokens_per_s.items():
         rate, times = median(rates), ratios(rates, base)
         made.facts[name] = {"tokens_per_s": rate.as_json(), "times_base": times.as_json()}

@@ -26,6 +26,7 @@ class SteeredLayer:
     boost: tuple[float, ...]
     top_k: int | None = None
     top_p: float | None = None
+    null: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

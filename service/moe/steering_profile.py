@@ -1,12 +1,13 @@
 """Steering profiles: small files that change which routed experts a model's gates choose.
 
 A profile belongs to one base, which the digest of its gates identifies. It is plain data: for each
-layer a mask, an additive bias on the logits, a boost of the weights, another top-k, and a top-p
-rule. `steer` defines their meaning; the implementations in engines are tested against it.
+layer a mask, an additive bias on the logits, a boost of the weights, another top-k, a top-p rule,
+and null experts. `steer` defines their meaning; the implementations in engines are tested against
+it.
 
 Experts switched off or boosted at inference follow MoTE and RICE, experts pruned for a domain
-follow EASY-EP and PreMoe, and fewer experts for a confident gate follow the top-p rule of dynamic
-routing.
+follow EASY-EP and PreMoe, fewer experts for a confident gate follow the top-p rule of dynamic
+routing, and null experts follow AdaMoE.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FORMAT = "coe.steering/1"
 # This bound keeps a wrong path from filling the memory. No model comes near it.
 _MAX_BYTES = 64 << 20
 _DTYPES = {"mask": "uint8", "bias": "float32", "boost": "float32"}
-_SCALARS = {"top_k": "int32", "top_p": "float32"}
+_SCALARS = {"top_k": "int32", "top_p": "float32", "null": "float32"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +57,9 @@ class LayerSteering:
         top_k: The number of chosen experts. None means the model's own number.
         top_p: The rule keeps the fewest chosen experts whose probabilities (over all unmasked
             experts) sum to at least this value, and gives the others weight 0. None keeps all.
+        null: The logit of null experts, which compute nothing, as many as experts are chosen.
+            A chosen expert with a smaller logit, bias included, loses its place to one of them and
+            has weight 0. A token may lose all. None means that there are none.
     """
 
     mask: NDArray[np.bool_]
@@ -63,6 +67,7 @@ class LayerSteering:
     boost: NDArray[np.float32]
     top_k: int | None = None
     top_p: float | None = None
+    null: float | None = None
 
     @classmethod
     def of(
@@ -74,6 +79,7 @@ class LayerSteering:
         boost: Any = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        null: float | None = None,
     ) -> LayerSteering:
         """Build a layer's changes. Omitted arguments change nothing."""
         return cls(
@@ -82,6 +88,7 @@ class LayerSteering:
             np.ones(experts, np.float32) if boost is None else np.asarray(boost, np.float32),
             top_k,
             top_p,
+            null,
         )
 
     @property
@@ -93,6 +100,7 @@ class LayerSteering:
             and bool((self.boost == 1).all())
             and self.top_k is None
             and self.top_p is None
+            and self.null is None
         )
 
 
@@ -136,8 +144,12 @@ def steer(
         before = np.cumsum(weights, axis=-1) - weights
         before[:, 0] = 0
         weights = np.where(before < layer.top_p, weights, np.float32(0))
+    if layer.null is not None:
+        chosen = np.take_along_axis(steered, ids, axis=-1)
+        weights = np.where(chosen >= np.float32(layer.null), weights, np.float32(0))
     if shape.renormalize:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / np.where(total > 0, total, np.float32(1))
     return (weights * layer.boost[ids]).astype(np.float32), ids.astype(np.int32)
 
 
@@ -228,6 +240,8 @@ def _check_layer(where: str, layer: LayerSteering, shape: MoeShape) -> None:
         )
     if layer.top_p is not None and not 0 < layer.top_p <= 1:
         raise InvalidProfileError(f"{where}: top_p is {layer.top_p:g}; allowed: above 0, at most 1")
+    if layer.null is not None and not np.isfinite(layer.null):
+        raise InvalidProfileError(f"{where}: null is {layer.null:g}; it must be a finite number")
 
 
 def _spans(layers: tuple[int, ...]) -> str:
@@ -259,6 +273,8 @@ def write_profile(profile: SteeringProfile, path: Path | str) -> None:
             tensors[f"{where}.top_k"] = np.array(layer.top_k, np.int32)
         if layer.top_p is not None:
             tensors[f"{where}.top_p"] = np.array(layer.top_p, np.float32)
+        if layer.null is not None:
+            tensors[f"{where}.null"] = np.array(layer.null, np.float32)
     metadata = {
         "format": FORMAT,
         "shape": json.dumps(asdict(profile.shape)),

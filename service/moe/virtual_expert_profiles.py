@@ -58,6 +58,7 @@ def steering_of(config: Config, expert: str, folder: Path) -> Steering:
             tuple(map(float, layer.boost)),
             layer.top_k,
             layer.top_p,
+            layer.null,
         )
         for index, layer in sorted(profile.layers.items())
         if not layer.is_neutral

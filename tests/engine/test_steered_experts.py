@@ -9,12 +9,13 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from service.errors import ExpertFailedError
-from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, Swapping
+from tests.support.engine.real_engines import ENVIRONMENT, ON_ONE_ENGINE, Swapping, greedy
 from tests.support.engine.steered_tiny_mixtral import PROMPT, RULES, TOKENS, Steering
 from tests.support.engine.tiny_mixtral import EXPERTS, LAYERS
 from tests.support.polling import until
@@ -57,8 +58,62 @@ async def test_steered_engine_equals_transformers_with_steered_gates(
         if "mask" in RULES.get(name, {}):
             barred = {e for e in range(EXPERTS) if RULES[name]["mask"][e]}
             assert not barred & {e for row in rows for e in row}
-    width = {"one": 1, "three": 3, "sure": 4}.get(name, 2)
+    width = {"one": 1, "three": 3, "sure": 4, "null": 4}.get(name, 2)
     assert {len(row) for row in seen[0]} == {width}
+
+
+@pytest.mark.parametrize("name", ["sure", "null"])
+async def test_steered_engine_with_dropped_choices_equals_transformers_in_a_large_step(
+    steering: Steering, name: str
+) -> None:
+    """So many places that only the kept choices are computed, each of them once."""
+    await steering.go_to(name)
+    prompt = [token + shift for shift in range(8) for token in PROMPT]
+    choice = await greedy(steering.engine, name, prompt, 4, logprobs=1)
+    profile = steering.profiles[name]
+    logprobs, chosen = await asyncio.to_thread(
+        steering.reference.weigh, prompt, choice["token_ids"], profile
+    )
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-4)
+    kept = sum(len(row) for rows in chosen.values() for row in rows)
+    assert kept < 7 / 8 * 4 * LAYERS * (len(prompt) + 3), "nothing was dropped"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("experts", [8, 64])
+async def test_kept_choices_equal_vllm_s_own_kernel(experts: int, dtype: str) -> None:
+    """Random mixtures, each token with its own number of experts."""
+    import torch
+    from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+
+    from service.engine.vllm.worker.kept_choices import CpuKeptChoices
+
+    draw = torch.Generator().manual_seed(experts)
+    kind = getattr(torch, dtype)
+    up = torch.randn(experts, 128, 96, generator=draw) * 96**-0.5
+    down = torch.randn(experts, 96, 64, generator=draw) * 64**-0.5
+    packed = [cpu_prepack_moe_weight(weight.to(kind), "vec") for weight in (up, down)]
+
+    def own(*, output: Any, hidden_states: Any, topk_weights: Any, topk_ids: Any) -> None:
+        cpu_fused_moe(
+            output, hidden_states, *packed, None, None, topk_weights, topk_ids, "silu", "vec"
+        )
+
+    for tokens, widths in ((1, [2]), (3, [1, 3]), (40, [0]), (70, [0, 1, 4]), (200, [1, 2, 4])):
+        hidden = torch.randn(tokens, 96, generator=draw).to(kind)
+        odds = torch.randn(tokens, experts, generator=draw).softmax(dim=-1)
+        weights, ids = torch.topk(odds, 4)
+        kept = torch.tensor(widths)[torch.randint(len(widths), (tokens, 1), generator=draw)]
+        weights = torch.where(torch.arange(4) < kept, weights / weights.sum(-1, keepdim=True), 0.0)
+        expected, found = torch.empty_like(hidden), torch.empty_like(hidden)
+        places = {"topk_weights": weights, "topk_ids": ids.to(torch.int32)}
+        own(output=expected, hidden_states=hidden, **places)
+        CpuKeptChoices(own, experts)(output=found, hidden_states=hidden, **places)
+        if len(widths) == 1:
+            assert torch.equal(found, expected)
+        rounding = 2**-22 if dtype == "float32" else 2**-7
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=rounding * largest + 1e-30)
 
 
 async def test_steering_fifty_swaps_leave_no_trace(steering: Steering) -> None:

@@ -50,6 +50,7 @@ def layers(draw: st.DrawFn, shape: MoeShape) -> LayerSteering:
         boost=[abs(b) for b in draw(st.lists(_small, min_size=n, max_size=n))],
         top_k=k,
         top_p=draw(st.none() | st.integers(1, 64).map(lambda i: i / 64)),
+        null=draw(st.none() | _small),
     )
 
 
@@ -69,7 +70,9 @@ def by_hand(row: list[float], layer: LayerSteering, shape: MoeShape) -> dict[int
             break
         stay[e] = odds[e] / total
         reached += stay[e]
-    scale = 1 / sum(stay.values()) if shape.renormalize else 1.0
+    if layer.null is not None:
+        stay = {e: p for e, p in stay.items() if row[e] + float(layer.bias[e]) >= layer.null}
+    scale = 1 / sum(stay.values()) if shape.renormalize and stay else 1.0
     return {e: stay.get(e, 0.0) * scale * float(layer.boost[e]) for e in order}
 
 
@@ -115,6 +118,7 @@ def test_steer_engine_choice_equals_the_reference(data: st.DataObject) -> None:
         "top_k": layer.top_k,
         # The sum of what comes before may differ in its last bit.
         "top_p": None if layer.top_p is None else layer.top_p + 1e-4,
+        "null": layer.null,
     }
     base = {"top_k": shape.top_k, "renormalize": shape.renormalize}
     weights, ids = choose(torch.from_numpy(logits), rule_of(fields, base))
@@ -161,4 +165,4 @@ def test_profile_written_and_read_is_equal(data: st.DataObject) -> None:
         found = back.layers[index]
         for name in ("mask", "bias", "boost"):
             np.testing.assert_array_equal(getattr(found, name), getattr(layer, name))
-        assert (found.top_k, found.top_p) == (layer.top_k, layer.top_p)
+        assert (found.top_k, found.top_p, found.null) == (layer.top_k, layer.top_p, layer.null)

@@ -24,6 +24,7 @@ RULES: dict[str, dict[str, Any]] = {
     "one": {"top_k": 1},
     "three": {"top_k": 3},
     "sure": {"top_p": 0.6, "top_k": 4},
+    "null": {"null": -0.9, "top_k": 4},
     "all": {"mask": [False, True, False, False], "bias": [0.5, 0, 0, 0], "boost": [1, 1, 3, 1]},
 }
 

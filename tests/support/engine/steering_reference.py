@@ -90,6 +90,8 @@ def _choice(logits: list[float], rule: LayerSteering | None, top_k: int) -> dict
             if reached >= rule.top_p:
                 weights[e] = 0.0
             reached += weights[e]
-    kept = sum(weights.values())
+    if rule is not None and rule.null is not None:
+        weights = {e: w if logits[e] >= rule.null else 0.0 for e, w in weights.items()}
+    kept = sum(weights.values()) or 1.0
     boost = [1.0] * len(logits) if rule is None else [float(b) for b in rule.boost]
     return {e: weight / kept * boost[e] for e, weight in weights.items()}

@@ -110,6 +110,7 @@ def of(**settings: Any) -> SteeringProfile:
         ({"top_p": 0.0}, "layer 1: top_p is 0;"),
         ({"top_p": 1.5}, "layer 1: top_p is 1.5;"),
         ({"top_p": float("nan")}, "layer 1: top_p is nan;"),
+        ({"null": float("-inf")}, "layer 1: null is -inf; it must be a finite number"),
         ({"bias": [0, 0, np.nan, 0]}, "layer 1: bias of expert 2 is no finite number"),
         ({"boost": [1, np.inf, 1, 1]}, "layer 1: boost of expert 1 is no finite number"),
         ({"boost": [1, 1, 1, -0.5]}, "layer 1: boost of expert 3 is -0.5"),

@@ -27,6 +27,7 @@ class RoutedLayer:
         top_k: The number of routed experts that compute a token.
         router: vLLM's router of the layer.
         kernel: The name of vLLM's class that computes the routed experts.
+        computes: vLLM's object of that class, where it has `apply` of modular kernels.
     """
 
     layer: int
@@ -34,6 +35,7 @@ class RoutedLayer:
     top_k: int
     router: BaseRouter
     kernel: str = ""
+    computes: object | None = None
 
     @property
     def renormalize(self) -> bool:
@@ -101,12 +103,13 @@ def routed_layers(model: torch.nn.Module) -> tuple[RoutedLayer, ...]:
         if not isinstance(module, MoERunner):
             continue
         layer, router, method = module.layer_id, module.router, module._quant_method
-        computes = getattr(method.moe_kernel, "fused_experts", method)
-        kernel = type(computes).__name__
+        computes = getattr(method.moe_kernel, "fused_experts", None)
+        kernel = type(method if computes is None else computes).__name__
         if method.is_monolithic or not isinstance(router, BaseRouter):
             raise ValueError(
                 f"layer {layer} is routed inside its kernel ({kernel}), where its choice can't be "
                 "seen or changed; vllm.moe_backend: triton routes before its kernel"
             )
-        layers.append(RoutedLayer(layer, router.global_num_experts, router.top_k, router, kernel))
+        experts, top_k = router.global_num_experts, router.top_k
+        layers.append(RoutedLayer(layer, experts, top_k, router, kernel, computes))
     return tuple(sorted(layers, key=lambda routed: routed.layer))

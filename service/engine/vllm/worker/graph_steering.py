@@ -4,7 +4,8 @@ A captured graph always runs the same kernels on the same addresses, so that a r
 another rule later. Each router therefore gets a rule before the capture. The rule computes both
 vLLM's own choice and the steered choice, and a table on the device selects one of them. The table
 also holds the parameters of the steered choice, so that another profile is a copy of some
-kilobytes. All shapes are fixed, and no code waits for the device.
+kilobytes. All shapes are fixed, and no code waits for the device. Where the kernel skips what
+vLLM's expert map leaves out, it computes only the places that are used.
 
 The code is written for vLLM's CUDA build. Without a GPU it was run only on a CPU.
 """
@@ -20,6 +21,7 @@ import torch
 from service.engine.steering_data import PLACES_KEY
 from service.engine.vllm.worker.eager_steering import gate_for, gates_of
 from service.engine.vllm.worker.gate_access import Choice, RoutedLayer, choice_of, replace_choice
+from service.engine.vllm.worker.kept_choices import mapped_kept_choices, replace_apply
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,7 +48,7 @@ class SteeringRule:
         experts = gate.experts
         self.own = own
         self.barred, self.boost = row[:experts], row[experts : 2 * experts]
-        self.top_k, self.top_p, self.active = row[2 * experts :].unbind()
+        self.top_k, self.top_p, self.null, self.active = row[2 * experts :].unbind()
         self.rank = torch.arange(places, device=row.device)
         self.renormalize = gate.renormalize
 
@@ -73,15 +75,19 @@ class SteeringRule:
         Returns:
             Weights and ids, each (T, places).
         """
-        probability = torch.softmax(logits.float() + self.barred, dim=-1)
+        steered = logits.float() + self.barred
+        probability = torch.softmax(steered, dim=-1)
         weights, ids = torch.sort(probability, dim=-1, descending=True, stable=True)
         weights, ids = weights[:, : len(self.rank)], ids[:, : len(self.rank)]
         before = torch.cumsum(weights, dim=-1) - weights
         stays = (self.rank < self.top_k) & (before < self.top_p)
+        stays &= steered.gather(1, ids) >= self.null
         weights = torch.where(stays, weights, 0.0)
         ids = torch.where(stays, ids, ids[:, :1])
         if self.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            # Where null experts took all places, the sum is 0.
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / torch.where(total > 0, total, 1.0)
         return weights * self.boost[ids], ids
 
 
@@ -134,10 +140,14 @@ class GraphSteering:
         self.written = self._neutral
         # Tensors made in inference mode can be written only in inference mode.
         with torch.inference_mode(False):
-            self.table = self._neutral.table.to(next(model.parameters()).device, copy=True)
+            device = next(model.parameters()).device
+            self.table = self._neutral.table.to(device, copy=True)
             for gate, row in zip(self._gates.values(), self.table, strict=True):
                 own = choice_of(gate.router)
                 replace_choice(gate.router, SteeringRule(own, row, gate, places))
+                kept = mapped_kept_choices(gate.computes, gate.experts, device)
+                if kept is not None:
+                    replace_apply(gate.computes, kept)
 
     def table_for(self, steering: Mapping[str, Any]) -> SteeringTable:
         """Build the table of a steered expert.
@@ -170,7 +180,7 @@ class GraphSteering:
 
 
 def _table(gates: Mapping[int, RoutedLayer], steering: Mapping[str, Any]) -> torch.Tensor:
-    """Build a table, float32 (gates, 2 · E + 3). Gates without a layer in `steering` are off."""
+    """Build a table, float32 (gates, 2 · E + 4). Gates without a layer in `steering` are off."""
     layers = {int(layer["layer"]): layer for layer in steering["layers"]}
     with torch.inference_mode(False):
         table = torch.stack([_row(gate, layers.get(index)) for index, gate in gates.items()])
@@ -178,18 +188,22 @@ def _table(gates: Mapping[int, RoutedLayer], steering: Mapping[str, Any]) -> tor
 
 
 def _row(gate: RoutedLayer, layer: Mapping[str, Any] | None) -> torch.Tensor:
-    """Build a gate's row of the table, float32 (2 · E + 3).
+    """Build a gate's row of the table, float32 (2 · E + 4).
 
     The row has E values of bias (-inf for a masked expert), E values of boost, top-k, top-p (inf
-    where there is none), and a 1 where the rule takes the steered choice.
+    where there is none), the logit of null experts (-inf where there are none), and a 1 where the
+    rule takes the steered choice.
     """
     if layer is None:
         plain = [0.0] * gate.experts + [1.0] * gate.experts
-        return torch.tensor([*plain, gate.top_k, float("inf"), 0.0], dtype=torch.float32)
+        return torch.tensor(
+            [*plain, gate.top_k, float("inf"), float("-inf"), 0.0], dtype=torch.float32
+        )
     mask = torch.tensor(layer["mask"], dtype=torch.bool)
     barred = torch.tensor(layer["bias"], dtype=torch.float32).masked_fill(mask, float("-inf"))
     top_p = layer["top_p"] if layer["top_p"] is not None else float("inf")
-    rest = [*layer["boost"], layer["top_k"] or gate.top_k, top_p, 1.0]
+    null = layer["null"] if layer.get("null") is not None else float("-inf")
+    rest = [*layer["boost"], layer["top_k"] or gate.top_k, top_p, null, 1.0]
     return torch.cat((barred, torch.tensor(rest, dtype=torch.float32)))
 
 

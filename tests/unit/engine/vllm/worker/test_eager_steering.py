@@ -57,6 +57,46 @@ def test_gate_unsupported_for_steering_is_refused_with_the_reason(
     assert why is None if words is None else why is not None and words in why
 
 
+class Experts:
+    """Stands for vLLM's kernel of a layer."""
+
+    def apply(self, **_: Any) -> str:
+        return "its own"
+
+
+@pytest.mark.parametrize(
+    ("rule", "drops"),
+    [
+        ({}, False),
+        ({"top_k": 1}, False),
+        ({"boost": [2.0, 1.0]}, False),
+        ({"boost": [0.0, 1.0]}, True),
+        ({"top_p": 0.5}, True),
+        ({"null": 0.0}, True),
+    ],
+)
+def test_steering_kernel_computes_kept_choices_while_a_rule_may_drop_some(
+    monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any], drops: bool
+) -> None:
+    import torch
+
+    from service.engine.vllm.worker import eager_steering
+    from service.engine.vllm.worker.gate_access import RoutedLayer
+
+    router, kernel = CPURouter(renormalize=True), Experts()
+    gates = {0: RoutedLayer(0, 2, 2, router, "Experts", kernel)}
+    monkeypatch.setattr(eager_steering, "gates_of", lambda _: gates)
+    layer = {"layer": 0, "mask": [0, 0], "bias": [0, 0], "boost": [1, 1], "top_k": 1, "top_p": None}
+    fields = {"experts": 2, "top_k": 2, "renormalize": True, "layers": [layer | rule]}
+    steered = eager_steering.SteeredGates.of(torch.nn.Linear(1, 1), fields)
+    steered.install()
+    assert steered.verify()
+    assert ("apply" in kernel.__dict__) is drops
+    steered.remove()
+    assert kernel.apply() == "its own"
+    assert not steered.verify()
+
+
 def test_steering_rules_are_applied_and_removed_without_a_trace() -> None:
     import torch
 

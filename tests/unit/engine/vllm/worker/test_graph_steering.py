@@ -26,6 +26,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "four": {"top_k": 4},
     "sure": {"top_p": 0.4},
     "surer": {"top_p": 0.75, "top_k": 4},
+    "null": {"null": 1.0, "top_k": 4},
     "all": {
         "mask": [True, True, True, True, True, False, False, False],
         "bias": [0, 0, 0, 0, 0, 0.5, -0.5, 0],
@@ -86,7 +87,13 @@ def steering_data(
     one = LayerSteering.of(E, **profile)
     made = [
         SteeredLayer(
-            layer, tuple(one.mask), tuple(one.bias), tuple(one.boost), one.top_k, one.top_p
+            layer,
+            tuple(one.mask),
+            tuple(one.bias),
+            tuple(one.boost),
+            one.top_k,
+            one.top_p,
+            one.null,
         )
         for layer in layers
     ]
@@ -274,7 +281,7 @@ def test_graph_steering_worker_loads_swaps_and_verifies_profiles(
     assert one.coe_memory()["host_bytes"] == 0
     with pytest.raises(ValueError, match="the weights of 'base' are not held"):
         worker().coe_steer("masked", steering_data(PROFILES["masked"], 0))
-    assert one.coe_steer("masked", steering_data(PROFILES["masked"], 0)) == 4 * (2 * E + 3)
+    assert one.coe_steer("masked", steering_data(PROFILES["masked"], 0)) == 4 * (2 * E + 4)
     one.coe_steer("three", steering_data(PROFILES["three"], 0))
     assert one.coe_load_result("three")["state"] == "host"
     results = {}
