@@ -24,7 +24,7 @@ from service.errors import ConfigError
 # The fields of an expert that an added one may not have.
 _NOT_ADDED = ("model", "remote", "command", "profile")
 _HUB_ADAPTER = re.compile(r"[\w][\w.-]*/[\w][\w.-]*@[0-9a-f]{40}")
-_WITHOUT_ANCHOR = "it should be an absolute path, or ORG/NAME@COMMIT with all 40 digits"
+WITHOUT_ANCHOR = "it should be an absolute path, or ORG/NAME@COMMIT with all 40 digits"
 
 
 class AddedExpert(Section):
@@ -48,7 +48,7 @@ class AddedExpert(Section):
                 )
         adapter = self.expert.adapter
         if adapter is not None and not adapter.startswith("/") and not is_hub_adapter(adapter):
-            raise ValueError(f"adapter: {_WITHOUT_ANCHOR}, not {adapter[:128]!r}")
+            raise ValueError(f"adapter: {WITHOUT_ANCHOR}, not {adapter[:128]!r}")
         return self
 
 

@@ -21,6 +21,7 @@ import orjson
 from service.classifier.built_in_artifact import BUILT_IN
 from service.config import Config
 from service.config.effective_config import (
+    WITHOUT_ANCHOR,
     AddedExpert,
     AddedExperts,
     EffectiveConfig,
@@ -251,6 +252,21 @@ class AddedExpertService:
         """
         await self._to_the_end(self._add(name, wanted))
 
+    async def replace_adapter(self, name: str, adapter: str) -> None:
+        """Serve an added expert with another adapter; its prices, examples and others stay.
+
+        The new one is checked before the old one goes. If it can't be loaded, the old one is
+        served again.
+
+        Raises:
+            ConflictError: It can't be served, or there is no such adapter.
+            DisallowedFieldError: The adapter lies in no allowed folder.
+            PoolUnavailableError: No pool with its base can be reached.
+            ExpertFailedError: A pool could not load it.
+            StoreUnavailableError: The store can't be reached.
+        """
+        await self._to_the_end(self._replace_adapter(name, adapter))
+
     async def remove(self, name: str) -> None:
         """Remove an added expert. Its running requests end.
 
@@ -295,13 +311,42 @@ class AddedExpertService:
         candidate = self.known.including(name, wanted, self._clock())
         await asyncio.to_thread(_check, given, candidate, name)
         await self._check_in_pools(name, wanted, candidate)
+        await self._load(name, wanted)
+
+    async def _load(self, name: str, wanted: AddedExpert) -> None:
+        """Let the pools load an expert that was checked, and serve it then."""
         await self._change(lambda now: _including(now, name, wanted, self._clock()))
         try:
             await self._until_loaded(name, wanted)
-            served = wanted.model_copy(update={"served": True})
-            await self._change(lambda now: now.including(name, served, self._clock()))
+            await self._change(lambda now: _serving(now, name, wanted, self._clock()))
         except BaseException:
-            await self._change(lambda now: now.without(name, self._clock()))
+            # Through another gateway it may have been removed, and added anew, meanwhile.
+            await self._change(
+                lambda now: now.without(name, self._clock()) if _is_same(now, name, wanted) else now
+            )
+            raise
+
+    async def _replace_adapter(self, name: str, adapter: str) -> None:
+        await self._read()
+        before = self.known.experts.get(name)
+        if before is None or not before.served or before.expert.adapter is None:
+            raise ConflictError(f"no adapter {name[:128]!r} is served that could be replaced")
+        if not adapter.startswith("/") and not is_hub_adapter(adapter):
+            raise ConflictError(f"expert {name!r}: adapter: {WITHOUT_ANCHOR}")
+        expert = before.expert.model_copy(update={"adapter": adapter})
+        wanted = AddedExpert(expert=expert, examples=before.examples, added_s=self._clock())
+        candidate = self.known.including(name, wanted, self._clock())
+        await asyncio.to_thread(_check, self._given(), candidate, name)
+        await self._check_in_pools(name, wanted, candidate)
+        await self._remove(name)
+        try:
+            await self._load(name, wanted)
+        except BaseException:
+            await self._change(
+                lambda now: (
+                    now if name in now.experts else now.including(name, before, self._clock())
+                )
+            )
             raise
 
     async def _check_in_pools(
@@ -393,10 +438,12 @@ class AddedExpertService:
         try:
             async with asyncio.timeout(_LOAD_S):
                 while True:
+                    if not await self._still_adding(name, wanted):
+                        raise ConflictError(f"expert {name!r} was removed while it was being added")
                     links = self._links_with(wanted.expert.base)
                     for link in links:
                         at, why = self._refused.get(link.address.name, (0, ""))
-                        if at == revision:
+                        if at >= revision:
                             raise ExpertFailedError(f"expert {name!r}: {why}")
                     states = [
                         link.snapshot.experts.get(name)
@@ -416,6 +463,16 @@ class AddedExpertService:
                 f"expert {name!r}: not every pool has loaded it within {_LOAD_S:.0f} s; "
                 "it was removed again"
             ) from None
+
+    async def _still_adding(self, name: str, wanted: AddedExpert) -> bool:
+        """Read what other gateways changed, and return whether an addition goes on.
+
+        Nobody else follows the store meanwhile, and a load may take long.
+        """
+        # While the store is away, or damaged, the next change of ours tells it.
+        with contextlib.suppress(StoreUnavailableError, ConfigError):
+            await self._read()
+        return _is_same(self.known, name, wanted)
 
     async def _remove(self, name: str) -> None:
         await self._read()
@@ -472,6 +529,18 @@ def _including(now: AddedExperts, name: str, wanted: AddedExpert, at_s: float) -
             f"remove it first: DELETE /admin/experts/{name}"
         )
     return now.including(name, wanted, at_s)
+
+
+def _is_same(now: AddedExperts, name: str, wanted: AddedExpert) -> bool:
+    """Return whether an addition that is not served yet is this one."""
+    found = now.experts.get(name)
+    return found is not None and not found.served and found.added_s == wanted.added_s
+
+
+def _serving(now: AddedExperts, name: str, wanted: AddedExpert, at_s: float) -> AddedExperts:
+    if not _is_same(now, name, wanted):
+        raise ConflictError(f"expert {name!r} was removed while it was being added")
+    return now.including(name, wanted.model_copy(update={"served": True}), at_s)
 
 
 def _check(given: Config, candidate: AddedExperts, name: str) -> None:

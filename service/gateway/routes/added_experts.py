@@ -54,6 +54,13 @@ async def load_lora_adapter(request: Request, services: Services) -> Response:
             param="is_3d_lora_weight",
         )
     _refuse_others(data, "lora_name, lora_path, load_inplace, is_3d_lora_weight")
+    answer = Response(
+        f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain"
+    )
+    if in_place and name in services.added.known.experts:
+        add_audit_details(request, expert=name)
+        await services.added.replace_adapter(name, path)
+        return answer
     try:
         bases = await services.added.bases_for(name, path)
     except ConfigError as error:
@@ -64,10 +71,8 @@ async def load_lora_adapter(request: Request, services: Services) -> Response:
             f"adapter {name[:128]!r}: the experts that it may have as its base: {listed}; name the "
             "base by POST /admin/experts"
         )
-    if in_place and name in services.added.known.experts:
-        await services.added.remove(name)
     await _add(request, services, {"name": name, "base": bases[0], "adapter": path})
-    return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
+    return answer
 
 
 @router.post("/v1/unload_lora_adapter")
