@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from service.batches.batch_progress import (
@@ -76,6 +76,10 @@ def test_time_to_go_without_tokens_is_that_of_the_lines_that_are_left(
 counted = st.builds(ModelCounts, *[st.integers(0, 1000)] * 4, st.floats(0, 1e6, allow_nan=False))
 
 
+# Fewer expected tokens than one say nothing of the others: the quotient would be infinite.
+@example(
+    {"a": PlannedShare(1, 5e-324), "b": PlannedShare(1, 0.0)}, {"a": ModelCounts(1, 0, 1)}, 1.0
+)
 @given(
     shares=st.dictionaries(
         st.sampled_from("abcd"), st.builds(PlannedShare, st.integers(1, 1000), st.floats(0, 1e6))
