@@ -11,6 +11,9 @@ starts where all of this holds:
   where people don't need the running expert (`service/pool/swap_planner.py`). Meanwhile lines for
   the resident expert go on, whatever their place in the plan is: they need no load.
 
+A line whose expert is gone since it was planned, or that recruits its experts, is routed when it
+runs. It starts where any resident expert has room.
+
 Where an engine takes one request at a time, a line runs while it is idle, and a person waits for
 the rest of that line at most.
 """
@@ -100,6 +103,7 @@ class BatchPacer:
         members: Returns by name of a recipe of the present config the experts that it asks first.
         most: Lines of all batches that the gateway has under way at once.
         clock: Returns seconds.
+        knows: Returns whether the present config has an expert of this name.
     """
 
     def __init__(
@@ -108,8 +112,10 @@ class BatchPacer:
         members: Callable[[], Mapping[str, tuple[str, ...]]],
         most: int,
         clock: Callable[[], float] = time.monotonic,
+        knows: Callable[[str], bool] = lambda _expert: True,
     ) -> None:
         self._views = views
+        self._knows = knows
         self._members = members
         self._most = most
         self._clock = clock
@@ -146,6 +152,10 @@ class BatchPacer:
         claimed: set[tuple[str | None, int]] = set()
         for model in models:
             slots = {expert: self._slots(views, expert) for expert in self._experts(model)}
+            if not slots:
+                if self._may_start_anywhere(views, model):
+                    return model
+                continue
             may_wait = self._may_wait(views)
             if all(
                 self._may_start(expert, held, claimed, may_wait=may_wait)
@@ -156,7 +166,11 @@ class BatchPacer:
         return None
 
     def _experts(self, model: str) -> tuple[str, ...]:
-        return self._members().get(model, (model,))
+        """The experts that a line asks first; none where that is decided when it runs."""
+        members = self._members().get(model)
+        if members is None:
+            return (model,) if self._knows(model) else ()
+        return members
 
     def ended(self, model: str) -> None:
         """Free the place of a line that had its turn."""
@@ -173,17 +187,23 @@ class BatchPacer:
             self._remember(slot, now_s)
         return slots
 
+    def _may_start_anywhere(self, views: Sequence[PoolView], model: str) -> bool:
+        """Whether a line may start that any expert may answer."""
+        resident = _resident(views)
+        if not resident:
+            return not self._held.get(model)
+        now_s = self._clock()
+        held = (self._slots(views, expert) for expert in sorted(resident))
+        return any(
+            self._has_room(slot, slots, now_s) for slots in held for slot in slots if slot.resident
+        )
+
     def _may_wait(self, views: Sequence[PoolView]) -> bool:
         """Whether one more line may wait for an expert that is not resident.
 
         Half of the lines under way may, so that they never hold up those that can be answered.
         """
-        resident = {
-            name
-            for view in views
-            for name, state in view.snapshot.experts.items()
-            if state.state is Residency.DEVICE
-        }
+        resident = _resident(views)
         waiting = sum(count for name, count in self._own.items() if name not in resident)
         return waiting < max(1, self._most // 2)
 
@@ -258,3 +278,13 @@ class BatchPacer:
             sum(queue.batch_waiting + queue.batch_running for queue in queues),
             resident,
         )
+
+
+def _resident(views: Sequence[PoolView]) -> set[str]:
+    """The experts that can answer at once in some pool."""
+    return {
+        name
+        for view in views
+        for name, state in view.snapshot.experts.items()
+        if state.state is Residency.DEVICE
+    }

@@ -77,6 +77,7 @@ class CurrentGateway:
             lambda: current().dispatcher.views(),
             lambda: current().batch_members,
             max_in_flight,
+            knows=lambda expert: expert in current().config.experts,
         )
 
     async def answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

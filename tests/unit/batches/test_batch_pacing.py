@@ -38,7 +38,11 @@ class Stage:
 
     def pacer(self) -> BatchPacer:
         return BatchPacer(
-            self.views, lambda: {"both": ("warm", "cold")}, self.most, lambda: self.now_s
+            self.views,
+            lambda: {"both": ("warm", "cold"), "recruit": ()},
+            self.most,
+            lambda: self.now_s,
+            lambda name: name != "gone",
         )
 
 
@@ -110,6 +114,33 @@ async def test_turn_without_a_pool_starts_one_line_to_wake_it() -> None:
     pacer = Stage(failed=True).pacer()
     assert await started(pacer, "warm") == 1
     assert await started(pacer, "elsewhere") == 1
+
+
+@pytest.mark.parametrize("model", ["gone", "recruit"])
+async def test_turn_of_a_line_that_any_expert_may_answer_waits_for_room_anywhere(
+    model: str,
+) -> None:
+    stage = Stage()
+    pacer = stage.pacer()
+    running = 0
+    # Its lines start one after another, as the pool shows those before.
+    while running < 10 and pacer.next_model([model]) is not None:
+        await pacer.turn([model])
+        running += 1
+        stage.queues["warm"] = Queue(0, running, running, 0, 0, running)
+        stage.now_s += 2
+        pacer.next_model([model])
+        stage.now_s += 2
+    assert running == 4
+    # People who wait go first.
+    stage.queues["warm"] = Queue(1, 3, 4, 10)
+    assert pacer.next_model([model]) is None
+    stage.queues.clear()
+    for _ in range(running):
+        pacer.ended(model)
+    # Where nothing is resident, one line makes the service load an expert.
+    stage.failed = True
+    assert await started(pacer, model) == 1
 
 
 async def test_turn_counts_lines_of_other_gateways() -> None:
