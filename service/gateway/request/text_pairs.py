@@ -12,8 +12,10 @@ from typing import Any
 from service.errors import InvalidRequestError
 from service.http.prompt_endpoints import TABLE
 
-# Other names of `text_1` and `text_2`.
+_OWN = ("text_1", "text_2")
+# Other names of them.
 _PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+_NAMES = frozenset(name for names in (_OWN, *_PAIRS) for name in names)
 _TOP_N = "top_n"
 
 
@@ -26,13 +28,25 @@ def with_usual_names(endpoint: str, data: dict[str, Any]) -> bool:
 
     Returns:
         Whether the body has changed.
+
+    Raises:
+        InvalidRequestError: It has names of several pairs. Engines would choose one of them, and
+            not the one that was checked and counted.
     """
-    if endpoint != "/v1/score" or "text_1" in data or "text_2" in data:
+    if endpoint != "/v1/score":
         return False
+    given = _NAMES & data.keys()
     for names in _PAIRS:
-        if all(name in data for name in names):
+        if given == {*names}:
             data["text_1"], data["text_2"] = (data.pop(name) for name in names)
             return True
+    if further := sorted(given.difference(_OWN)):
+        pairs = ", ".join(f"`{first}` and `{second}`" for first, second in (_OWN, *_PAIRS))
+        raise InvalidRequestError(
+            f"`{further[0]}` can't be had with the other fields of this request; give one of the "
+            f"pairs {pairs}",
+            param=further[0],
+        )
     return False
 
 

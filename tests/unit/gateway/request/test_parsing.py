@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 EVERY_PROMPT: dict[str, Any] = {
     **{"messages": HELLO, "prompt": "x", "input": "x"},
-    **{"query": "x", "documents": ["x"], "text_1": "x", "text_2": "x", "file": "UklGRg=="},
+    **{"query": "x", "documents": ["x"], "queries": "x", "file": "UklGRg=="},
 }
 
 
@@ -142,6 +142,8 @@ def test_parse_request_non_integer_count_raises(path: str, field: str, value: ob
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_parse_request_null_field_is_treated_as_unset(path: str) -> None:
     body = {**EVERY_PROMPT}
+    if path == "/v1/score":
+        body = {"text_1": "x", "text_2": "x"}
     nulls = ("model", "stream", "stream_options", "n", "max_tokens", "priority", "coe", "tools")
     got = request_for({**body, **dict.fromkeys(nulls)}, path)
     assert got.data == body

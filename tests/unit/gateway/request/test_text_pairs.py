@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.errors import InvalidRequestError
 from service.gateway.request.parsing import InferenceRequest, parse_request
@@ -34,7 +36,8 @@ def parsed(path: str, **data: Any) -> InferenceRequest:
         ),
         (SCORE, {"text_1": "a"}, "text_2"),
         (SCORE, {"text_2": "a"}, "text_1"),
-        (SCORE, {"queries": "a"}, "text_2"),
+        (SCORE, {"queries": "a"}, "queries"),
+        (SCORE, {}, "text_2"),
         (SCORE, {"text_1": [], "text_2": "a"}, "text_1"),
         (SCORE, {"text_1": "a", "text_2": []}, "text_2"),
         (SCORE, {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
@@ -64,9 +67,25 @@ def test_parse_all_names_of_score_become_one(names: tuple[str, str]) -> None:
     assert request.prompts == request.sequences == 2
 
 
-@pytest.mark.parametrize(("given", "sent"), [(0, None), (1, 1), (7, 7), (None, None)])
-def test_parse_top_n_of_all_documents_is_left_out(given: int | None, sent: int | None) -> None:
-    request = parsed(RERANK, model="e", query="q", documents=["a", "b"], top_n=given)
+NAMES = ("text_1", "text_2", "queries", "documents", "items", "data_1", "data_2")
+PAIRS = [{"text_1", "text_2"}, {"queries", "documents"}, {"queries", "items"}, {"data_1", "data_2"}]
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1))
+def test_parse_names_of_several_pairs_are_refused(names: set[str]) -> None:
+    # An engine that got several pairs would not read the one that limits and guard have seen.
+    data = dict.fromkeys(names, "a")
+    if names in PAIRS:
+        sent = orjson.loads(parsed(SCORE, model="e", **data).body_for("e"))
+        assert sent == {"model": "e", "text_1": "a", "text_2": "a"}
+    else:
+        with pytest.raises(InvalidRequestError):
+            parsed(SCORE, model="e", **data)
+
+
+@pytest.mark.parametrize(("top_n", "sent"), [(0, None), (1, 1), (7, 7), (None, None)])
+def test_parse_top_n_of_all_documents_is_left_out(top_n: int | None, sent: int | None) -> None:
+    request = parsed(RERANK, model="e", query="q", documents=["a", "b"], top_n=top_n)
     assert orjson.loads(request.body_for("e")).get("top_n") == sent
 
 
