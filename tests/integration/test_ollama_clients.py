@@ -153,3 +153,17 @@ async def test_keep_alive_of_a_key_unloads_nothing(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ollama.ResponseError):
             await own.embed("vectors", "x")
         await own.close()
+
+
+async def test_requests_without_a_prompt_count_against_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "sk-0123456789abcdef"
+    monkeypatch.setenv("A_KEY", key)
+    keys = {"a": {"tenant": "acme", "key_env": "A_KEY"}}
+    async with _service(keys=keys, tenants={"acme": {"requests_per_min": 2}}) as (s, _):
+        own = {"headers": {"authorization": f"Bearer {key}"}}
+        bodies: list[dict[str, Any]] = [{"model": "general"}, {"model": "general", "keep_alive": 0}]
+        seen = [await s.ask(body, "/api/generate", **own) for body in [*bodies, *bodies]]
+        assert [status for status, _, _ in seen] == [200, 200, 429, 429]
+        assert seen[-1][2].keys() == {"error"}

@@ -127,7 +127,7 @@ class OllamaEndpoint:
         services = self._services
         headers = services.intake.headers(scope["headers"])
         # Only clients of ours may send a body. The inference endpoint admits the request itself.
-        tenant = services.admission.identify(headers)
+        services.admission.identify(headers)
         try:
             raw = await read_body(
                 receive,
@@ -142,6 +142,8 @@ class OllamaEndpoint:
             await asyncio.to_thread(translate) if len(raw) > _LARGE_BYTES else translate()
         )
         if not request.asks:
+            # It calls no expert, but counts as a request.
+            tenant = await services.admission.look_up(headers)
             await self._answer_without_prompt(request, headers, tenant, send)
             return
         reply = OllamaSend(self._path, request, send)
