@@ -147,6 +147,26 @@ def capture_choices(
 
 
 @contextmanager
+def capture_logits(
+    layers: list[RoutedLayer], see: Callable[[int, NDArray[np.float32]], None]
+) -> Iterator[None]:
+    """Call `see(layer, logits)` with each gate's logits, (T, experts), within the context."""
+
+    def hook(layer: RoutedLayer) -> Callable[..., None]:
+        def told(router: Any, given: tuple[Any, ...]) -> None:
+            see(layer.index, _logits(router, given[0]))
+
+        return told
+
+    hooks = [layer.router.register_forward_pre_hook(hook(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
 def capture_activations(
     model: Any, layers: list[RoutedLayer], shape: MoeShape, see: Callable[[LayerActivations], None]
 ) -> Iterator[None]:

@@ -49,6 +49,18 @@ class ExpertReads:
     bytes_steered: float
 
 
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What a profile saves on texts.
+
+    reads: the weights that are read, by the size of a batch. dropped: the share of the base's
+    choices that are not made, in the mean of all layers and tokens.
+    """
+
+    reads: tuple[ExpertReads, ...]
+    dropped: float
+
+
 class Judged:
     """A model with and without a profile."""
 
@@ -74,7 +86,7 @@ class Judged:
             lost_error=comparison.gain_error,
         )
 
-    def reads(self, texts: Sequence[Text]) -> tuple[ExpertReads, ...]:
+    def savings(self, texts: Sequence[Text]) -> Savings:
         plain = self._choices(texts)
         with steer_gates(self._layers, self._profile.layers, self._shape):
             changed = self._choices(texts)
@@ -83,7 +95,7 @@ class Judged:
         for batch in BATCHES:
             needed = [distinct(chose, self._shape.experts, batch) for chose in (plain, changed)]
             counted.append(ExpertReads(batch, *needed, *(size * experts for experts in needed)))
-        return tuple(counted)
+        return Savings(tuple(counted), 1 - float((changed >= 0).sum() / (plain >= 0).sum()))
 
     def _scores(self, texts: Sequence[Text]) -> list[RowScore]:
         scores = []
@@ -98,11 +110,12 @@ class Judged:
         return scores
 
     def _choices(self, texts: Sequence[Text]) -> NDArray[np.int64]:
-        """(layers, tokens, k): what was chosen for each token."""
+        """(layers, tokens, k): what was chosen for each token; -1 where a choice was dropped."""
         seen: dict[int, list[NDArray[np.int64]]] = {layer.index: [] for layer in self._layers}
 
-        def see(layer: int, ids: torch.Tensor, _: torch.Tensor) -> None:
-            seen[layer].append(ids.numpy().astype(np.int64))
+        def see(layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+            kept = torch.where(weights > 0, ids, -1)
+            seen[layer].append(kept.numpy().astype(np.int64))
 
         with capture_choices(self._layers, see), torch.no_grad():
             for text in texts:
@@ -113,11 +126,12 @@ class Judged:
 def distinct(choices: NDArray[np.int64], experts: int, batch: int) -> float:
     """Experts that `batch` tokens need of a layer, in the mean; choices are (layers, tokens, k).
 
-    The tokens are drawn at random: those of a decoded batch come from different requests.
+    A choice of -1 needs none. The tokens are drawn at random: those of a decoded batch come from
+    different requests.
     """
     draw = np.random.default_rng(_SEED)
     at = draw.integers(0, choices.shape[1], (_DRAWS, batch))
-    used = np.zeros((choices.shape[0], _DRAWS, experts), bool)
+    used = np.zeros((choices.shape[0], _DRAWS, experts + 1), bool)
     together = choices[:, at].reshape(choices.shape[0], _DRAWS, -1)
-    np.put_along_axis(used, together, True, axis=-1)
-    return float(used.sum(axis=-1).mean())
+    np.put_along_axis(used, together, True, axis=-1)  # of -1 the last column, which is nobody's
+    return float(used[..., :experts].sum(axis=-1).mean())

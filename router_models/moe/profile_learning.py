@@ -3,22 +3,24 @@
 A quarter of the domain's texts is held out. Importance is measured on the others, and the best
 experts of each layer stay. The held-out texts and those of other domains show the mask's quality
 loss in bits per byte. The savings are counted and not timed: the number of experts that a batch of
-tokens needs, and the size of their weights. Only a real engine can measure tokens per second.
+tokens needs, the size of their weights, and the share of choices that are dropped for single
+tokens. Only a real engine can measure tokens per second.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from router_models.moe.expert_importance import Importance, keep_best, measure
-from router_models.moe.gate_recording_and_steering import find_routed
+from router_models.moe.gate_recording_and_steering import RoutedLayer, capture_logits, find_routed
 from router_models.moe.profile_evaluation import ExpertReads, Judged, QualityLoss
 from router_models.moe.profile_text_reader import ProfileError, read_texts, tokenized
 from service.models import inspect_model, locate
@@ -47,6 +49,9 @@ class LearnedProfile:
     experts: int
     top_k: int
     kept: int
+    top_p: float | None
+    null: float | None
+    dropped: float
     importance_kept: float
     importance_kept_least: float
     protected: dict[int, tuple[int, ...]]
@@ -65,17 +70,25 @@ def learn(
     keep: float = 0.5,
     others: Path | None = None,
     protect: Sequence[tuple[int, int]] = (),
+    top_p: float | None = None,
+    null: float | None = None,
     max_tokens: int = 512,
     models_dir: Path | None = None,
     say: Callable[[str], None],
 ) -> LearnedProfile:
     """Learn a profile and write it to `out`.
 
-    protect: (layer, expert) that must stay, beside the super experts. max_tokens: longer texts
-    are cut. Raises ProfileError, NotSteerableError, ModelStoreError, InvalidProfileError.
+    protect: (layer, expert) that must stay, beside the super experts. top_p: of a token's choices
+    only the first whose probabilities reach it stay. null: the share of each layer's choices, those
+    with the smallest logits, that lose their place to null experts. max_tokens: longer texts are
+    cut. Raises ProfileError, NotSteerableError, ModelStoreError, InvalidProfileError.
     """
     if not 0 < keep <= 1:
         raise ProfileError(f"keep is {keep:g}; allowed: above 0, at most 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ProfileError(f"top_p is {top_p:g}; allowed: above 0, at most 1")
+    if null is not None and not 0 < null < 1:
+        raise ProfileError(f"null is {null:g}; allowed: above 0, below 1")
     if out.exists():
         raise ProfileError(f"{out}: exists already; profiles are not written over")
     if not out.parent.is_dir():
@@ -98,12 +111,15 @@ def learn(
     found = measure(running, layers, shape, [list(text.ids) for text in train])
     protected = _joined(found.super_experts(), by_hand)
     profile = make_profile(found, shape, keep, protected, f"{out.name}: {keep:g} kept")
+    train_ids = [list(text.ids) for text in train]
+    profile = with_drops(profile, running, layers, train_ids, top_p=top_p, null=null)
     check_profile(profile, shape)
     say(f"judging it on {len(held_out)} held-out texts, and {len(strangers)} of other domains")
     judged = Judged(running, layers, shape, profile)
     loss = judged.loss(held_out)
     foreign = judged.loss(tokenized(strangers, tokenizer, max_tokens)) if strangers else None
     share = _shares(found, profile)
+    savings = judged.savings(held_out)
     learned = LearnedProfile(
         model=str(folder),
         profile=str(out),
@@ -112,6 +128,9 @@ def learn(
         experts=shape.experts,
         top_k=shape.top_k,
         kept=max(int((~layer.mask).sum()) for layer in profile.layers.values()),
+        top_p=top_p,
+        null=null,
+        dropped=savings.dropped,
         importance_kept=float(share.mean()),
         importance_kept_least=float(share.min()),
         protected=protected,
@@ -119,7 +138,7 @@ def learn(
         learned_tokens=sum(len(text.ids) for text in train),
         domain=loss,
         others=foreign,
-        reads=judged.reads(held_out),
+        reads=savings.reads,
     )
     write_profile(profile, out)
     return learned
@@ -138,6 +157,39 @@ def make_profile(
         stay = keep_best(score, keep, least=shape.top_k, protected=protected.get(layer, ()))
         layers[layer] = LayerSteering.of(shape.experts, mask=~stay)
     return SteeringProfile(shape, layers, protected, about)
+
+
+def with_drops(
+    profile: SteeringProfile,
+    model: Any,
+    layers: list[RoutedLayer],
+    texts: Sequence[list[int]],
+    *,
+    top_p: float | None,
+    null: float | None,
+) -> SteeringProfile:
+    """Return a profile of masks that also drops choices of single tokens.
+
+    The logit of a layer's null experts is the one below which the share `null` of the choices lies
+    that the masks leave, over texts as token ids.
+    """
+    limits: dict[int, float | None] = dict.fromkeys(profile.layers)
+    if null is not None:
+        chosen: dict[int, list[NDArray[np.float32]]] = {layer.index: [] for layer in layers}
+
+        def see(layer: int, logits: NDArray[np.float32]) -> None:
+            left = np.where(profile.layers[layer].mask, np.float32(-np.inf), logits)
+            chosen[layer].append(np.sort(left, axis=-1)[:, -profile.shape.top_k :])
+
+        with capture_logits(layers, see), torch.no_grad():
+            for ids in texts:
+                model.model(input_ids=torch.tensor([ids]), use_cache=False)
+        limits = {i: float(np.quantile(np.concatenate(c), null)) for i, c in chosen.items()}
+    changed = {
+        index: replace(layer, top_p=top_p, null=limits[index])
+        for index, layer in profile.layers.items()
+    }
+    return replace(profile, layers=changed)
 
 
 def as_json(learned: LearnedProfile) -> dict[str, Any]:

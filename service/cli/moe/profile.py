@@ -38,6 +38,16 @@ def _places(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> li
     "--protect", multiple=True, callback=_places, help="LAYER:EXPERT to keep; may be repeated."
 )
 @click.option(
+    "--top-p",
+    type=float,
+    help="Of a token's experts, only the first whose probabilities reach this sum.",
+)
+@click.option(
+    "--null",
+    type=float,
+    help="Share of the choices, those of the smallest logits, that null experts take.",
+)
+@click.option(
     "--max-tokens",
     type=click.IntRange(8, 1 << 20),
     default=512,
@@ -56,6 +66,8 @@ def profile(
     keep: float,
     others: Path | None,
     protect: list[tuple[int, int]],
+    top_p: float | None,
+    null: float | None,
     max_tokens: int,
     threads: int | None,
     models_dir: Path | None,
@@ -80,6 +92,8 @@ def profile(
         keep=keep,
         others=others,
         protect=protect,
+        top_p=top_p,
+        null=null,
         max_tokens=max_tokens,
         models_dir=models_dir,
         say=lambda line: click.echo(line, err=True),
@@ -97,6 +111,8 @@ def _print(result: LearnedProfile) -> None:
         f"{result.layers} layers, with {result.importance_kept:.1%} of the importance (in "
         f"the worst layer {result.importance_kept_least:.1%})"
     )
+    if result.top_p is not None or result.null is not None:
+        click.echo(f"{result.dropped:.1%} of the choices are dropped on the held-out texts")
     click.echo(f"learned from {result.learned_texts} texts, {result.learned_tokens} tokens")
     click.echo(f"protected (layer:expert): {protected or 'none'}\n")
     table(

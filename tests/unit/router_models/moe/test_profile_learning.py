@@ -123,6 +123,34 @@ def test_profile_table_shows_the_evaluation(base: Path, prompts: Path, tmp_path:
     assert read_profile(tmp_path / "p").layers == {}
 
 
+def test_profile_drops_choices_of_single_tokens(base: Path, prompts: Path, tmp_path: Path) -> None:
+    dropped = {}
+    for name, words in {"top_p": ("--top-p", 0.5), "null": ("--null", 0.4)}.items():
+        out = tmp_path / name
+        result = run(
+            *("--model", base, "--prompts", prompts, "--out", out, "--keep", 1, "--json", *words)
+        )
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        profile, shape = read_profile(out), moe_shape(base)
+        assert shape is not None
+        check_profile(profile, shape)
+        layers = profile.layers.values()
+        assert len(layers) == LAYERS
+        assert all((layer.top_p is None) is (name == "null") for layer in layers)
+        assert all((layer.null is None) is (name == "top_p") for layer in layers)
+        assert data[name] == words[1]
+        one = data["reads"][0]
+        # One token reads as many experts as it keeps.
+        kept = one["experts_steered"] / one["experts_unsteered"]
+        assert kept == pytest.approx(1 - data["dropped"], abs=0.15)
+        assert data["domain"]["steered"] != data["domain"]["unsteered"]
+        dropped[name] = data["dropped"]
+    assert 0 < dropped["top_p"] < 1 - 1 / TOP_K
+    # The share was of the texts that it was learned from.
+    assert dropped["null"] == pytest.approx(0.4, abs=0.1)
+
+
 def test_profile_keeps_at_least_top_k_experts(base: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
     assert run("--model", base, "--prompts", prompts, "--out", out, "--keep", 0.01).exit_code == 0
@@ -146,6 +174,10 @@ def test_profile_that_can_not_be_learned_raises_with_the_reason(
     assert "can't be read" in refused(*good, "--prompts", tmp_path / "none")
     for keep in ("0", "1.5", "-1", "nan"):
         assert "allowed: above 0, at most 1" in refused(*good, "--prompts", prompts, "--keep", keep)
+    for top_p in ("0", "1.5", "nan"):
+        assert "top_p is" in refused(*good, "--prompts", prompts, "--top-p", top_p)
+    for null in ("0", "1", "nan"):
+        assert "null is" in refused(*good, "--prompts", prompts, "--null", null)
     assert "experts 0 to 7 in 2 layers" in refused(*good, "--prompts", prompts, "--protect", "1:8")
     assert "expected LAYER:EXPERT" in run(*good, "--prompts", prompts, "--protect", "x").output
     assert "there is no folder" in refused(
@@ -195,6 +227,8 @@ def test_profile_counts_experts_that_a_batch_needs() -> None:
     same = np.zeros((3, 10, 2), np.int64)
     same[..., 1] = 5
     assert distinct(same, 8, 1) == distinct(same, 8, 32) == 2
+    dropped = np.where(same == 5, -1, same)
+    assert distinct(dropped, 8, 1) == distinct(dropped, 8, 32) == 1
     spread = np.arange(16).reshape(1, 8, 2)
     assert distinct(spread, 16, 1) == 2
     assert 14 < distinct(spread, 16, 32) <= 16
