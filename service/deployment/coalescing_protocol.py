@@ -9,9 +9,13 @@ takes about 14 µs, which is more than most steps of a request, see `docs/benchm
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.http.asgi_helpers import WHEN_GONE
 
 # More bytes than that are written at once, so that a sender that never waits still learns from the
 # transport that its client does not read.
@@ -56,10 +60,36 @@ class CoalescingTransport:
 
 
 class CoalescingProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol over a coalescing transport."""
+    """uvicorn's HTTP protocol over a coalescing transport, with the extension `WHEN_GONE`."""
+
+    # What to call once the client has left, and the scope of the request that asked for it.
+    _leave: tuple[Any, Callable[[], None]] | None = None
 
     def connection_made(  # type: ignore[override]  # as in uvicorn
         self, transport: asyncio.Transport
     ) -> None:
         joined = CoalescingTransport(transport, self.loop)
         super().connection_made(cast(asyncio.Transport, joined))
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer a request."""
+        scope = cast(dict[str, Any], self.scope)
+        scope["extensions"] = {WHEN_GONE: partial(self._when_gone, scope)}
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell who answers the client that it has left."""
+        super().connection_lost(exc)
+        leave, self._leave = self._leave, None
+        if leave is not None and not self.cycle.response_complete:
+            leave[1]()
+
+    def _when_gone(self, scope: Any, leave: Callable[[], None] | None) -> None:
+        if leave is None:
+            # The next request of the connection may have begun.
+            if self._leave is not None and self._leave[0] is scope:
+                self._leave = None
+        elif self.cycle.disconnected:
+            self.loop.call_soon(leave)
+        else:
+            self._leave = scope, leave

@@ -167,7 +167,7 @@ class PoolApp:
             if endpoint is not None:
                 await endpoint(argument, receive, reply)
             elif method == "POST":
-                await self._run(path, headers, receive, reply)
+                await self._run(scope, headers, receive, reply)
             else:
                 raise UnknownEndpointError(f"a pool has no {path}")
         except ClientDisconnectedError:
@@ -182,11 +182,15 @@ class PoolApp:
             )
 
     async def _run(
-        self, path: str, headers: dict[bytes, bytes], receive: Receive, reply: _Reply
+        self,
+        scope: MutableMapping[str, Any],
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        reply: _Reply,
     ) -> None:
-        call = parse_call(path, headers)
+        call = parse_call(scope["path"], headers)
         body = await read_body(receive, self._max_body_bytes)
-        await until_gone(self._pool.run(call, body, reply), receive)
+        await until_gone(self._pool.run(call, body, reply), receive, scope)
 
     async def _stream_snapshots(self, _: str, receive: Receive, reply: _Reply) -> None:
         async def stream() -> None:

@@ -15,6 +15,7 @@ import aiohttp
 import uvicorn
 
 from service.config import Config, SimulatedOptions
+from service.deployment.coalescing_protocol import CoalescingProtocol
 from service.engine.engine_interface import EngineObserver, EngineRequest, Send
 from service.engine.simulated_engine import SimulatedEngine
 from service.gateway.dependencies import Reload
@@ -99,7 +100,7 @@ class RunningServer:
 
 
 @asynccontextmanager
-async def serving(application: Any, http: Any = "httptools") -> AsyncIterator[RunningServer]:
+async def serving(application: Any, http: Any = CoalescingProtocol) -> AsyncIterator[RunningServer]:
     """Serve an ASGI application on a free port of loopback, by one of uvicorn's protocols."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -118,7 +118,7 @@ class InferenceHandler:
                     if self._behind_serve and _SERVE_IGNORES_DISCONNECTS not in headers:
                         await answering
                     else:
-                        await until_gone(answering, receive)
+                        await until_gone(answering, receive, scope)
                     self._shadow.offer(shadowed, record)
                     await cached.store_answer(
                         by_own_bound=record.clipped is None and request.most_tokens is not None

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from service.deployment.coalescing_protocol import CoalescingProtocol, CoalescingTransport
+from service.deployment.coalescing_protocol import CoalescingTransport
+from service.http.asgi_helpers import WHEN_GONE, ClientDisconnectedError, until_gone
 from tests.support.in_process_service import serving
 from tests.support.polling import until
 
@@ -105,7 +106,7 @@ async def test_client_that_reads_nothing_stops_a_sender_that_never_waits() -> No
             await send({"type": "http.response.body", "body": bytes(2**10), "more_body": True})
             sent += 2**10
 
-    async with serving(app, CoalescingProtocol) as served:
+    async with serving(app) as served:
         parts = urlsplit(served.url)
         _, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**10)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -128,9 +129,63 @@ async def test_served_replies_are_whole_and_the_connection_is_kept(length: int |
             await asyncio.sleep(0.01)
         await send({"type": "http.response.body", "body": b"six"})
 
-    async with serving(app, CoalescingProtocol) as served:
+    async with serving(app) as served:
         connector = aiohttp.TCPConnector(limit=1)
         async with aiohttp.ClientSession(connector=connector) as client:
             for _ in range(3):
                 async with client.get(served.url) as reply:
                     assert await reply.read() == b"onetwosix"
+
+
+@pytest.mark.parametrize("when", ["while it runs", "before it asks"])
+async def test_request_whose_client_leaves_is_told(when: str) -> None:
+    began, asked, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        began.set()
+        if when == "before it asks":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        asked.set()
+        try:
+            await until_gone(asyncio.Event().wait(), receive, scope)
+        except ClientDisconnectedError:
+            ended.set()
+
+    async with serving(app) as served:
+        parts = urlsplit(served.url)
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await (began if when == "before it asks" else asked).wait()
+        writer.transport.abort()
+        await ended.wait()
+
+
+async def test_request_that_has_ended_is_not_told_and_the_next_one_is() -> None:
+    told: list[str] = []
+    again = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        name = scope["path"]
+        when_gone = scope["extensions"][WHEN_GONE]
+        when_gone(lambda: told.append(name))
+        if name == "/first":
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            await again.wait()
+            when_gone(None)  # later than the next request begins
+            return
+        again.set()
+        await until(lambda: told != [], "the client leaves")
+
+    async with serving(app) as served:
+        parts = urlsplit(served.url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(b"GET /first HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"GET /second HTTP/1.1\r\nhost: x\r\n\r\n")
+        await again.wait()
+        await asyncio.sleep(0)
+        writer.transport.abort()
+        await until(lambda: told != [], "the client leaves")
+    assert told == ["/second"]

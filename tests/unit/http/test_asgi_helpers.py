@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from service.errors import BodyTooLargeError, InvalidRequestError
 from service.http.asgi_helpers import (
+    WHEN_GONE,
     ClientDisconnectedError,
     LineBuffer,
     Message,
@@ -18,6 +20,7 @@ from service.http.asgi_helpers import (
     read_body,
     until_gone,
 )
+from tests.support.polling import until
 
 
 def receiving(*messages: Message) -> Receive:
@@ -115,6 +118,23 @@ async def test_until_gone_connection_that_can_t_be_read_is_a_disconnect() -> Non
 
     with pytest.raises(ClientDisconnectedError):
         await until_gone(asyncio.sleep(60), broken)
+
+
+async def test_until_gone_with_a_server_that_tells_needs_no_task() -> None:
+    told: list[Callable[[], None] | None] = []
+    scope = {"extensions": {WHEN_GONE: told.append}}
+    await until_gone(asyncio.sleep(0), never, scope)
+    assert told[0] is not None
+    assert told[1:] == [None], "it wants to be told no more"
+
+    asking = asyncio.create_task(until_gone(asyncio.sleep(60), never, scope))
+    await until(lambda: len(told) == 3, "it asks to be told")
+    assert len(asyncio.all_tasks()) == 2
+    leave = told[2]
+    assert leave is not None
+    leave()
+    with pytest.raises(ClientDisconnectedError):
+        await asking
 
 
 @given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"a", b"\n")), max_size=12))
