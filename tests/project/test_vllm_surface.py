@@ -41,6 +41,7 @@ LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
 BUDGETS = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
 SECOND_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 SECOND_STATE = "vllm.v1.worker.gpu.model_runner:ExecuteModelState"
+FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 SECOND_BATCH = "vllm.v1.worker.gpu.input_batch:InputBatch"
 
 # Private names, and the classes that have them.
@@ -136,6 +137,10 @@ READ = {
     ROUTER: {"global_num_experts", "set_capture_fn", "top_k"},
     MOE_RUNNER: {"layer_id", "router"},
     MOE_METHOD: {"is_monolithic", "moe_kernel"},
+    f"{FUSED_MOE}.config:FusedMoEQuantConfig": {"use_int4_w4a16", "use_int8_w8a16"},
+    f"{FUSED_MOE}.modular_kernel:FusedMoEExperts": {"quant_config"},
+    f"{FUSED_MOE}.modular_kernel:FusedMoEExpertsModular": {"apply"},
+    f"{FUSED_MOE}.modular_kernel:FusedMoEKernel": {"fused_experts"},
     RUNNER: {"get_model", "input_batch", "query_start_loc"},
     BATCH: {"num_reqs", "req_ids", "thinking_budget_state_holder"},
     BUDGETS: {
@@ -330,6 +335,16 @@ def test_installed_vllm_has_each_name_in_the_table(owner: str, attribute: str) -
 def test_installed_vllm_uses_each_assigned_attribute(name: str) -> None:
     source = (_installed() / AT_RUN_TIME[name]).read_text()
     assert re.search(rf"\b{name}\b", source)
+
+
+@installed
+def test_installed_triton_kernel_sorts_the_steps_that_kept_choices_assume() -> None:
+    """An id of -1 without an expert map is safe in the others only."""
+    folder = _installed() / "vllm" / "model_executor" / "layers" / "fused_moe"
+    source = (folder / "fused_moe.py").read_text()
+    assert "expert_map is None\n        and num_tokens * top_k_num * 4 <= global_num_exp" in source
+    skips = (folder / "experts" / "triton_moe.py").read_text()
+    assert "ops.moe_sum(input, output, topk_ids, expert_map)" in skips
 
 
 @installed

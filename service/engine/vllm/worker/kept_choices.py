@@ -28,6 +28,9 @@ import torch
 _LEAST_PLACES = 128
 _LEAST_DROPPED, _LEAST_DROPPED_OF_FEW = 1 / 8, 3 / 8
 _FEW_FOR_EXPERT = 32
+# vLLM's Triton kernel takes tokens one by one, without sorting them by expert, where there are so
+# many times as many experts as places.
+_EXPERTS_FOR_PLACE = 4
 # The kernels on a GPU that skip what the expert map leaves out, in their products and in the sum.
 _SKIPPING = ("TritonExperts",)
 
@@ -128,11 +131,16 @@ class MappedKeptChoices:
         apply: The kernel's own method.
         experts: The number of routed experts E of the layer, on all ranks.
         device: The device of the kernel.
+        unsorted_steps: Whether the kernel takes small steps without sorting their tokens. It does
+            so without an expert map only, and writes zeros where an id is -1.
     """
 
-    def __init__(self, apply: Apply, experts: int, device: torch.device) -> None:
+    def __init__(
+        self, apply: Apply, experts: int, device: torch.device, *, unsorted_steps: bool = False
+    ) -> None:
         self._apply = apply
         self._experts = experts
+        self._unsorted_steps = unsorted_steps
         own = torch.arange(experts, dtype=torch.int32, device=device)
         self._hole = torch.full((1,), -1, dtype=torch.int32, device=device)
         self._whole = torch.cat((own, self._hole))
@@ -157,8 +165,17 @@ class MappedKeptChoices:
                 ranks. None where this rank has all.
             rest: The other arguments of the kernel.
         """
-        whole = self._whole if expert_map is None else torch.cat((expert_map, self._hole))
         dropped = (topk_weights == 0) | (topk_ids < 0)
+        is_small = topk_ids.numel() * _EXPERTS_FOR_PLACE <= self._experts
+        if self._unsorted_steps and is_small and expert_map is None:
+            return self._apply(
+                topk_weights=topk_weights,
+                topk_ids=torch.where(dropped, -1, topk_ids),
+                global_num_experts=global_num_experts,
+                expert_map=None,
+                **rest,
+            )
+        whole = self._whole if expert_map is None else torch.cat((expert_map, self._hole))
         return self._apply(
             topk_weights=topk_weights,
             topk_ids=torch.where(dropped, self._experts, topk_ids),
@@ -186,7 +203,10 @@ def mapped_kept_choices(
 ) -> MappedKeptChoices | None:
     """Return the same for a captured graph; None where the kernel skips nothing."""
     if kernel is not None and type(kernel).__name__ in _SKIPPING:
-        return MappedKeptChoices(_own_apply(kernel), experts, device)
+        quant = getattr(kernel, "quant_config", None)
+        unsorted = quant is not None and not (quant.use_int8_w8a16 or quant.use_int4_w4a16)
+        apply = _own_apply(kernel)
+        return MappedKeptChoices(apply, experts, device, unsorted_steps=unsorted)
     return None
 
 

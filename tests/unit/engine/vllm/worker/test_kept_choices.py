@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,9 +47,13 @@ class CpuKernel:
 
 
 class TritonExperts:
-    """Stands for vLLM's Triton kernel: it skips what the expert map leaves out."""
+    """Stands for vLLM's Triton kernel: it skips what the expert map leaves out.
 
-    def __init__(self, experts: int) -> None:
+    Without a map it writes zeros for an id of -1, but only where it does not sort a step's tokens.
+    """
+
+    def __init__(self, experts: int, *, unsorted: bool = False) -> None:
+        self.quant_config = SimpleNamespace(use_int8_w8a16=not unsorted, use_int4_w4a16=False)
         self.experts = experts
         self.inner = CpuKernel(experts)
         self.computed = 0
@@ -64,9 +69,14 @@ class TritonExperts:
         expert_map: Any,
         **_: Any,
     ) -> None:
-        assert expert_map.shape == (global_num_experts,)
-        assert bool(((topk_ids >= 0) & (topk_ids < global_num_experts)).all())
-        own = expert_map[topk_ids.long()]
+        if expert_map is None:
+            assert not self.quant_config.use_int8_w8a16
+            assert topk_ids.numel() * 4 <= self.experts == global_num_experts
+            own = topk_ids
+        else:
+            assert expert_map.shape == (global_num_experts,)
+            assert bool(((topk_ids >= 0) & (topk_ids < global_num_experts)).all())
+            own = expert_map[topk_ids.long()]
         self.computed = int((own >= 0).sum())
         rows = torch.einsum(
             "th,tkhi->tki", hidden_states.double(), self.inner.weights[own.clamp(min=0).long()]
@@ -176,25 +186,26 @@ def test_kept_choices_leave_other_contracts_of_a_kernel_alone(rest: dict[str, An
 @settings(deadline=None, max_examples=40)
 @given(
     tokens=st.integers(1, 12),
-    experts=st.integers(2, 9),
+    experts=st.integers(2, 16),
     seed=st.integers(0, 10**6),
     ranks=st.integers(1, 2),
+    unsorted=st.booleans(),
     data=st.data(),
 )
 def test_kept_choices_on_a_gpu_are_those_that_the_expert_map_has(
-    tokens: int, experts: int, seed: int, ranks: int, data: st.DataObject
+    tokens: int, experts: int, seed: int, ranks: int, unsorted: bool, data: st.DataObject
 ) -> None:
-    from service.engine.vllm.worker.kept_choices import MappedKeptChoices
+    from service.engine.vllm.worker.kept_choices import mapped_kept_choices
 
-    places = data.draw(st.integers(1, experts))
+    places = data.draw(st.integers(1, min(experts, 4)))
     widths = data.draw(st.lists(st.integers(0, places), min_size=1, max_size=4))
     hidden, weights, ids = choices(tokens, experts, places, seed, widths)
     expected = computed(CpuKernel(experts).apply, hidden, weights, ids)
     padding = data.draw(st.integers(0, tokens))
     ids[tokens - padding :] = -1
     expected[tokens - padding :] = 0
-    kernel = TritonExperts(experts)
-    kept = MappedKeptChoices(kernel.apply, experts, torch.device("cpu"))
+    kernel = TritonExperts(experts, unsorted=unsorted)
+    kept = mapped_kept_choices(kernel, experts, torch.device("cpu"))
     total, work = torch.zeros_like(expected), 0
     for rank in range(ranks):
         own = torch.arange(experts, dtype=torch.int32)
@@ -228,6 +239,24 @@ def test_kept_choices_on_a_gpu_have_fixed_shapes_and_wait_for_nothing() -> None:
     assert not [operation for operation in operations if any(word in operation for word in waits)]
     _, weights, ids = choices(5, 6, 3, 1, [2])
     assert recorded(weights, ids).tolist() == torch.where(weights == 0, 6, ids).tolist()
+
+
+@pytest.mark.parametrize(("places", "experts", "mapped"), [(4, 16, False), (5, 16, True)])
+def test_kept_choices_leave_the_kernel_its_way_with_small_steps(
+    places: int, experts: int, mapped: bool
+) -> None:
+    from service.engine.vllm.worker.kept_choices import MappedKeptChoices
+
+    given_maps: list[Any] = []
+    kept = MappedKeptChoices(
+        lambda **arguments: given_maps.append(arguments["expert_map"]),
+        experts,
+        torch.device("cpu"),
+        unsorted_steps=True,
+    )
+    _, weights, ids = choices(1, experts, places, 0, [1])
+    kept(topk_weights=weights, topk_ids=ids, global_num_experts=experts, expert_map=None)
+    assert (given_maps[0] is not None) is mapped
 
 
 def test_kernel_gets_the_function_of_its_device_and_its_own_back() -> None:
