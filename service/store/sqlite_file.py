@@ -22,6 +22,8 @@ log = logging.getLogger("coe.store")
 
 T = TypeVar("T")
 
+# The longest wait for other processes, from the call on: those that queue up behind a file that
+# another process has locked do not wait one after another.
 _BUSY_S = 10.0
 
 
@@ -34,16 +36,27 @@ class SqliteFile:
         version: The version of the schema. A file of a later version is left alone.
         what: What is in it, for errors, such as "batches".
         erases: Whether deleted bytes are overwritten in the file.
+        clock: Returns a time in s, for waits.
     """
 
     def __init__(
-        self, path: Path, schema: str, version: int, *, what: str, erases: bool = False
+        self,
+        path: Path,
+        schema: str,
+        version: int,
+        *,
+        what: str,
+        erases: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._schema = schema
         self._version = version
         self._what = what
         self._erases = erases
+        self._clock = clock
+        # How long the work that runs now may wait for other processes.
+        self._busy_s = _BUSY_S
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{what.split()[0]}")
         self._connection: sqlite3.Connection | None = None
         self._stopped = False
@@ -128,8 +141,9 @@ class SqliteFile:
     async def _run(self, work: Callable[[], T]) -> T:
         """Run work in the connection's thread; it ends also where the caller is cancelled."""
         loop = asyncio.get_running_loop()
+        until_s = self._clock() + _BUSY_S
         try:
-            return await loop.run_in_executor(self._thread, self._translated, work)
+            return await loop.run_in_executor(self._thread, self._translated, work, until_s)
         except RuntimeError as error:
             # The thread was shut down.
             raise StoreUnavailableError(f"the state of {self._what} is closed") from error
@@ -149,10 +163,10 @@ class SqliteFile:
                 f"the folder of {self._what} can't be written: {error.strerror}"
             ) from None
         db = sqlite3.connect(
-            self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            self._path, timeout=self._busy_s, isolation_level=None, check_same_thread=False
         )
         try:
-            _use_log(db)
+            _use_log(db, self._busy_s)
             db.execute("PRAGMA synchronous=FULL")
             if self._erases:
                 db.execute("PRAGMA secure_delete=ON")
@@ -171,9 +185,12 @@ class SqliteFile:
         self._connection = db
         return db
 
-    def _translated(self, work: Callable[[], T]) -> T:
+    def _translated(self, work: Callable[[], T], until_s: float) -> T:
         """Do work, and raise SQLite's errors as this service's."""
+        self._busy_s = max(0.0, until_s - self._clock())
         try:
+            if self._connection is not None:
+                _wait_up_to(self._connection, self._busy_s)
             return work()
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", type(error).__name__)
@@ -184,9 +201,13 @@ class SqliteFile:
             raise StoreUnavailableError(f"the state of {self._what} failed ({name})") from None
 
 
-def _use_log(db: sqlite3.Connection) -> None:
+def _wait_up_to(db: sqlite3.Connection, busy_s: float) -> None:
+    db.execute(f"PRAGMA busy_timeout={int(busy_s * 1000)}")
+
+
+def _use_log(db: sqlite3.Connection, busy_s: float) -> None:
     """Switch to the write-ahead log. SQLite does not wait here while another process does so."""
-    end_s = time.monotonic() + _BUSY_S
+    end_s = time.monotonic() + busy_s
     while True:
         try:
             db.execute("PRAGMA journal_mode=WAL")
@@ -199,14 +220,12 @@ def _use_log(db: sqlite3.Connection) -> None:
 
 def _empty_log(db: sqlite3.Connection) -> None:
     """Write the log into the file, and cut it to nothing: it holds pages as they were before."""
-    db.execute("PRAGMA busy_timeout=200")
+    _wait_up_to(db, 0.2)
     try:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     except sqlite3.OperationalError as error:
         # The change is made. The next removal empties the log.
         log.warning("the log of removed content can't be emptied yet: %s", error.sqlite_errorname)
-    finally:
-        db.execute(f"PRAGMA busy_timeout={int(_BUSY_S * 1000)}")
 
 
 @contextmanager
