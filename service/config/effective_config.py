@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from service.config.added_experts import AddedExpertsConfig
 from service.config.categories import CategoryConfig
 from service.config.experts import ExpertConfig
 from service.config.loader import faults_of, validated_config
@@ -169,7 +168,8 @@ def with_added(
         config: The config.
         added: The added experts.
         unserved: Whether those count as well that are still being checked.
-        folder_of: Returns the folder of an adapter that is named by the hub or by its path.
+        folder_of: Returns the folder of an adapter that is named by the hub or by its path. Raises
+            a ConfigError where no adapter may lie.
         built_in_artifact: The router's built-in artifact, which stays although categories with
             examples come.
     """
@@ -177,18 +177,22 @@ def with_added(
     left_out: dict[str, str] = {}
     kept: dict[str, AddedExpert] = {}
     result = config
-    wanted = {n: one for n, one in added.experts.items() if one.served or unserved}
-    try:
-        return EffectiveConfig(merge.all_of(wanted) if wanted else config)
-    except ConfigError:
-        pass
-    for name, one in wanted.items():
+    wanted = [(n, one) for n, one in added.experts.items() if one.served or unserved]
+    # Parts are tried as a whole, and halved where they don't fit: a merge of a thousand experts
+    # takes a while, and a thousand merges of them would take minutes.
+    parts = [wanted] if wanted else []
+    while parts:
+        part = parts.pop()
         try:
-            result = merge.all_of({**kept, name: one})
+            result = merge.all_of({**kept, **dict(part)})
         except ConfigError as error:
-            left_out[name] = error.message
+            if len(part) == 1:
+                left_out[part[0][0]] = error.message
+            else:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
         else:
-            kept[name] = one
+            kept.update(part)
     return EffectiveConfig(result, left_out)
 
 
@@ -219,7 +223,7 @@ class _Merge:
         categories = dict(config.categories)
         for name, one in added.items():
             self._check_names(name, one, added)
-            experts[name] = self._expert(one.expert, experts)
+            experts[name] = self._expert(name, one.expert, experts)
             for category, examples in one.examples.items():
                 if category in categories:
                     raise ConfigError(
@@ -241,10 +245,15 @@ class _Merge:
         self._check_room(merged, added)
         return _as_before(config, merged, last)
 
-    def _expert(self, expert: ExpertConfig, known: Mapping[str, ExpertConfig]) -> ExpertConfig:
+    def _expert(
+        self, name: str, expert: ExpertConfig, known: Mapping[str, ExpertConfig]
+    ) -> ExpertConfig:
         changes: dict[str, Any] = {}
         if expert.adapter is not None:
-            changes["adapter"] = self._folder_of(expert.adapter)
+            try:
+                changes["adapter"] = self._folder_of(expert.adapter)
+            except ConfigError as error:
+                raise ConfigError(f"expert {name!r}: adapter: {error.message}") from None
         if expert.quality_from is None and expert.auto:
             base = known.get(expert.base or "")
             changes["quality_from"] = (base and base.quality_from) or expert.base
@@ -346,13 +355,3 @@ def _as_before(config: Config, merged: Config, name: str) -> Config:
 def _matches(pattern: str, name: str) -> bool:
     """Return whether an alias with `*` stands for a name."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
-
-
-def allowed_roots(config: AddedExpertsConfig, models: str) -> tuple[str, ...]:
-    """Return the folders below which added adapters may lie.
-
-    Args:
-        config: The section `added_experts`.
-        models: The model store's folder.
-    """
-    return (models, *config.roots)

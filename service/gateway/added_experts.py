@@ -43,7 +43,11 @@ from service.errors import (
 from service.expert_capabilities import with_capabilities
 from service.gateway.routing.routing_setup import RoutingSetup
 from service.models import locate, pull
-from service.models.expert_folders import adapter_folder, models_folder
+from service.models.expert_folders import (
+    allowed_adapter_folder,
+    check_adapter_folder,
+    models_folder,
+)
 from service.rpc.pool_directory import PoolDirectory
 from service.rpc.pool_link import PoolLink
 from service.store.added_expert_repository import AddedExpertRepository
@@ -70,7 +74,7 @@ def effective_config(
         config,
         added,
         unserved=unserved,
-        folder_of=partial(adapter_folder, config),
+        folder_of=partial(allowed_adapter_folder, config),
         built_in_artifact=str(BUILT_IN),
     )
 
@@ -113,6 +117,8 @@ class AddedExpertService:
         self._shared = shared
         self._clock = clock
         self._version: bytes | None = None
+        # Why reading failed last. It is logged once, and not every second.
+        self._fault = ""
         self._turn = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
         self._acts: set[asyncio.Task[Any]] = set()
@@ -153,7 +159,11 @@ class AddedExpertService:
             except StoreUnavailableError:
                 return
             except CoeError as error:
-                log.error("reading the added experts failed: %s", error.message)
+                if self._fault != error.message:
+                    log.error("reading the added experts failed: %s", error.message)
+                self._fault = error.message
+            else:
+                self._fault = ""
 
     async def _read(self) -> None:
         """Read the added experts if they changed, and serve them.
@@ -547,8 +557,10 @@ def _check(given: Config, candidate: AddedExperts, name: str) -> None:
     """Check that a gateway could serve an expert.
 
     Raises:
+        DisallowedFieldError: Its adapter lies in no allowed folder.
         ConflictError: It could not.
     """
+    check_adapter_folder(given, name, candidate.experts[name].expert.adapter)
     found = effective_config(given, candidate, unserved=True)
     try:
         if (why := found.left_out.get(name)) is not None:

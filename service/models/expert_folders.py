@@ -7,7 +7,7 @@ from pathlib import Path
 
 from service.config import Config
 from service.config.effective_config import is_hub_adapter
-from service.errors import CoeError, ConfigError
+from service.errors import CoeError, ConfigError, DisallowedFieldError
 from service.models import inspect_model, locate, model_root, pull
 from service.models.pull import hub_name
 from service.models.weights_version import version_of
@@ -43,6 +43,43 @@ def adapter_folder(config: Config, adapter: str) -> str:
         return str(locate(adapter, root=root) or root / hub_name(adapter))
     except CoeError:
         return str(root / hub_name(adapter))
+
+
+def allowed_adapter_folder(config: Config, adapter: str) -> str:
+    """Return the folder of an added expert's adapter, as `adapter_folder` does.
+
+    Raises:
+        ConfigError: It lies below none of the folders that the config allows, also when links are
+            followed.
+    """
+    folder = adapter_folder(config, adapter)
+    roots = (models_folder(config), *config.added_experts.roots)
+    allowed = [Path(root).expanduser().resolve() for root in roots]
+    try:
+        found = Path(folder).resolve()
+    except (OSError, RuntimeError, ValueError):
+        found = Path("/")  # a loop of links, or a path that no system has, lies nowhere
+    if not any(found.is_relative_to(root) and found != root for root in allowed):
+        # The same words whether there is such a folder or not.
+        raise ConfigError(
+            f"the folder lies below none of {', '.join(map(str, allowed))}; added_experts.roots of "
+            "the config names more"
+        )
+    return folder
+
+
+def check_adapter_folder(config: Config, name: str, adapter: str | None) -> None:
+    """Check that an added expert's adapter, if it has one, may lie where it does.
+
+    Raises:
+        DisallowedFieldError: It may not.
+    """
+    try:
+        if adapter is not None:
+            allowed_adapter_folder(config, adapter)
+    except ConfigError as error:
+        message = f"expert {name!r}: adapter: {error.message}"
+        raise DisallowedFieldError(message, param="adapter") from None
 
 
 def models_folder(config: Config) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from service.config import Config
 from service.config.effective_config import AddedExpert, is_hub_adapter
-from service.errors import ConfigError, DisallowedFieldError
+from service.errors import ConfigError
 from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.expert_folders import folder_here
 from service.models.lora_adapters import inspect_adapter
@@ -15,9 +14,7 @@ from service.pool.memory_plan import check_plan, plan_pool
 from service.pool.pool_diff import PoolDiff
 
 
-def check_files(
-    config: Config, kind: str, name: str, added: AddedExpert, roots: Sequence[str]
-) -> None:
+def check_files(config: Config, kind: str, name: str, added: AddedExpert) -> None:
     """Check that a pool can load an added expert. It reads headers of files, and never weights.
 
     Args:
@@ -25,10 +22,8 @@ def check_files(
         kind: The pool's name in the config.
         name: The expert.
         added: The expert, as the admin named its adapter.
-        roots: The folders below which adapters may lie.
 
     Raises:
-        DisallowedFieldError: The adapter lies elsewhere.
         ConfigError: The pool can't serve the adapter on its base.
         ModelStoreError: The adapter's files are missing or damaged.
     """
@@ -40,7 +35,6 @@ def check_files(
                 f"expert {name!r}: adapter: {added.expert.adapter} is not in the model store; get "
                 f"it with: coe models pull {added.expert.adapter}"
             )
-        check_root(name, folder, roots)
         info = inspect_adapter(folder)
         if added.expert.form == "adapter" and info.rank > pool.vllm.max_lora_rank:
             raise ConfigError(
@@ -58,26 +52,6 @@ def check_files(
         return inspect_model(folder)
 
     check_plan(plan_pool(config, kind, inspect), None)
-
-
-def check_root(name: str, folder: Path, roots: Sequence[str]) -> None:
-    """Check that an adapter lies below one of these folders, also when links are followed.
-
-    Raises:
-        DisallowedFieldError: It does not, or is no folder.
-    """
-    allowed = [Path(root).expanduser().resolve() for root in roots]
-    try:
-        found = folder.resolve()
-    except (OSError, RuntimeError, ValueError):
-        found = Path("/")  # a loop of links, or a path that no system has, lies nowhere
-    if not any(found.is_relative_to(root) and found != root for root in allowed):
-        # The same words whether there is such a folder or not.
-        raise DisallowedFieldError(
-            f"expert {name!r}: adapter: the folder lies below none of "
-            f"{', '.join(map(str, allowed))}; added_experts.roots of the config names more",
-            param="adapter",
-        )
 
 
 def check_diff(diff: PoolDiff, name: str) -> None:

@@ -12,19 +12,17 @@ from service.config import Config
 from service.config.effective_config import (
     AddedExperts,
     EffectiveConfig,
-    allowed_roots,
     with_added,
 )
 from service.errors import (
     CoeError,
     ConfigError,
     ConflictError,
-    DisallowedFieldError,
     UnknownModelError,
 )
 from service.gpu_devices import gpu_memory, visible_gpus
 from service.models import inspect_model
-from service.models.expert_folders import adapter_folder, folder_here, models_folder
+from service.models.expert_folders import allowed_adapter_folder, check_adapter_folder, folder_here
 from service.moe.virtual_expert_profiles import profile_bytes
 from service.pool.added_expert_check import check_diff, check_files
 from service.pool.gpu_memory_monitor import GpuMemoryMonitor, GpuState
@@ -130,6 +128,7 @@ class PoolProcess:
         await asyncio.to_thread(self._check_added, added, name)
 
     def _check_added(self, added: AddedExperts, name: str) -> None:
+        check_adapter_folder(self._given, name, added.experts[name].expert.adapter)
         found = self._with_added(self._given, added)
         kind = self.pool.kind
         try:
@@ -137,11 +136,8 @@ class PoolProcess:
                 raise ConfigError(why)
             if name not in found.config.local_experts(kind):
                 return
-            roots = allowed_roots(self._given.added_experts, models_folder(self._given))
-            check_files(found.config, kind, name, added.experts[name], roots)
+            check_files(found.config, kind, name, added.experts[name])
             check_diff(self._builder.difference(found.config), name)
-        except DisallowedFieldError:
-            raise
         except CoeError as error:
             raise ConflictError(error.message) from None
 
@@ -150,7 +146,9 @@ class PoolProcess:
 
     @staticmethod
     def _with_added(config: Config, added: AddedExperts) -> EffectiveConfig:
-        return with_added(config, added, unserved=True, folder_of=partial(adapter_folder, config))
+        return with_added(
+            config, added, unserved=True, folder_of=partial(allowed_adapter_folder, config)
+        )
 
     async def _change(self, config: Config) -> None:
         # An attempt that fails is made again, because the config is another one until then.

@@ -62,7 +62,7 @@ def config(tmp_path: Path, **more: Any) -> Config:
         {"p": options},
         experts=experts,
         kinds=kinds,
-        added_experts={"roots": [str(tmp_path / "adapters")]},
+        added_experts={"roots": [str(tmp_path / "adapters")], "file": more.pop("file", None)},
         **more,
     )
 
@@ -450,6 +450,45 @@ async def test_config_wins_over_added_experts_and_they_come_back(tmp_path: Path)
         assert (await added(stage))["law"]["state"] == "served"
         _, _, answer = await stage.ask(chat(model="law", max_tokens=2))
         assert answer["usage"]["completion_tokens"] == 2
+
+
+async def test_roots_of_the_config_hold_for_experts_that_were_added_before(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path)) as stage:
+        assert (await add(stage, name="law", base="general", adapter=adapter(tmp_path)))[0] == 200
+        narrow = simulated(
+            {"p": {}},
+            experts={"general": {"model": "m"}, "other": {"model": "n"}},
+            kinds={"p": {"vllm": {"spare_adapters": 3}}},
+        )
+        await stage.gateway.reload(narrow)
+        await stage.pools["p"].process.reload(narrow)
+        found = (await added(stage))["law"]
+        assert (found["state"], "lies below none of" in found["reason"]) == ("left out", True)
+        await until(lambda: "law" not in snapshots(stage)[0].experts, "the pool drops it")
+        assert await status_of(stage, "law") == 404
+
+
+async def test_damaged_store_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "experts.json"
+    path.write_bytes(b"{")
+    given = config(tmp_path, file=str(path))
+    async with run_gateway(given) as stage:
+        looks = 0
+        real = stage.gateway.added._repository.load
+
+        async def load() -> Any:
+            nonlocal looks
+            looks += 1
+            return await real()
+
+        stage.gateway.added._repository.load = load  # type: ignore[method-assign]
+        await until(lambda: looks > 3, "it looks again and again")
+        told = [one.message for one in caplog.records if "damaged" in one.message]
+        assert len(told) == 1
+        path.unlink()
+        assert (await add(stage, name="law", base="general", adapter=adapter(tmp_path)))[0] == 200
 
 
 async def test_vllm_s_names_add_and_remove_an_adapter(tmp_path: Path) -> None:

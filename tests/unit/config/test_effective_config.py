@@ -12,6 +12,7 @@ from service.config.effective_config import (
     parse_added_expert,
     with_added,
 )
+from service.config.loader import validated_config
 from service.errors import ConfigError
 
 EXAMPLES = ["Can I sue?", "Is it legal?", "Who pays the court?"]
@@ -91,6 +92,49 @@ def test_experts_that_clash_are_left_out_and_no_others() -> None:
     # The config's `x` is a way of asking itself.
     assert "is a variant itself" in found.left_out["v"]
     assert found.config.experts["y"].base == "general"
+
+
+def test_expert_whose_folder_is_not_allowed_any_more_is_left_out() -> None:
+    def folder_of(adapter: str) -> str:
+        if adapter == "/secret":
+            raise ConfigError("the folder lies below none of /srv")
+        return adapter
+
+    wanted = added({"name": "x", "adapter": "/secret"}, {"name": "y"})
+    found = with_added(config(), wanted, folder_of=folder_of)
+    assert found.left_out == {"x": "expert 'x': adapter: the folder lies below none of /srv"}
+    assert "y" in found.config.experts
+
+
+@pytest.mark.parametrize("bad", [{3}, {0}, {31}, {1, 2, 30}, set(range(32)), set(range(16, 32))])
+def test_each_expert_that_does_not_fit_is_left_out_at_little_cost(
+    bad: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merges = []
+
+    def count(*args: Any) -> Config:
+        merges.append(1)
+        return validated_config(*args)
+
+    monkeypatch.setattr("service.config.effective_config.validated_config", count)
+    bodies = [
+        {
+            "name": f"v{i}",
+            "adapter": None,
+            "defaults": {"seed": i},
+            "base": "gone" if i in bad else "general",
+        }
+        for i in range(32)
+    ]
+    found = with_added(config(), added(*bodies))
+    assert found.left_out.keys() == {f"v{i}" for i in bad}
+    assert set(found.config.experts) == {
+        "general",
+        "other",
+        *(f"v{i}" for i in range(32) if i not in bad),
+    }
+    # At most two a level of the halving for each that is left out.
+    assert len(merges) <= 1 + 2 * 5 * len(bad)
 
 
 def test_room_counts_adapters_and_not_ways_of_asking() -> None:

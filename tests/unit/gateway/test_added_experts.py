@@ -23,12 +23,13 @@ CONFIG = Config.model_validate(
     {
         "experts": {"general": {"model": "m"}},
         "pools": {"p": {"engine": "simulated", "vllm": {"spare_adapters": 8}}},
+        "added_experts": {"roots": ["/adapters"]},
     }
 )
 
 
 class FakeLink:
-    """A pool that loads adapters once its gate is open, and refuses those named `bad`."""
+    """A pool that loads adapters once its gate is open, and fails with those named `bad`."""
 
     def __init__(self) -> None:
         self.address = PoolAddress("http://pool", "p", "boot")
@@ -38,8 +39,8 @@ class FakeLink:
         self.known = AddedExperts()
 
     async def check_added(self, added: AddedExperts, name: str) -> tuple[int, bytes]:
-        bad = "/elsewhere" in (added.experts[name].expert.adapter or "")
-        return (400, b'{"error":{"message":"lies elsewhere"}}') if bad else (200, b"")
+        bad = added.experts[name].expert.adapter == "/adapters/wrong-rank"
+        return (409, b'{"error":{"message":"its rank is 64"}}') if bad else (200, b"")
 
     async def set_added(self, added: AddedExperts) -> tuple[int, bytes]:
         self.known = added
@@ -48,7 +49,7 @@ class FakeLink:
 
     def _states(self) -> dict[str, ExpertState]:
         def state(one: AddedExpert) -> ExpertState:
-            if one.expert.adapter == "/bad":
+            if one.expert.adapter == "/adapters/bad":
                 return ExpertState(Residency.FAILED, reason="no such module")
             return ExpertState(Residency.DEVICE if self.gate.is_set() else Residency.LOADING)
 
@@ -104,7 +105,9 @@ def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wanted(name: str = "law", at_s: float = 1.0, **fields: Any) -> tuple[str, AddedExpert]:
-    return parse_added_expert({"name": name, "base": "general", "adapter": "/a", **fields}, at_s)
+    return parse_added_expert(
+        {"name": name, "base": "general", "adapter": "/adapters/a", **fields}, at_s
+    )
 
 
 async def begin(stage: Stage) -> asyncio.Task[None]:
@@ -154,9 +157,9 @@ async def test_replaced_adapter_keeps_everything_else() -> None:
     stage = Stage()
     first = stage.gateways[0]
     await first.add(*wanted(price={"prompt": 3.0}, examples={"legal": ["a", "b", "c"]}))
-    await first.replace_adapter("law", "/b")
+    await first.replace_adapter("law", "/adapters/b")
     found = (await stage.kept())["law"]
-    assert (found.expert.adapter, found.served) == ("/b", True)
+    assert (found.expert.adapter, found.served) == ("/adapters/b", True)
     assert found.expert.price is not None
     assert (found.expert.price.prompt, found.examples) == (3.0, {"legal": ("a", "b", "c")})
 
@@ -166,7 +169,8 @@ async def test_replaced_adapter_keeps_everything_else() -> None:
     [
         ("/elsewhere", DisallowedFieldError),
         ("relative", ConflictError),
-        ("/bad", ExpertFailedError),
+        ("/adapters/wrong-rank", ConflictError),
+        ("/adapters/bad", ExpertFailedError),
     ],
 )
 async def test_adapter_stays_where_its_replacement_fails(
@@ -190,5 +194,5 @@ async def test_nothing_but_an_adapter_can_be_replaced(fields: dict[str, Any] | N
         await first.add(*wanted(**fields))
     before = await stage.kept()
     with pytest.raises(ConflictError, match="no adapter 'law' is served"):
-        await first.replace_adapter("law", "/b")
+        await first.replace_adapter("law", "/adapters/b")
     assert await stage.kept() == before
