@@ -4,7 +4,8 @@ Any step may be the last one of this process. Another gateway, or this one after
 goes on with what the state has:
 
 1. A line's result is stored together with what settles its claims. The first result of a line
-   counts, and a sealed batch takes none.
+   counts, and a sealed batch takes none. One with a `max_cost` takes them only from the gateway
+   that leases it, so that two never spend the same part of the cost.
 2. The claims are settled, as one item of work, which the store charges once. Only then are the
    settlements forgotten. A try whose result did not count only releases its claims.
 3. At the end the batch is sealed, its output files are written whole under ids that depend on the
@@ -377,10 +378,8 @@ class BatchRunner:
                 continue  # nothing is lost by running on: each line's first result counts
             if batch is None:
                 job.end(Ending.LOST)
-            else:
-                job.cost.observe(batch.counts.cost)
-                if batch.status is Status.CANCELLING:
-                    job.end(Ending.CANCELLED)
+            elif batch.status is Status.CANCELLING:
+                job.end(Ending.CANCELLED)
 
     async def _advance(self, job: _Job) -> None:
         """Take a batch from the state that it is in to its end."""
@@ -749,36 +748,41 @@ class BatchRunner:
     # --- results and charges
 
     async def _put(self, job: _Job, result: LineResult, settlements: list[Settlement]) -> None:
-        """Store a line's result, and charge it where it counts."""
-        job.cost.begin_to_store(result.line, result.cost)
-        counts = False
-        try:
-            while True:
-                try:
-                    added = await self._state.put_results(job.batch.id, [result])
-                    # An earlier try to store it may have worked, although it raised.
-                    counts = bool(added) or await self._is_stored(job.batch.id, result)
-                    break
-                except (StoreUnavailableError, StorageFullError) as error:
-                    log.warning(
-                        "a result of batch %s can't be stored: %s", job.batch.id, error.code
-                    )
-                    await asyncio.sleep(_RETRY_S)
-        finally:
-            job.cost.end_to_store(result.line, counts=counts)
-        if not counts:
+        """Store a line's result, and charge it where it counts.
+
+        Raises:
+            _LostError: Another gateway runs or ends the batch now.
+        """
+        # Whoever runs a batch after this gateway goes by what had been spent then.
+        owner = None if job.batch.terms.max_cost is None else self._owner
+        while True:
+            try:
+                added = await self._state.put_results(job.batch.id, [result], owner)
+                kept = result.body if added else await self._kept(job.batch.id, result.line)
+                break
+            except (StoreUnavailableError, StorageFullError) as error:
+                log.warning("a result of batch %s can't be stored: %s", job.batch.id, error.code)
+                await asyncio.sleep(_RETRY_S)
+        # An earlier try to store it may have worked, although it raised.
+        if kept != result.body:
             self._later(job, self._release(settlements))
+            if kept is None:
+                raise _LostError
             return
+        job.cost.spent += result.cost
         self._parts.counted("failed" if result.failed else "completed")
         if settlements:
             self._later(job, self._charge(job.batch.id, result.line, settlements))
 
-    async def _is_stored(self, batch_id: str, result: LineResult) -> bool:
-        """Whether the state has this very result of a line."""
-        kept = await self._state.results(
-            batch_id, failed=result.failed, after=result.line - 1, limit=1
-        )
-        return [*kept] == [(result.line, result.body)]
+    async def _kept(self, batch_id: str, line: int) -> bytes | None:
+        """The result that the state has of a line."""
+        for failed in (False, True):
+            for number, body in await self._state.results(
+                batch_id, failed=failed, after=line - 1, limit=1
+            ):
+                if number == line:
+                    return body
+        return None
 
     async def _charge(self, batch_id: str, line: int, settlements: list[Settlement]) -> None:
         """Charge a line's result once, and forget its settlements then."""

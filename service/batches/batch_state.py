@@ -1,7 +1,8 @@
 """The interface of the state of files and batches, which outlives every process.
 
 A gateway leases a batch before it runs it. The lease only saves work: results are accepted from
-anybody, each line's first one counts, and none is accepted once the batch is sealed.
+anybody, each line's first one counts, and none is accepted once the batch is sealed. Results of a
+batch with a `max_cost` are accepted from who leased it last.
 """
 
 from __future__ import annotations
@@ -139,12 +140,20 @@ class BatchState(Protocol):
 
     # --- results
 
-    async def put_results(self, batch_id: str, results: Sequence[LineResult]) -> set[int]:
+    async def put_results(
+        self, batch_id: str, results: Sequence[LineResult], owner: str | None = None
+    ) -> set[int]:
         """Add results of lines, all at once.
+
+        Args:
+            batch_id: The batch.
+            results: The results.
+            owner: The gateway that has to have leased the batch last; None where it does not
+                matter.
 
         Returns:
             The lines whose result was added. A line that has a result already keeps it, and a
-            batch that is sealed or gone takes none.
+            batch that is sealed or gone, or leased by another owner, takes none.
         """
 
     async def mark_settled(self, batch_id: str, line: int) -> None:

@@ -18,28 +18,16 @@ _OF_LEFT = 64.0
 class CostLimit:
     """Divides what is left of a batch's `max_cost` among the lines under way.
 
-    Another gateway may have run the batch before, and its last results may come late. So what the
-    state has counted is looked at again and again.
-
     Args:
         most: The most that all lines may cost together, in units of cost; None for no bound.
-        spent: What the state has counted so far, in units of cost.
+        spent: What the lines with a result have cost, in units of cost.
     """
 
     def __init__(self, most: float | None, spent: float = 0.0) -> None:
         self._most = math.inf if most is None else most
-        self._before = spent
+        self.spent = spent
         # By line. They are added up anew each time: a running sum would not come back to 0.
         self._parts: dict[int, float] = {}
-        self._storing: dict[int, float] = {}
-        # What this gateway's results have cost, and others' since it began.
-        self._own = 0.0
-        self._others = 0.0
-
-    @property
-    def spent(self) -> float:
-        """What all results so far have cost."""
-        return self._before + self._own + self._others
 
     @property
     def under_way(self) -> float:
@@ -75,18 +63,3 @@ class CostLimit:
     def give_back(self, line: int) -> None:
         """Free the part of a line that has ended."""
         self._parts.pop(line, None)
-
-    def begin_to_store(self, line: int, cost: float) -> None:
-        """Note that the state may count a line's result from now on."""
-        self._storing[line] = cost
-
-    def end_to_store(self, line: int, *, counts: bool) -> None:
-        """Note whether the state has counted that result."""
-        cost = self._storing.pop(line, 0.0)
-        if counts:
-            self._own += cost
-
-    def observe(self, total: float) -> None:
-        """Learn what the state has counted of all results."""
-        others = total - self._before - self._own - sum(self._storing.values())
-        self._others = max(self._others, others)

@@ -236,7 +236,9 @@ class RedisState:
 
     # --- results
 
-    async def put_results(self, batch_id: str, results: Sequence[LineResult]) -> set[int]:
+    async def put_results(
+        self, batch_id: str, results: Sequence[LineResult], owner: str | None = None
+    ) -> set[int]:
         values: list[bytes] = []
         for result in results:
             values += [zlib.compress(result.body, 1), result.settlements or b""]
@@ -244,6 +246,7 @@ class RedisState:
             "put_results",
             *values,
             id=batch_id,
+            owner=owner,
             results=[
                 {
                     "line": result.line,

@@ -294,10 +294,14 @@ class SqliteState:
 
     # --- results
 
-    async def put_results(self, batch_id: str, results: Sequence[LineResult]) -> set[int]:
+    async def put_results(
+        self, batch_id: str, results: Sequence[LineResult], owner: str | None = None
+    ) -> set[int]:
         def put(db: sqlite3.Connection) -> set[int]:
             takes = db.execute(
-                "SELECT 1 FROM batches WHERE id = ? AND open AND NOT sealed", (batch_id,)
+                "SELECT 1 FROM batches WHERE id = ? AND open AND NOT sealed "
+                "AND owner IS coalesce(?, owner)",
+                (batch_id, owner),
             ).fetchone()
             added = []
             for result in results if takes else ():

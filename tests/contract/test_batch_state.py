@@ -305,6 +305,31 @@ async def test_lease_is_one_owner_s_until_it_ends(tried: Tried) -> None:
     assert await state.renew("a", "batch_1", 10) is None
 
 
+async def test_results_of_who_has_lost_the_lease_are_refused_where_the_owner_matters(
+    tried: Tried,
+) -> None:
+    state = tried.state
+    await state.add_batch(batch(1), 9)
+
+    async def put(line: int, owner: str | None) -> set[int]:
+        return await state.put_results("batch_1", [LineResult(line, False, b"{}", cost=1.0)], owner)
+
+    assert await put(0, "a") == set()
+    assert await state.lease("a", 10) is not None
+    assert await put(0, "a") == {0}
+    tried.clock.now_s += 11
+    # Nobody else has it yet.
+    assert await put(1, "a") == {1}
+    leased = await state.lease("b", 10)
+    assert leased is not None
+    assert leased.counts.cost == 2.0
+    assert await put(2, "a") == set()
+    assert await put(2, "b") == {2}
+    assert await put(3, None) == {3}
+    await state.release("b", "batch_1")
+    assert await put(4, "b") == set()
+
+
 @pytest.mark.parametrize("jump_s", [-1e6, -3600.0, -1.0, 0.0, 9.0, 11.0, 1e6])
 async def test_lease_of_a_gateway_that_died_ends_soon_whatever_the_clock_does(
     tried: Tried, jump_s: float

@@ -1,11 +1,13 @@
 -- Add results of lines; the first one of a line counts, and a sealed batch takes none.
 -- args: id, results ({line, failed, prompt_tokens, completion_tokens,
--- cached_tokens, reasoning_tokens, cost, settles, model (empty for none)}).
+-- cached_tokens, reasoning_tokens, cost, settles, model (empty for none)}), owner (who has to have
+-- leased the batch last, or absent).
 -- ARGV[3], ARGV[4], ...: for each result its body and its settlements. Returns the added lines.
 
 local batch, added = batch_key(args.id), {}
 if redis.call('HGET', batch, 'sealed') ~= '0' then return added end
 if not redis.call('ZSCORE', open_key, args.id) then return added end
+if args.owner and redis.call('HGET', batch, 'owner') ~= args.owner then return added end
 for i, result in ipairs(args.results) do
   local line = string.format('%d', result.line)
   if redis.call('HSETNX', key('bodies:' .. args.id), line, ARGV[1 + 2 * i]) == 1 then

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from service.batches import batch_runner
-from service.batches.batch_records import BatchRecord, FileRecord, Status
+from service.batches.batch_records import BatchRecord, FileRecord, LineResult, Status
 from service.batches.batch_replanning import load_plan
 from service.batches.batch_runner import BatchRunner, BatchRunnerParts
 from service.batches.batch_types import (
@@ -194,6 +194,43 @@ async def test_runner_counts_the_cost_of_a_result_whose_storing_seemed_to_fail(
     batch = await bench.run(BatchTerms(max_cost=5.0))
     assert (batch.counts.completed, batch.counts.failed) == (3, 7)
     assert bench.counted.count("completed") == 3
+
+
+async def test_runner_that_has_lost_its_lease_spends_no_cost_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, answers(2.0), lines=3, in_flight=1)
+    put, lease = bench.state.put_results, bench.state.lease
+    refused: list[set[int]] = []
+
+    async def no_lease(*_: Any) -> None:
+        return None
+
+    async def take_over(batch_id: str, results: Sequence[LineResult], owner: str) -> set[int]:
+        # The answer comes when another gateway has the batch, and spends most of what is left.
+        monkeypatch.setattr(bench.state, "put_results", put)
+        monkeypatch.setattr(bench.state, "lease", no_lease)
+        while await lease("other", 15) is None:
+            await bench.state.release("me", batch_id)
+        refused.append(await put(batch_id, results, owner))
+        assert await put(batch_id, [LineResult(2, False, b"{}", cost=4.0)], "other") == {2}
+        await bench.state.release("other", batch_id)
+        monkeypatch.setattr(bench.state, "lease", lease)
+        return refused[0]
+
+    async def late(*given: Any) -> set[int]:
+        # The runner may notice it meanwhile, and end the line.
+        return await asyncio.shield(asyncio.create_task(take_over(*given)))
+
+    monkeypatch.setattr(bench.state, "put_results", late)
+    batch = await bench.run(BatchTerms(max_cost=6.0))
+    assert refused == [set()]
+    assert batch.status is Status.COMPLETED
+    assert batch.counts.cost == 6.0
+    assert (batch.counts.completed, batch.counts.failed) == (2, 1)
+    assert bench.tries == {0: 2}
+    (left,) = bench.read(batch.error_file_id)
+    assert left["error"]["code"] == "max_cost_reached"
 
 
 async def test_runner_has_no_more_lines_under_way_than_allowed(tmp_path: Path) -> None:
