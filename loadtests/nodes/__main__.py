@@ -1,8 +1,9 @@
-"""`python -m loadtests.nodes [kill|partition|store|slow|head]`: Disturbs nodes under traffic.
+"""`python -m loadtests.nodes`: Disturbs nodes under traffic.
 
-Two Ray nodes and a Redis run in network namespaces of this machine. A node is killed, cut off
-(its packets are dropped, not refused), or gets a slow link. The run reports the end of every
-request, and how long each recovery took.
+The arguments choose among `kill`, `partition`, `store`, `slow` and `head`. Two Ray nodes and a
+Redis run in network namespaces of this machine. A node is killed, cut off (its packets are dropped,
+not refused), or gets a slow link. The run reports the end of every request, and how long each
+recovery took.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _DEADLINE_S = 15.0
 _GIVE_UP_S = 60.0
 _BACK_S = 120.0
 _CALM_S = 45.0
+_GATEWAYS = 2
 _ALL = frozenset({"here", "there", "both"})
 MODELS: Mapping[str, frozenset[str]] = {
     "here": frozenset({"here"}),
@@ -120,6 +122,13 @@ class Outcome:
     heal_s: float = 0.0
     whole_s: float = float("inf")
     lacks: str = ""
+    gateways_s: float = float("inf")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything is used again."""
+        again_s = [tally.works_again_s(self.heal_s) for tally in self.tallies.values()]
+        return max(self.whole_s, self.gateways_s, *again_s) < float("inf")
 
     def count(self, kind: str) -> int:
         """Return the number of requests of all models that ended so."""
@@ -168,12 +177,16 @@ async def _run(cluster: NodeCluster, case: Case, clients: int) -> Outcome:
         await asyncio.sleep(case.for_s)
         await asyncio.to_thread(case.end, cluster)
         outcome.heal_s = time.monotonic()
+        before = await asyncio.to_thread(cluster.requests_by_gateway, case.door)
         while time.monotonic() - outcome.heal_s < _BACK_S:
             outcome.lacks = await asyncio.to_thread(cluster.lacks)
+            now = await asyncio.to_thread(cluster.requests_by_gateway, case.door)
             if not outcome.lacks:
                 outcome.whole_s = min(outcome.whole_s, time.monotonic())
-                if all(t.works_again_s(outcome.heal_s) < _BACK_S for t in outcome.tallies.values()):
-                    break
+            if sum(count > before.get(name, 0.0) for name, count in now.items()) >= _GATEWAYS:
+                outcome.gateways_s = min(outcome.gateways_s, time.monotonic())
+            if outcome.is_over:
+                break
             await asyncio.sleep(0.25)
         await asyncio.sleep(2)
     _say(outcome)
@@ -188,7 +201,10 @@ def _say(outcome: Outcome) -> None:
             f"  {model}: {kinds} ({codes}); first right {tally.works_again_s(outcome.fault_s):.1f} "
             f"s after the fault, {tally.works_again_s(outcome.heal_s):.1f} s after its end"
         )
-    say(f"  whole again {outcome.whole_s - outcome.heal_s:.1f} s after its end {outcome.lacks}")
+    say(
+        f"  all pools known {outcome.whole_s - outcome.heal_s:.1f} s after its end, both gateways "
+        f"used after {outcome.gateways_s - outcome.heal_s:.1f} s {outcome.lacks}"
+    )
 
 
 async def _supervise(cluster: NodeCluster) -> None:
@@ -234,9 +250,9 @@ async def _measure(
 
 def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str, float]) -> None:
     """Add a table of all requests, and what was reached."""
-    columns = ("fault", "model", RIGHT, TYPED, "broken", "resets", "bad", "longest request, s")
+    first = ("fault", "model", RIGHT, TYPED, "broken", "resets", "bad", "longest request, s")
     times = ("none right for, s", "right again after its end, s", "errors")
-    table = Table("What came of requests", (*columns, *times))
+    table = Table("What came of requests", (*first, *times))
     for outcome in outcomes:
         for model, tally in outcome.tallies.items():
             kinds = tally.kinds
@@ -262,8 +278,12 @@ def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str
                     for detail in tally.details(kind)
                 ]
     report.tables.append(table)
-    recovery = Table("Recovery", ("fault", "all pools used again after its end, s"))
-    recovery.rows = [(o.case.name, f"{o.whole_s - o.heal_s:.1f}") for o in outcomes]
+    columns = ("fault", "pools known again after its end, s", "both gateways used again, s")
+    recovery = Table("Recovery", columns)
+    recovery.rows = [
+        (o.case.name, f"{o.whole_s - o.heal_s:.1f}", f"{o.gateways_s - o.heal_s:.1f}")
+        for o in outcomes
+    ]
     report.tables.append(recovery)
 
     def zero(name: str, value: float) -> TargetCheck:
@@ -301,7 +321,7 @@ def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str
 def _measured(given: argparse.Namespace) -> Report:
     report = Report("nodes")
     measured = Measured()
-    chosen = [case for case in CASES if given.part in (case.part, "all")]
+    chosen = [case for case in CASES if case.part in given.parts]
     with ended_by_sigterm():
         for durable in sorted({case.durable for case in chosen}):
             cases = [case for case in chosen if case.durable == durable]
@@ -317,12 +337,15 @@ def _measured(given: argparse.Namespace) -> Report:
 def main() -> int:
     """Return 0 after a measurement, whatever its result, or 1 if it was impossible."""
     words = parser("nodes", __doc__)
-    parts = ["all", *dict.fromkeys(case.part for case in CASES)]
-    words.add_argument("part", nargs="?", choices=parts, default="all", help="default: all")
+    parts = tuple(dict.fromkeys(case.part for case in CASES))
+    words.add_argument("parts", nargs="*", help=f"{', '.join(parts)}; default: all")
     words.add_argument(
         "--clients", type=int, default=3, help="concurrent requests for each model (default 3)"
     )
     given = words.parse_args()
+    if unknown := set(given.parts) - set(parts):
+        words.error(f"parts: {', '.join(sorted(unknown))} should be of {', '.join(parts)}")
+    given.parts = given.parts or parts
     return tell(lambda _: _measured(given), as_json=given.json)
 
 

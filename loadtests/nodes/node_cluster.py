@@ -119,6 +119,8 @@ class NodeCluster:
         node = self.nodes[name]
         place = [f"--address={self.head.ip}:{_GCS}"]
         if name == "head":
+            # Ray takes processes of the other node for a head that still runs here.
+            (self.folder / "r" / "ray_current_cluster").unlink(missing_ok=True)
             place = [
                 *("--head", f"--port={_GCS}", f"--temp-dir={self.folder / 'r'}"),
                 *("--include-dashboard=true", f"--dashboard-host={node.ip}"),
@@ -253,18 +255,27 @@ class NodeCluster:
 
     def pools(self) -> int:
         """Return how many pools the gateway knows that knows the fewest."""
-        return int(min(self._samples("coe_pools", "head"), default=0.0))
+        return int(min((value for _, value in self._samples("coe_pools", "head")), default=0.0))
+
+    def requests_by_gateway(self, node: str) -> dict[str, float]:
+        """Return how many requests each gateway has ended, by its id, as a node's door tells."""
+        found: dict[str, float] = {}
+        for labels, value in self._samples("coe_requests_total", node):
+            gateway = labels.partition('gateway="')[2].partition('"')[0]
+            found[gateway] = found.get(gateway, 0.0) + value
+        return found
 
     def metric(self, name: str, node: str = "head") -> float:
         """Return the sum of a metric's samples of all gateways and pools; -1: nobody answers."""
         samples = self._samples(name, node)
-        return sum(samples) if samples else -1.0
+        return sum(value for _, value in samples) if samples else -1.0
 
-    def _samples(self, name: str, node: str) -> list[float]:
+    def _samples(self, name: str, node: str) -> list[tuple[str, float]]:
+        """Return the labels and values of a metric's samples; none where nobody answers."""
         _, body = fetch(PORT, "/metrics", admin_key=self.admin_key, host=self.nodes[node].ip)
         starts = (name + " ", name + "{")
         lines = [line for line in body.decode().splitlines() if line.startswith(starts)]
-        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+        return [(head, float(value)) for head, _, value in (line.rpartition(" ") for line in lines)]
 
     def lacks(self) -> str:
         """Return what is missing of four known pools and three usable experts; empty: nothing."""
