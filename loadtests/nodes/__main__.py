@@ -11,30 +11,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loadtests.chaos.disturbed_site import reserved
-from loadtests.chaos.judged_traffic import (
-    BAD,
-    BROKEN,
-    RESET,
-    RIGHT,
-    TYPED,
-    Tally,
-    Traffic,
-    Verdict,
-)
+from loadtests.chaos.judged_traffic import Traffic
 from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
-from loadtests.lib.targets_and_report import Report, Table, TargetCheck
+from loadtests.lib.targets_and_report import Report
 from loadtests.nodes.namespace_network import ended_by_sigterm
 from loadtests.nodes.node_cluster import PORT, TENANT, NodeCluster, node_cluster, resident_mib
+from loadtests.nodes.node_outcomes import DEADLINE_S, Outcome, tell_outcomes
 
-_DEADLINE_S = 15.0
 # A client leaves a request that has not ended by then, and it counts as late.
 _GIVE_UP_S = 60.0
 _BACK_S = 120.0
@@ -112,47 +102,8 @@ CASES = (
 )
 
 
-@dataclass
-class Outcome:
-    """The requests of one case, by model, and its times in s of `time.monotonic`."""
-
-    case: Case
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    fault_s: float = 0.0
-    heal_s: float = 0.0
-    whole_s: float = float("inf")
-    lacks: str = ""
-    gateways_s: float = float("inf")
-
-    @property
-    def is_over(self) -> bool:
-        """Whether everything is used again."""
-        again_s = [tally.works_again_s(self.heal_s) for tally in self.tallies.values()]
-        return max(self.whole_s, self.gateways_s, *again_s) < float("inf")
-
-    def count(self, kind: str) -> int:
-        """Return the number of requests of all models that ended so."""
-        return sum(tally.kinds[kind] for tally in self.tallies.values())
-
-
-def longest_gap_s(verdicts: Sequence[Verdict], from_s: float, to_s: float) -> float:
-    """Return the longest time in [`from_s`, `to_s`] in which no request was answered right."""
-    ends = sorted(
-        verdict.ended_s
-        for verdict in verdicts
-        if verdict.kind == RIGHT and from_s <= verdict.ended_s <= to_s
-    )
-    marks = [from_s, *ends, to_s]
-    return max(after - before for before, after in itertools.pairwise(marks))
-
-
-def longest_wait_s(verdicts: Sequence[Verdict]) -> float:
-    """Return the longest time from a request's beginning to its end, right or not."""
-    return max((verdict.ended_s - verdict.began_s for verdict in verdicts), default=0.0)
-
-
 async def _run(cluster: NodeCluster, case: Case, clients: int) -> Outcome:
-    outcome = Outcome(case)
+    outcome = Outcome(case.name)
     say(case.name)
     async with contextlib.AsyncExitStack() as stack:
         for number, (model, experts) in enumerate(MODELS.items()):
@@ -160,7 +111,7 @@ async def _run(cluster: NodeCluster, case: Case, clients: int) -> Outcome:
             traffic = await stack.enter_async_context(
                 Traffic(
                     PORT,
-                    [(model, experts, _DEADLINE_S)],
+                    [(model, experts, DEADLINE_S)],
                     clients,
                     key=cluster.key,
                     seed=number,
@@ -246,76 +197,6 @@ async def _measure(
     left["reserved in Redis"] = await reserved(cluster.config, TENANT)
     for name, value in left.items():
         measured.left[name] = measured.left.get(name, 0.0) + value
-
-
-def tell_outcomes(report: Report, outcomes: Sequence[Outcome], left: Mapping[str, float]) -> None:
-    """Add a table of all requests, and what was reached."""
-    first = ("fault", "model", RIGHT, TYPED, "broken", "resets", "bad", "longest request, s")
-    times = ("none right for, s", "right again after its end, s", "errors")
-    table = Table("What came of requests", (*first, *times))
-    for outcome in outcomes:
-        for model, tally in outcome.tallies.items():
-            kinds = tally.kinds
-            gap_s = longest_gap_s(
-                tally.verdicts, outcome.fault_s, max(outcome.heal_s, outcome.fault_s)
-            )
-            errors = [f"{count} {code}" for code, count in tally.codes.most_common(4)]
-            table.rows.append(
-                (
-                    outcome.case.name,
-                    model,
-                    *(str(kinds[kind]) for kind in (RIGHT, TYPED, BROKEN, RESET)),
-                    str(sum(kinds[kind] for kind in BAD)),
-                    f"{longest_wait_s(tally.verdicts):.1f}",
-                    f"{gap_s:.1f}",
-                    f"{tally.works_again_s(outcome.heal_s):.1f}",
-                    ", ".join(errors),
-                )
-            )
-            for kind in (*BAD, RESET):
-                report.notes += [
-                    f"{outcome.case.name}, {model}: {kind}: {detail}"
-                    for detail in tally.details(kind)
-                ]
-    report.tables.append(table)
-    columns = ("fault", "pools known again after its end, s", "both gateways used again, s")
-    recovery = Table("Recovery", columns)
-    recovery.rows = [
-        (o.case.name, f"{o.whole_s - o.heal_s:.1f}", f"{o.gateways_s - o.heal_s:.1f}")
-        for o in outcomes
-    ]
-    report.tables.append(recovery)
-
-    def zero(name: str, value: float) -> TargetCheck:
-        return TargetCheck(f"{name}, at most", 0.0, value, value == 0)
-
-    for kind in BAD:
-        report.reach.append(zero(f"{kind}s", float(sum(o.count(kind) for o in outcomes))))
-    longest_s = max(
-        longest_wait_s(tally.verdicts) for o in outcomes for tally in o.tallies.values()
-    )
-    report.reach += [
-        TargetCheck(
-            "s that any request took, at most",
-            _DEADLINE_S + 2,
-            round(longest_s, 1),
-            longest_s <= _DEADLINE_S + 2,
-        ),
-        *(zero(f"{name} afterwards", value) for name, value in left.items()),
-    ]
-    report.facts["outcomes"] = {
-        outcome.case.name: {
-            model: {
-                "kinds": dict(tally.kinds),
-                "codes": dict(tally.codes),
-                "longest_s": round(longest_wait_s(tally.verdicts), 2),
-                "right_after_fault_s": round(tally.works_again_s(outcome.fault_s), 2),
-                "right_after_end_s": round(tally.works_again_s(outcome.heal_s), 2),
-            }
-            for model, tally in outcome.tallies.items()
-        }
-        for outcome in outcomes
-    }
 
 
 def _measured(given: argparse.Namespace) -> Report:

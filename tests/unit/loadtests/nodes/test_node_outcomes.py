@@ -6,7 +6,7 @@ import pytest
 
 from loadtests.chaos.judged_traffic import LATE, RIGHT, TYPED, Tally, Verdict
 from loadtests.lib.targets_and_report import Report
-from loadtests.nodes.__main__ import CASES, Outcome, longest_gap_s, longest_wait_s, tell_outcomes
+from loadtests.nodes.node_outcomes import Outcome, longest_gap_s, longest_wait_s, tell_outcomes
 
 
 def verdict(began_s: float, ended_s: float, kind: str = RIGHT, detail: str = "") -> Verdict:
@@ -36,7 +36,7 @@ def test_longest_wait_counts_requests_that_failed() -> None:
 
 
 def outcome(*verdicts: Verdict) -> Outcome:
-    return Outcome(CASES[0], {"there": Tally(list(verdicts))}, 1.0, 5.0, 7.5)
+    return Outcome("a fault", {"there": Tally(list(verdicts))}, 1.0, 5.0, 7.5)
 
 
 def missed(report: Report) -> set[str]:
@@ -48,7 +48,7 @@ def test_report_of_answered_and_refused_requests_misses_nothing() -> None:
     refused = verdict(2, 3, TYPED, "503 unavailable")
     tell_outcomes(report, [outcome(verdict(0, 1), refused, verdict(6, 6.5))], {"in flight": 0.0})
     assert missed(report) == set()
-    assert report.facts["outcomes"][CASES[0].name]["there"]["right_after_end_s"] == 1.5
+    assert report.facts["outcomes"]["a fault"]["there"]["right_after_end_s"] == 1.5
     (row,) = report.tables[0].rows
     assert "1 503 unavailable" in row
 
