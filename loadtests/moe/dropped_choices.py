@@ -38,7 +38,7 @@ _DROPPED = (0.125, 0.25, 0.5)
 _DTYPES = (torch.float32, torch.bfloat16)
 _WARM_UP = 2
 # In the largest step, where half is dropped, and where nothing is.
-_MOST, _MOST_LOST = 0.9, 1.05
+_MOST, _MOST_LOST = 0.95, 1.05
 
 
 @dataclass(frozen=True, slots=True)

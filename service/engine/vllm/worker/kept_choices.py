@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+# In a smaller step a dropped choice costs next to nothing, because it names an expert whose weights
+# are read anyhow, so that even asking which choices are dropped is not worth it.
+_LEAST_TO_CUT = 64
 # A batch of kept choices costs more than it saves below so many places, and where fewer than this
 # part of them is dropped. An expert with few tokens costs the reading of its weights, which is not
 # saved by dropping some of its tokens, so that more must be dropped there (`loadtests.moe`).
@@ -87,19 +90,24 @@ class CpuKeptChoices:
         # Weights on the input exist for one place only, and scales belong to rows of the input.
         if rest.get("apply_router_weight_on_input") or rest.get("a1q_scale") is not None:
             return compute(output, hidden_states, topk_weights, topk_ids)
-        kept = topk_weights != 0
-        counts = kept.sum(dim=0).tolist()
+        if topk_weights.numel() < _LEAST_TO_CUT:
+            return compute(output, hidden_states, topk_weights, topk_ids)
+        kept = topk_weights.numpy() != 0
+        counts = kept.sum(axis=0).tolist()
         used = [place for place, count in enumerate(counts) if count]
         if not used:
             return output.zero_()
         if len(used) < len(counts):
-            topk_weights = topk_weights[:, used].contiguous()
-            topk_ids = topk_ids[:, used].contiguous()
+            # Rules give the weight 0 to the last places, but for a boost of 0.
+            front = used[-1] < len(used)
+            places: Any = slice(len(used)) if front else used
+            topk_weights = topk_weights[:, places].contiguous()
+            topk_ids = topk_ids[:, places].contiguous()
         count = sum(counts)
         if not self._pays(topk_weights.numel(), count):
             return compute(output, hidden_states, topk_weights, topk_ids)
         # By place, so that the first choices, which nearly every token keeps, come first.
-        place, token = kept[:, used].t().nonzero(as_tuple=True)
+        place, token = torch.from_numpy(kept[:, used].T).nonzero(as_tuple=True)
         parts = torch.empty((count, output.shape[1]), dtype=output.dtype, device=output.device)
         compute(
             parts,

@@ -134,31 +134,35 @@ def test_kept_choices_on_a_cpu_equal_the_kernel_s_own_result(
     kernel.computed.clear()
     result = computed(CpuKeptChoices(kernel.apply, kernel.experts), hidden, weights, ids)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    small = weights.numel() < 64
     widest, kept = int((weights != 0).any(dim=0).sum()), int((weights != 0).sum())
     work = sum(rows * width for rows, width in kernel.computed)
-    assert kept <= work <= tokens * widest
-    all_places = tokens * widest
+    all_places = tokens * (places if small else widest)
+    assert kept <= work <= all_places
     least = 1 / 8 if all_places >= 32 * experts else 3 / 8
     if all_places >= 128 and all_places - kept >= all_places * least:
         assert work == kept
     else:
-        assert work == tokens * widest
+        assert work == all_places
         assert torch.equal(result, expected)
-    assert len(kernel.computed) == (kept > 0)
+    assert len(kernel.computed) == (kept > 0 or small)
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 3])
-def test_kept_choices_of_one_width_are_computed_with_that_width(width: int) -> None:
+@pytest.mark.parametrize("tokens", [21, 22])
+def test_kept_choices_of_one_width_are_computed_with_that_width(width: int, tokens: int) -> None:
     from service.engine.vllm.worker.kept_choices import CpuKeptChoices
 
     kernel = CpuKernel(6)
-    hidden, weights, ids = choices(2, 6, 3, 0, [width])
+    hidden, weights, ids = choices(tokens, 6, 3, 0, [width])
     expected = computed(kernel.apply, hidden, weights, ids)
     kernel.computed.clear()
     assert torch.equal(
         computed(CpuKeptChoices(kernel.apply, kernel.experts), hidden, weights, ids), expected
     )
-    assert kernel.computed == ([(2, width)] if width else [])
+    # In a small step there is nothing to win.
+    width = 3 if tokens == 21 else width
+    assert kernel.computed == ([(tokens, width)] if width else [])
 
 
 def test_kept_choices_with_a_silent_expert_among_the_first_are_equal() -> None:
