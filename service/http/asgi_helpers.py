@@ -164,6 +164,7 @@ async def until_gone(
         leave()
 
     when_gone = None if scope is None else scope.get("extensions", {}).get(WHEN_GONE)
+    end_watch: Callable[[], object]
     if when_gone is not None:
         when_gone(leave)
         end_watch = partial(when_gone, None)
