@@ -102,7 +102,7 @@ class RequestTimeoutError(InvalidRequestError):
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body of a request is not declared as JSON (415)."""
+    """The body of a request is not declared as JSON, or a form, or is compressed (415)."""
 
     code = "unsupported_media_type"
 

@@ -9,6 +9,11 @@ The rules are:
   subresources that the browser reports as cross-site (`Sec-Fetch-Site`) are refused.
 - A POST with a body must be JSON, because a page may send some other types without a preflight.
   Uploads are forms. A foreign page's form has an `Origin`, which the second rule refuses.
+- Ollama's API also takes JSON that is declared as `application/x-www-form-urlencoded`, which is
+  what `curl -d` says, from clients that are no browsers. A browser's form of this type is never
+  JSON, because it encodes the braces; and every script that could send JSON as this type has an
+  `Origin`. Other types, such as `text/plain`, can be JSON in a form, and are refused.
+- No body is compressed: nothing here would unpack it.
 
 Once keys are needed, a foreign page can't send a key. Then only names in `allowed_hosts` restrict
 the `Host`. The module imports only the standard library, because the start page uses the rules
@@ -28,7 +33,11 @@ from service.errors import CoeError, ForbiddenError, InvalidRequestError, Unsupp
 _HOST = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+?)\.?(?::(\d{1,5}))?$")
 _JSON = re.compile(rb"^\s*application/(?:json|[a-z0-9.+-]+\+json)\s*(?:;|$)", re.IGNORECASE)
 _FORM = re.compile(rb"^\s*multipart/form-data\s*;", re.IGNORECASE)
+_CURL = re.compile(rb"^\s*application/x-www-form-urlencoded\s*(?:;|$)", re.IGNORECASE)
 _UPLOADS = frozenset({"/v1/files", "/v1/audio/transcriptions"})
+_OLLAMA = "/api/"
+# Headers of browsers; a page's script can't leave them out.
+_BROWSERS = (b"origin", b"referer", b"sec-fetch-site")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 # Values of Sec-Fetch-Site for pages of another origin.
@@ -72,6 +81,7 @@ class CrossOriginRules:
         keyless: bool,
         body: bool,
         uploads: bool = False,
+        ollama: bool = False,
     ) -> None:
         """Refuse a request of a foreign page.
 
@@ -81,23 +91,20 @@ class CrossOriginRules:
             keyless: Whether the service answers without a key.
             body: Whether the request has a body.
             uploads: Whether the endpoint takes forms.
+            ollama: Whether it is one of Ollama's API.
 
         Raises:
             InvalidRequestError: The `Host` is not valid.
             ForbiddenError: The `Host` or `Origin` is not allowed.
-            UnsupportedMediaTypeError: The body is not declared as JSON.
+            UnsupportedMediaTypeError: The body is not declared as JSON, or is compressed.
         """
         host = headers.get(b"host")
         if host is not None and (keyless or self._restricted):
             self._check_host(host)
         if keyless:
             self._check_origin(method, host, headers)
-        kind = headers.get(b"content-type", b"")
-        allowed = _JSON.match(kind) or (uploads and _FORM.match(kind))
-        if method == b"POST" and body and not allowed:
-            raise UnsupportedMediaTypeError(
-                "the body of a POST must be JSON: send the header Content-Type: application/json"
-            )
+        if method == b"POST" and body:
+            _check_type(headers, uploads=uploads, ollama=ollama)
 
     def _check_host(self, given: bytes) -> None:
         found = _HOST.match(given.decode("latin-1"))
@@ -145,6 +152,24 @@ class CrossOriginRules:
             f"the origin {origin[:128]!r} is refused while no API key is needed; "
             "`server.cors_origins` can allow it",
             code="origin_not_allowed",
+        )
+
+
+def _check_type(headers: Mapping[bytes, bytes], *, uploads: bool, ollama: bool) -> None:
+    kind = headers.get(b"content-type", b"")
+    by_curl = ollama and _CURL.match(kind) and not any(name in headers for name in _BROWSERS)
+    if not (_JSON.match(kind) or by_curl or (uploads and _FORM.match(kind))):
+        if uploads:
+            raise UnsupportedMediaTypeError(
+                "the body must be a form: send the header Content-Type: multipart/form-data with "
+                "its boundary"
+            )
+        raise UnsupportedMediaTypeError(
+            "the body of a POST must be JSON: send the header Content-Type: application/json"
+        )
+    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+        raise UnsupportedMediaTypeError(
+            "a body can't be compressed: send it without the header Content-Encoding"
         )
 
 
@@ -201,6 +226,7 @@ class CrossOriginMiddleware:
                     keyless=self._keyless(),
                     body=has_body(headers),
                     uploads=scope["path"] in _UPLOADS,
+                    ollama=scope["path"].startswith(_OLLAMA),
                 )
             except (ForbiddenError, InvalidRequestError) as error:
                 await self._refuse(scope["path"], error, send)

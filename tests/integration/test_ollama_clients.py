@@ -109,6 +109,12 @@ async def test_errors_are_texts_with_their_status() -> None:
         assert caught.value.status_code == 404
         async with s.get("/api/chat") as reply:
             assert (reply.status, (await reply.json()).keys()) == (405, {"error"})
+        # As `curl -d` sends it; aiohttp adds no header of a browser.
+        raw, kind = json.dumps({"model": "general"}), "application/x-www-form-urlencoded"
+        for headers, status in (({}, 200), ({"origin": "null"}, 403), ({"referer": "x"}, 415)):
+            headers |= {"content-type": kind}
+            async with s.client.post(s.url + "/api/chat", data=raw, headers=headers) as reply:
+                assert reply.status == status
         async with s.get("/api/version") as reply:
             assert (await reply.json())["version"]
 

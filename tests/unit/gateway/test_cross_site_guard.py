@@ -20,13 +20,25 @@ PLAIN = CrossOriginRules("127.0.0.1")
 
 
 def code_of(
-    rules: CrossOriginRules, method: str = "GET", *, keyless: bool = True, **headers: str
+    rules: CrossOriginRules,
+    method: str = "GET",
+    *,
+    keyless: bool = True,
+    takes: str = "",
+    **headers: str,
 ) -> str | None:
     given = {
         name.replace("_", "-").encode(): value.encode("latin-1") for name, value in headers.items()
     }
     try:
-        rules.check(method.encode(), given, keyless=keyless, body=has_body(given))
+        rules.check(
+            method.encode(),
+            given,
+            keyless=keyless,
+            body=has_body(given),
+            uploads=takes == "uploads",
+            ollama=takes == "ollama",
+        )
     except CoeError as error:
         return error.code
     return None
@@ -58,7 +70,7 @@ def code_of(
 def test_check_own_host_without_keys_passes(host: str) -> None:
     assert code_of(RULES, host=host) is None
     body = {"content_length": "2", "content_type": "application/json"}
-    assert code_of(RULES, "POST", host=host, **body) is None
+    assert code_of(RULES, "POST", keyless=True, host=host, **body) is None
 
 
 @pytest.mark.parametrize(
@@ -180,6 +192,63 @@ def test_check_post_body_that_is_not_json_is_refused(kind: str, taken: bool, key
         code = code_of(PLAIN, "POST", keyless=keyless, **headers)
         assert code == (None if taken else UnsupportedMediaTypeError.code)
     assert code_of(PLAIN, "POST", keyless=keyless, host="localhost", content_type=kind) is None
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize("keyless", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        (FORM, True),
+        ("Application/X-WWW-Form-Urlencoded; charset=UTF-8", True),
+        ("application/json", True),
+        ("", False),
+        ("text/plain", False),
+        ("multipart/form-data; boundary=x", False),
+        (f"{FORM}+x", False),
+        (f"text/plain; {FORM}", False),
+    ],
+)
+def test_check_ollama_body_of_curl_passes_and_what_a_page_can_send_does_not(
+    kind: str, taken: bool, keyless: bool
+) -> None:
+    headers = {"host": "localhost", "content_type": kind, "content_length": "2"}
+    code = code_of(PLAIN, "POST", keyless=keyless, takes="ollama", **headers)
+    assert code == (None if taken else UnsupportedMediaTypeError.code)
+    if kind != FORM:
+        return
+    assert code_of(PLAIN, "POST", keyless=keyless, **headers) == UnsupportedMediaTypeError.code
+    # Pages of other sites and of this one: every browser has one of these headers.
+    for name, value in (
+        ("origin", "http://localhost"),
+        ("origin", "null"),
+        ("origin", "https://attacker.example"),
+        ("referer", "https://attacker.example/"),
+        ("sec_fetch_site", "cross-site"),
+        ("sec_fetch_site", "same-origin"),
+    ):
+        browser = {**headers, name: value}
+        assert code_of(PLAIN, "POST", keyless=keyless, takes="ollama", **browser) is not None
+
+
+@pytest.mark.parametrize(
+    ("coding", "taken"),
+    [("identity", True), ("", True), ("gzip", False), ("br", False), ("GZIP, identity", False)],
+)
+def test_check_compressed_body_is_refused_by_its_header(coding: str, taken: bool) -> None:
+    for kind in ("application/json", "multipart/form-data; boundary=x"):
+        given = {"content_type": kind, "content_length": "2", "content_encoding": coding}
+        code = code_of(PLAIN, "POST", keyless=True, takes="uploads", host="localhost", **given)
+        assert code == (None if taken else UnsupportedMediaTypeError.code)
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "multipart/form-data", FORM])
+def test_check_upload_that_is_no_form_is_told_to_be_one(kind: str) -> None:
+    given = {b"content-type": kind.encode(), b"content-length": b"2"}
+    with pytest.raises(UnsupportedMediaTypeError, match="multipart/form-data"):
+        PLAIN.check(b"POST", given, keyless=False, body=True, uploads=True)
 
 
 @pytest.mark.parametrize(
