@@ -12,7 +12,7 @@ The text may be any `str`, even with lone surrogates and NULs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -150,9 +150,20 @@ def codes(text: str) -> Ids:
     return points
 
 
-def _mix(ids: Ids, salt: int) -> Ids:
-    """Apply murmur3's finaliser with a salt. Every bit of an id affects every bit of its result."""
-    mixed = ids + np.uint32(salt * _ORDER_STEP & _MASK)
+def _grams(values: Ids, orders: Iterable[int]) -> dict[int, Ids]:
+    """Return the hashes of the runs of up to so many values as the greatest order, by length."""
+    found = {1: values}
+    for order in range(2, max(orders, default=0) + 1):
+        found[order] = found[order - 1][:-1] * np.uint32(_BASE) + values[order - 1 :]
+    return found
+
+
+def _salted(ids: Ids, salt: int) -> Ids:
+    return ids + np.uint32(salt * _ORDER_STEP & _MASK)
+
+
+def _mix(mixed: Ids) -> Ids:
+    """Apply murmur3's finaliser in place. Every bit of an id affects every bit of its result."""
     mixed ^= mixed >> np.uint32(16)
     mixed *= _MIX_1
     mixed ^= mixed >> np.uint32(13)
@@ -177,36 +188,26 @@ class Featurizer:
         # `lower` may lengthen a text ("İ" becomes two code points), so it is cut again.
         text = clip(text, spec.edge_chars)
         points = codes(trim(text) if spec.trims else text)[: 2 * spec.edge_chars + 1]
-        char_ids: list[Ids] = []
-        marks: list[Ids] = []
         values = points + np.uint32(1)  # A NUL must change the hash as well.
-        rolled = values
-        for order in range(1, max((*spec.char_orders, _MARK_CHARS)) + 1):
-            if order > 1:
-                rolled = rolled[:-1] * np.uint32(_BASE) + values[order - 1 :]
-            if order in spec.char_orders or order == _MARK_CHARS:
-                mixed = _mix(rolled, order)
-                if order in spec.char_orders:
-                    char_ids.append(mixed >> self._shift)
-                if order == _MARK_CHARS:
-                    marks.append(mixed >> self._mark_shift)
         words = self._words(points, values)
-        word_ids: list[Ids] = []
-        rolled = words
-        for order in range(1, max(spec.word_orders, default=0) + 1):
-            if order > 1:
-                rolled = rolled[:-1] * np.uint32(_BASE) + words[order - 1 :]
-            if order in spec.word_orders:
-                word_ids.append(_mix(rolled, 16 + order) >> self._shift)
-        marks.append(_mix(words, 32) >> self._mark_shift)
+        chars = _grams(values, (*spec.char_orders, _MARK_CHARS))
+        of_words = _grams(words, spec.word_orders)
+        # All hashes are mixed at once: for a short text a call of numpy costs more than its work.
+        salted = [_salted(chars[order], order) for order in spec.char_orders]
+        salted += [_salted(of_words[order], 16 + order) for order in spec.word_orders]
+        salted += [_salted(chars[_MARK_CHARS], _MARK_CHARS), _salted(words, 32)]
+        mixed = _mix(np.concatenate(salted))
+        char_end = sum(map(len, salted[: len(spec.char_orders)]))
+        word_end = char_end + sum(map(len, salted[len(spec.char_orders) : -2]))
+        ids = mixed[:word_end] >> self._shift
         size = 1 << spec.bits
-        char_buckets, char_counts = _count(char_ids, size)
-        word_buckets, word_counts = _count(word_ids, size)
+        char_buckets, char_counts = _count(ids[:char_end], size)
+        word_buckets, word_counts = _count(ids[char_end:], size)
         return Features(
             buckets=np.concatenate((char_buckets, word_buckets + size)),
             counts=np.concatenate((char_counts, word_counts)),
             chars=len(char_buckets),
-            marks=np.concatenate(marks),
+            marks=mixed[word_end:] >> self._mark_shift,
             words=len(words),
         )
 
@@ -215,7 +216,10 @@ class Featurizer:
         inside = _IS_WORD[np.minimum(points, np.uint32(128))]
         if not inside.any():
             return np.empty(0, dtype=np.uint32)
-        edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+        # `np.diff` with edges costs several times as much.
+        padded = np.zeros(len(inside) + 2, dtype=np.bool_)
+        padded[1:-1] = inside
+        edges = np.flatnonzero(padded[1:] != padded[:-1])
         starts, ends = edges[::2], edges[1::2]
         prefix = np.zeros(len(points) + 1, dtype=np.uint32)
         np.cumsum(values * self._powers[: len(points)], dtype=np.uint32, out=prefix[1:])
@@ -228,14 +232,18 @@ def _powers(base: int, length: int) -> Ids:
     return np.multiply.accumulate(powers, dtype=np.uint32)
 
 
-def _count(ids: list[Ids], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _count(ids: Ids, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the buckets that occur, ascending, and the number of occurrences of each."""
-    joined = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)
-    if len(joined) < _SORT_BELOW:
-        ordered = np.sort(joined)
-        first = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        first = first[: len(ordered)]
-        return ordered[first].astype(np.int64), np.diff(first, append=len(ordered))
-    table = np.bincount(joined.astype(np.int64), minlength=size)
+    count = len(ids)
+    if count < _SORT_BELOW:
+        ordered = np.sort(ids)
+        bounds = np.empty(count + 1, dtype=np.bool_)
+        bounds[0] = bounds[-1] = True
+        np.not_equal(ordered[1:], ordered[:-1], out=bounds[1:-1])
+        if not count:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        first = np.flatnonzero(bounds)
+        return ordered[first[:-1]].astype(np.int64), first[1:] - first[:-1]
+    table = np.bincount(ids.astype(np.int64), minlength=size)
     buckets = np.flatnonzero(table > 0)  # `flatnonzero` is four times as fast on a bool array.
     return buckets, table[buckets]
