@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import ConflictError
+from service.pool.slots.shared_slot import SlotState
+from service.pool.swap_planner import Stay, bounded, next_fetch, next_step, units_to_evict
 from service.rpc.snapshot import Queue
+from service.task_cancellation import cancel_and_wait
 from tests.support.fake_clock_loop import FastTime
 from tests.support.garbage import collected
 from tests.support.shared_slot_simulation import (
@@ -176,3 +179,60 @@ def test_swapping_slot_without_faults_answers_all_within_max_wait(
     ended = [o for o in outcomes if not isinstance(o, asyncio.CancelledError)]
     assert set(ended) <= {"ok", "over_capacity"}
     assert max(stage.waits, default=0.0) <= WAIT_S + len(UNITS) * TURN_S
+
+
+def overlooked(stage: Stage, now_s: float) -> str | None:
+    """What the next step would change, where the controller waits for an event before it."""
+    slot, policy = stage.slot, stage.slot.policy
+    engine = slot.engine
+    if engine is None or slot.state is not SlotState.SERVING or slot._depends_on_time():
+        return None
+    view = slot._slot_view(now_s)
+    units = bounded(view, slot._unit_views(now_s, engine.swappable_experts), policy)
+    step = next_step(view, units, policy)
+    fetched = next_fetch(view, units, policy)
+    evicted = units_to_evict(view, units, policy, fetched)
+    if isinstance(step, Stay) and fetched is None and not evicted:
+        return None
+    return f"{step}, fetch {fetched}, evict {evicted}"
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_swapping_slot_that_waits_for_an_event_has_nothing_left_to_do(seed: int) -> None:
+    """Requests come, are granted, refused, or leave, in any order; units are pinned and wanted."""
+    chance = random.Random(seed)
+    found: list[str] = []
+
+    async def whole() -> None:
+        clock = FastTime(asyncio.get_running_loop())
+        with pytest.MonkeyPatch.context() as patch:
+            on_clock(patch, lambda: clock.now_s)
+            world = World(chance.choice([2, 3]) * SIZE, lambda: clock.now_s)
+            stage = Stage(world, capacity=1)
+            supervisor = asyncio.create_task(stage.slot.supervise(asyncio.Lock()))
+            clients: list[asyncio.Task[str]] = []
+            for _ in range(60):
+                kind, expert = chance.random(), chance.choice("bcd")
+                if kind < 0.35:
+                    expert = chance.choice(["b", "b", expert])
+                    asked = stage.ask(expert, chance.choice([1, 40, 400]))
+                    clients.append(asyncio.create_task(asked))
+                elif kind < 0.6 and clients:
+                    clients.pop(chance.randrange(len(clients))).cancel()
+                elif kind < 0.65:
+                    stage.slot._refuse_unit(expert, lambda _: ConflictError("refused"))
+                elif kind < 0.8:
+                    stage.slot.set_pinned(expert, chance.random() < 0.5)
+                else:
+                    stage.slot.record_demand(expert, 0.2, clock.now_s)
+                await asyncio.sleep(chance.choice([0.0, 0.01, 0.1]))
+                if overlooked(stage, clock.now_s):
+                    # Whatever it waits for by the clock is seen at the next look.
+                    await asyncio.sleep(0.3)
+                    if wrong := overlooked(stage, clock.now_s):
+                        found.append(wrong)
+            await cancel_and_wait(*clients, supervisor)
+
+    asyncio.run(whole())
+    assert found == []
