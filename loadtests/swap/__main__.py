@@ -5,7 +5,8 @@ from disk, as an adapter, and by another engine. For comparison, the same run co
 in memory, reads and packs the same file, and starts an engine.
 
 With `--engines command` it measures the swaps of other projects' servers, and streams through them,
-beside the same by hand.
+beside the same by hand. With `--llama-server PATH --gguf A --gguf B` it does so with two models of
+llama.cpp, also beside llama-server's own router.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.median_intervals import Estimate, median, ratio_of_medians
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
-from loadtests.swap import foreign_servers
+from loadtests.swap import foreign_servers, llama_servers
 from loadtests.swap.real_shared_slot_engine import SharedEngine, ask, prepare, settings, weights
 from service.config import Config
 from service.engine.vllm.engine import VllmEngine, VllmModel
@@ -233,7 +234,29 @@ def main() -> int:
         default="vllm",
         help="the pool's own engine, or servers that commands start (default vllm)",
     )
+    words.add_argument(
+        "--llama-server",
+        type=Path,
+        metavar="PATH",
+        help="with --engines command: a llama-server instead of the small program",
+    )
+    words.add_argument(
+        "--gguf",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="its two models: give this twice",
+    )
     given = words.parse_args()
+    if (given.llama_server is None) != (given.gguf is None):
+        words.error("--llama-server and --gguf go together")
+    if given.llama_server is not None:
+        if given.engines != "command":
+            words.error("--llama-server is for --engines command")
+        return tell(
+            lambda _: llama_servers.report_of(given.llama_server, given.gguf, given.times),
+            as_json=given.json,
+        )
     if given.engines == "command":
         return tell(lambda _: foreign_servers.report_of(given.times), as_json=given.json)
     prepare()
