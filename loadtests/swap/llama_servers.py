@@ -241,7 +241,9 @@ def version_of(program: Path) -> str:
     done = subprocess.run(
         [str(program), "--version"], capture_output=True, text=True, check=False, timeout=_UP_S
     )
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version:")]
+    lines = [
+        line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version:")
+    ]
     if done.returncode != 0 or not lines:
         raise RuntimeError(f"{program} --version fails; is it llama-server?")
     return lines[0].strip()
