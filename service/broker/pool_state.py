@@ -73,7 +73,7 @@ def idle_view(experts: Sequence[str]) -> PoolView:
 
 @dataclass(frozen=True, slots=True)
 class PoolMatrix:
-    """The state of all pools at one moment. Arrays are (pools, experts), times in s.
+    """The state of all pools. Arrays are (pools, experts), times in s.
 
     Attributes:
         boots: (pools,), boot ids.
@@ -167,18 +167,23 @@ class PoolStateTable:
         row.update(snapshot, delta)
 
     def to_matrix(self, views: Sequence[PoolView]) -> PoolMatrix:
-        """Compute the arrays of these pools, in the same order."""
+        """The arrays of these pools, in the same order.
+
+        They are the table's own, and show later updates, too: use them before the next one.
+        """
         boots = tuple([view.boot for view in views])
         if boots != self._boots:
             self._lay_out(boots)
         for row, view in zip(self._ordered, views, strict=True):
             if row.last is not view.snapshot:
                 row.update(view.snapshot, None)
-        # A selection keeps its matrix while snapshots change the rows.
-        table = self._block.copy()
-        for i, view in enumerate(views):
-            if view.unseen:
-                self._count_unseen(table[_AHEAD, i], view)
+        table = self._block
+        ahead = table[_AHEAD]
+        if any(view.unseen for view in views):
+            ahead = ahead.copy()
+            for i, view in enumerate(views):
+                if view.unseen:
+                    self._count_unseen(ahead[i], view)
         return PoolMatrix(
             boots=boots,
             fresh=np.array([view.age_s <= STALE_S for view in views], dtype=bool),
@@ -188,7 +193,7 @@ class PoolStateTable:
             per_token=table[_PER_TOKEN],
             chunk=table[_CHUNK],
             capacity=table[_CAPACITY],
-            ahead=table[_AHEAD],
+            ahead=ahead,
             displaced=table[_DISPLACED],
             context=table[_CONTEXT],
             prompts=table[_PROMPTS],

@@ -164,11 +164,15 @@ class ExpertInPool:
 class Selection:
     """All recipes of a request with their utilities. Times in s.
 
+    It holds nothing by pool and expert, because a request keeps it until its answer has ended.
+
     Attributes:
         catalog: The recipes that the rows refer to.
         request: The request.
-        pools: State of all pools at that time.
-        pool: (experts,), best pool for each expert, an index into `pools.boots`.
+        boots: Boot ids of the pools.
+        pool: (experts,), best pool for each expert, an index into `boots`.
+        eta: (experts,), time until the expert's weights are ready there.
+        chunk: (experts,), time of a token of the answer there.
         wait: (experts,), time until prefill starts there.
         answer: (experts,), time from then to the end of the answer.
         time: (recipes,), expected time to the answer. Like all fields below, it is in the order of
@@ -184,8 +188,10 @@ class Selection:
 
     catalog: RecipeCatalog
     request: SelectionRequest
-    pools: PoolMatrix
+    boots: tuple[BootId, ...]
     pool: Ints
+    eta: Floats
+    chunk: Floats
     wait: Floats
     answer: Floats
     time: Floats
@@ -252,14 +258,13 @@ class Selection:
         column = self.catalog.index[expert]
         if not np.isfinite(self.wait[column]):
             return None
-        row = int(self.pool[column])
         return ExpertInPool(
             expert,
-            self.pools.boots[row],
-            float(self.pools.eta[row, column]),
+            self.boots[int(self.pool[column])],
+            float(self.eta[column]),
             float(self.wait[column]),
             float(self.answer[column]),
-            float(self.pools.chunk[row, column]),
+            float(self.chunk[column]),
         )
 
     def unmet_experts(self, chosen: int) -> tuple[str, ...]:
@@ -283,6 +288,8 @@ class _ExpertTimes:
 
     Attributes:
         pool: Row of the best pool.
+        eta: Time until the expert's weights are ready.
+        chunk: Time of a token of the answer.
         wait: Time until prefill starts.
         answer: Time from then to the end of the answer.
         prefill: Time of the prefill.
@@ -293,6 +300,8 @@ class _ExpertTimes:
     """
 
     pool: Ints
+    eta: Floats
+    chunk: Floats
     wait: Floats
     answer: Floats
     prefill: Floats
@@ -391,8 +400,10 @@ def _select_among(
     return Selection(
         catalog=catalog,
         request=request,
-        pools=pools,
+        boots=pools.boots,
         pool=times.pool,
+        eta=times.eta,
+        chunk=times.chunk,
         wait=times.wait,
         answer=times.answer,
         time=totals.time,
@@ -443,7 +454,7 @@ def _expert_times(
     if not len(pools.boots):
         never = np.full(len(catalog.experts), _INFINITE)
         nowhere = StepTimes(never, never, never, never) if catalog.has_steps else None
-        return _ExpertTimes(_NO_POOLS, never, never, never, never, never, never, nowhere)
+        return _ExpertTimes(_NO_POOLS, *(never,) * 8, nowhere)
     prefill = pools.first + pools.per_token * request.prompt_tokens
     hint = request.prefix_cache
     warm: tuple[int, int] | None = None
@@ -479,12 +490,14 @@ def _expert_times(
     decode -= np.minimum((1 - READ_ALONG) * decode, _READ_UNNOTICED_S * request.tokens)
     decode += prefill
     best_wait, best_prefill = in_best_pool(wait), in_best_pool(prefill)
+    chunk = in_best_pool(pools.chunk)
     steps = None
     if catalog.has_steps:
-        per_token, chunk = in_best_pool(pools.per_token), in_best_pool(pools.chunk)
-        steps = StepTimes(best_wait, best_prefill, per_token, chunk)
+        steps = StepTimes(best_wait, best_prefill, in_best_pool(pools.per_token), chunk)
     return _ExpertTimes(
         pool=pool,
+        eta=in_best_pool(pools.eta),
+        chunk=chunk,
         wait=best_wait,
         answer=in_best_pool(answer),
         prefill=best_prefill,

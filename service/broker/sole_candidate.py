@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.broker.pool_state import Floats, PoolMatrix, PoolStateTable, PoolView
+from service.broker.pool_state import Floats, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.recipe_steps import fixed_cast
 from service.broker.selection import (
@@ -28,10 +28,6 @@ from service.rpc.snapshot import STALE_S
 # In more pools than that, arrays are as fast.
 _MOST_POOLS = 8
 _READ_UNNOTICED_S = (1 - READ_ALONG) * READING_S
-_EMPTY = np.zeros((0, 0))
-_NOWHERE = PoolMatrix(
-    (), np.zeros(0, bool), _EMPTY > 0, **dict.fromkeys(PoolMatrix.__slots__[3:], _EMPTY)
-)
 _POSSIBLE = np.zeros(1, dtype=np.int8)
 _POSSIBLE.setflags(write=False)
 
@@ -123,8 +119,10 @@ def select_sole(
     return SoleSelection(
         catalog=catalog,
         request=request,
-        pools=_NOWHERE,
+        boots=(option.boot,),
         pool=np.zeros(count, np.intp),
+        eta=_only(count, column, option.eta_s),
+        chunk=_only(count, column, option.token_s),
         wait=_only(count, column, wait),
         answer=_only(count, column, answer),
         time=np.array((wait + answer,)),

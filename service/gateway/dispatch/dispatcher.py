@@ -333,7 +333,7 @@ class Dispatcher:
                 request.rows,
                 request.quality,
                 worst,
-                idle_times(self.catalog, selection.pools, request),
+                self.idle_times(request),
             )
 
     def _next_option(

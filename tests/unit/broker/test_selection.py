@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker.pool_state import REMOTE, PoolStateTable, PoolView
+from service.broker.pool_state import REMOTE, PoolMatrix, PoolStateTable, PoolView
 from service.broker.quality_cost_bounds import Exclusion, RequestBounds
 from service.broker.recipe_catalog import RecipeCatalog
 from service.broker.selection import (
@@ -321,7 +321,17 @@ def test_select_by_context_length_excludes_experts_unless_none_fits() -> None:
     named = replace(
         wish, rows=wish.rows[:1], quality=wish.quality[:1], escalation_prob=wish.escalation_prob[:1]
     )
-    assert winner(select(got.catalog, got.pools, named)) == ("a", "x")
+    pools = PoolStateTable(got.catalog.index).to_matrix([pool])
+    assert winner(select(got.catalog, pools, named)) == ("a", "x")
+
+
+def test_selection_holds_nothing_by_pool_and_expert() -> None:
+    """A request keeps its selection until its answer ends: thousands of them must fit in memory."""
+    pools = [view(f"pool-{i}") for i in range(300)]
+    got = decided(*pools, quality={"a": 0.9})
+    arrays = [getattr(got, f.name) for f in fields(got)]
+    assert sum(a.nbytes for a in arrays if isinstance(a, np.ndarray)) < 8 * 300
+    assert not any(isinstance(value, PoolMatrix) for value in arrays)
 
 
 def test_select_excluded_places_are_not_chosen() -> None:
