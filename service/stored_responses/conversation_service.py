@@ -144,16 +144,13 @@ class ConversationService:
         """
         found = await self.conversation(tenant, conversation_id)
         _check_fields(body, ("items",))
-        given = _new_items(body.get("items"), least=1)
-        named = {item["id"] for item in given if isinstance(item.get("id"), str)}
-        known = [name for name in named if await self._state.item(found.id, name) is not None]
-        items = stored_items(given, known)
+        items = stored_items(_new_items(body.get("items"), least=1))
         added = await self._state.add_items(found.id, items, self._responses.quota)
         if not self._responses.count(added):
             # It was deleted meanwhile, or there is no room.
             await self.conversation(tenant, conversation_id)
             raise self._no_room()
-        return items
+        return [StoredItem(name, item.body) for name, item in zip(added.ids, items, strict=True)]
 
     async def items(self, tenant: Tenant, conversation_id: str, page: Page) -> list[StoredItem]:
         """Return a part of a conversation's items.

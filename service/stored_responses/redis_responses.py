@@ -28,6 +28,7 @@ from service.stored_responses.stored_records import (
     StoredConversation,
     StoredItem,
     StoredResponse,
+    renewed,
 )
 
 _FOLDER = Path(__file__).with_name("scripts")
@@ -94,6 +95,7 @@ class RedisResponses:
                 inputs=len(response.input),
                 outputs=len(response.output),
                 ids=[item.id for item in response.items],
+                spare=_spare(response.items),
                 conversation=response.conversation,
                 previous=response.previous,
                 **_most(quota),
@@ -133,6 +135,7 @@ class RedisResponses:
                 tenant=conversation.tenant,
                 created=conversation.created_s,
                 ids=[item.id for item in items],
+                spare=_spare(items),
                 **_most(quota),
             )
         )
@@ -167,6 +170,7 @@ class RedisResponses:
                 *(item.body for item in items),
                 id=conversation_id,
                 ids=[item.id for item in items],
+                spare=_spare(items),
                 **_most(quota),
             )
         )
@@ -208,9 +212,14 @@ def _most(quota: Quota) -> dict[str, int]:
     return {"most_entries": quota.most_entries, "most_bytes": quota.most_bytes}
 
 
-def _added(found: Sequence[int]) -> Added:
-    kept, evicted = found
-    return Added(bool(kept), int(evicted))
+def _spare(items: Sequence[StoredItem]) -> list[str]:
+    """Ids for those items whose own another one has."""
+    return [renewed(item).id for item in items]
+
+
+def _added(found: Sequence[Any]) -> Added:
+    kept, evicted, *ids = found
+    return Added(bool(kept), int(evicted), tuple(map(_text, ids)))
 
 
 def _response(found: Sequence[Any]) -> StoredResponse:

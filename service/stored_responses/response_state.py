@@ -68,6 +68,8 @@ class ResponseState(Protocol):
     async def add_response(self, response: StoredResponse, quota: Quota) -> Added:
         """Add a response, and its items behind those of its conversation.
 
+        An item whose id another one of the conversation has is kept under a new one.
+
         Containers of the tenant that were not used for longest make room for it. The responses
         that it goes on from count as used now.
 
@@ -116,9 +118,11 @@ class ResponseState(Protocol):
     ) -> Added:
         """Add items behind those of a conversation.
 
+        An item whose id another one of the conversation has is kept under a new one.
+
         Returns:
-            What became of them. They are not kept where there are too many bytes, or where the
-            conversation was deleted.
+            What became of them, with their ids. They are not kept where there are too many bytes,
+            or where the conversation was deleted.
         """
 
     async def items(self, container: str, page: Page) -> list[StoredItem]:

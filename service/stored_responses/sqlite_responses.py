@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from service.stored_responses.stored_records import (
     StoredConversation,
     StoredItem,
     StoredResponse,
+    renewed,
 )
 
 Clock = Callable[[], float]
@@ -83,7 +85,7 @@ class SqliteResponses:
                 _insert_container(db, response.id, response.tenant, response.created_s, now_s)
             elif not _is_there(db, response.conversation, response.tenant):
                 return Added(False)
-            first = _append(db, response.container, response.items, now_s)
+            first, _ = _append(db, response.container, response.items, now_s)
             db.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -209,8 +211,8 @@ class SqliteResponses:
             ).fetchone()
             if row is None:
                 return Added(False)
-            _append(db, conversation_id, items, now_s)
-            return _make_room(db, row[0], conversation_id, quota)
+            _, ids = _append(db, conversation_id, items, now_s)
+            return replace(_make_room(db, row[0], conversation_id, quota), ids=ids)
 
         return await self._add(add)
 
@@ -304,22 +306,30 @@ def _is_there(db: sqlite3.Connection, container: str, tenant: str) -> bool:
 
 def _append(
     db: sqlite3.Connection, container: str, items: Sequence[StoredItem], now_s: float
-) -> int:
-    """Add items to a container; return the first one's number."""
+) -> tuple[int, tuple[str, ...]]:
+    """Add items to a container; return the first one's number, and their ids."""
     (newest,) = db.execute("SELECT newest FROM containers WHERE id = ?", (container,)).fetchone()
+    query = "SELECT 1 FROM items WHERE container = ? AND id = ?"
+    taken: set[str] = set()
+    kept = []
+    for item in items:
+        if item.id in taken or (newest and db.execute(query, (container, item.id)).fetchone()):
+            item = renewed(item)
+        taken.add(item.id)
+        kept.append(item)
     db.executemany(
         "INSERT INTO items VALUES (?, ?, ?, ?)",
         [
             (container, number, item.id, item.body)
-            for number, item in enumerate(items, start=newest + 1)
+            for number, item in enumerate(kept, start=newest + 1)
         ],
     )
     db.execute(
         "UPDATE containers SET newest = ?, bytes = bytes + ?, used_s = ?, entries = max(1, entries)"
         " WHERE id = ?",
-        (newest + len(items), sum(item.size for item in items), now_s, container),
+        (newest + len(kept), sum(item.size for item in kept), now_s, container),
     )
-    return int(newest) + 1
+    return int(newest) + 1, tuple(item.id for item in kept)
 
 
 def _count(db: sqlite3.Connection, container: str, head_size: int) -> None:

@@ -83,10 +83,21 @@ def stored_items(items: Iterable[Mapping[str, Any]], known: Iterable[str] = ()) 
         given = item.get("id")
         item_id = given if isinstance(given, str) and _ID.match(given) else ""
         if not item_id or item_id in taken:
-            item_id = f"{_prefix(item)}_{secrets.token_hex(24)}"
+            item_id = _new_item_id(_prefix(item))
         taken.add(item_id)
         found.append(StoredItem(item_id, orjson.dumps(item)))
     return found
+
+
+def renewed(item: StoredItem) -> StoredItem:
+    """Return an item with an id that no other one has."""
+    prefix = item.id.partition("_")[0]
+    known = prefix in _PREFIXES.values()
+    return replace(item, id=_new_item_id(prefix if known else "item"))
+
+
+def _new_item_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(24)}"
 
 
 def _prefix(item: Mapping[str, Any]) -> str:
@@ -209,10 +220,12 @@ class Added:
     Attributes:
         kept: Whether it is stored.
         evicted: Entries of the tenant that were deleted to make room for it.
+        ids: The ids under which items are kept that were added to a conversation.
     """
 
     kept: bool
     evicted: int = 0
+    ids: tuple[str, ...] = ()
 
 
 def bodies(items: Sequence[StoredItem]) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -251,9 +252,9 @@ async def test_deleted_conversation_takes_its_responses_with_it(tried: Tried) ->
 
 async def test_conversation_gets_items_and_other_metadata(tried: Tried) -> None:
     await begin(tried)
-    added = await tried.state.add_items("conv_a", [item("second"), item("second", "b")], MANY)
-    assert added == Added(True)
-    assert await tried.state.item("conv_a", "second") == item("second", "b")
+    added = await tried.state.add_items("conv_a", [item("second"), item("third")], MANY)
+    assert added == Added(True, ids=("second", "third"))
+    assert await tried.state.item("conv_a", "second") == item("second")
     found = await tried.state.conversation("conv_a")
     assert found is not None
     assert await tried.state.replace_metadata(found.with_metadata({"topic": "other"}))
@@ -262,12 +263,46 @@ async def test_conversation_gets_items_and_other_metadata(tried: Tried) -> None:
     assert changed is not None
     assert changed.metadata == {"topic": "other"}
     size = (await tried.state.amount()).size
-    assert size == len(b'{"topic":"other"}') + item("first").size + 2 * len(b"second") + len(
-        item("second").body
-    ) + len(item("second", "b").body)
-    assert await tried.state.add_items("conv_a", [item("third")], Quota(9, size)) == Added(False)
+    assert size == len(b'{"topic":"other"}') + sum(
+        item(name).size for name in ("first", "second", "third")
+    )
+    assert await tried.state.add_items("conv_a", [item("fourth")], Quota(9, size)) == Added(False)
     assert await tried.state.remove_item("conv_a", "second")
-    assert await names(tried.state, "conv_a") == ["first"]
+    assert await names(tried.state, "conv_a") == ["first", "third"]
+
+
+async def test_item_whose_id_another_one_has_gets_its_own(tried: Tried) -> None:
+    await begin(tried)
+    before = (await tried.state.amount()).size
+    # Writers that do not see each other, one that repeats an id, and a turn beside them.
+    texts = [f"t{i}" for i in range(6)]
+    several = [tried.state.add_items("conv_a", [item("same", text)], MANY) for text in texts[:4]]
+    both = [item("same", text) for text in texts[4:]]
+    added = await asyncio.gather(*several, tried.state.add_items("conv_a", both, MANY))
+    turn = response(1, conversation="conv_a")
+    await tried.add(replace(turn, input=(item("same", "of a turn"),)))
+    every = await tried.state.items("conv_a", Page(100, ascending=True))
+    ids = [entry.id for entry in every]
+    assert len({*ids}) == len(ids) == 9
+    assert {"same", *(name for one in added for name in one.ids)} < {*ids}
+    made = await tried.state.response("resp_1")
+    assert made is not None
+    assert made.input[0].id in ids
+    assert made.input[0].body == item("same", "of a turn").body
+    assert (await tried.state.amount()).size - before == sum(
+        entry.size for entry in every if entry.id != "first"
+    ) + len(turn.head)
+    # Pages end, and an item is deleted alone.
+    for ascending in (True, False):
+        seen: list[str] = []
+        while page := await tried.state.items(
+            "conv_a", Page(1, seen[-1] if seen else None, ascending)
+        ):
+            seen.append(page[0].id)
+        assert seen == (ids if ascending else ids[::-1])
+    assert not await tried.state.remove_item("conv_a", 'same {"text":')
+    assert await tried.state.remove_item("conv_a", "same")
+    assert len(await names(tried.state, "conv_a")) == 8
 
 
 @pytest.mark.parametrize("removal", ["response", "item", "conversation", "eviction", "expiry"])

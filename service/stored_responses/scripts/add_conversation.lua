@@ -1,6 +1,6 @@
 -- Add a conversation with its first items.
--- args: id, tenant, created, ids, most_entries, most_bytes. ARGV[3]: its metadata, then the items'
--- bodies. Returns whether it is kept, and how many entries were evicted.
+-- args: id, tenant, created, ids, spare, most_entries, most_bytes. ARGV[3]: its metadata, then the
+-- items' bodies. Returns whether it is kept, and how many entries were evicted.
 
 if exceeds(1, #ARGV[3] + size_of_items(4)) then return {0, 0} end
 insert_container(args.id, args.tenant, args.created)

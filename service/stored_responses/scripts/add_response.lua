@@ -1,6 +1,6 @@
 -- Add a response and its items.
--- args: id, tenant, created, seen, inputs, outputs, ids, most_entries, most_bytes, and where it has
--- them conversation and previous. ARGV[3]: its head, then the items' bodies.
+-- args: id, tenant, created, seen, inputs, outputs, ids, spare, most_entries, most_bytes, and where
+-- it has them conversation and previous. ARGV[3]: its head, then the items' bodies.
 -- Returns whether it is kept, and how many entries were evicted.
 
 local container = args.conversation or args.id

@@ -45,12 +45,16 @@ local function insert_container(container, tenant, created)
 end
 
 -- Add items to a container, whose ids are in args.ids and whose bodies are ARGV[from] and on.
--- Returns the first one's number.
+-- One whose id another one has gets that of args.spare. Returns the first one's number.
 local function append(container, tenant, from)
   local first = number_of(container_key(container), 'newest') + 1
   local size = 0
   for i, id in ipairs(args.ids) do
     local number, body = string.format('%d', first + i - 1), ARGV[from + i - 1]
+    if redis.call('HEXISTS', key('n:' .. container), id) == 1 then
+      id = args.spare[i]
+      args.ids[i] = id
+    end
     redis.call('HSET', key('i:' .. container), number, id .. ' ' .. body)
     redis.call('HSET', key('n:' .. container), id, number)
     redis.call('ZADD', key('o:' .. container), number, number)
