@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,8 @@ class SqliteFile:
     Args:
         path: The file. It is made, for its owner only, when something is first written.
         schema: The statements that make its tables.
-        version: The version of the schema. A file of a later version is left alone.
+        version: The version of the schema. A file of a later version is left alone, and one of an
+            earlier version gets the tables and columns that it lacks.
         what: What is in it, for errors, such as "batches".
         erases: Whether deleted bytes are overwritten in the file.
         clock: Returns a time in s, for waits.
@@ -176,6 +177,10 @@ class SqliteFile:
                     f"the state of {self._what} is from a newer version of this service"
                 )
             if version < self._version:
+                # An index may be on a column that an older file lacks.
+                with _transaction(db, "IMMEDIATE"):
+                    for statement in _missing_columns(db, self._schema):
+                        db.execute(statement)
                 db.executescript(
                     f"BEGIN IMMEDIATE; {self._schema} PRAGMA user_version={self._version}; COMMIT;"
                 )
@@ -199,6 +204,22 @@ class SqliteFile:
             # The text may quote a value.
             log.error("the state of %s failed: %s", self._what, name)
             raise StoreUnavailableError(f"the state of {self._what} failed ({name})") from None
+
+
+def _missing_columns(db: sqlite3.Connection, schema: str) -> list[str]:
+    """Return the statements that add what the tables of an older file lack of a schema."""
+    statements = []
+    with closing(sqlite3.connect(":memory:")) as whole:
+        whole.executescript(schema)
+        tables = whole.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        for (table,) in tables:
+            known = {name for _, name, *_ in db.execute(f"PRAGMA table_info({table})")}
+            for _, name, kind, required, default, _ in whole.execute(f"PRAGMA table_info({table})"):
+                if known and name not in known:
+                    bound = " NOT NULL" if required else ""
+                    given = "" if default is None else f" DEFAULT {default}"
+                    statements.append(f"ALTER TABLE {table} ADD COLUMN {name} {kind}{bound}{given}")
+    return statements
 
 
 def _wait_up_to(db: sqlite3.Connection, busy_s: float) -> None:

@@ -395,6 +395,8 @@ async def test_sqlite_state_of_an_older_version_is_taken_over(tmp_path: Path) ->
     await state.stop()
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE progress")
+        db.execute("ALTER TABLE batches DROP COLUMN cached_tokens")
+        db.execute("ALTER TABLE batches DROP COLUMN reasoning_tokens")
         db.execute("PRAGMA user_version=1")
         record = json.loads(db.execute("SELECT record FROM batches").fetchone()[0])
         del record["shares"]

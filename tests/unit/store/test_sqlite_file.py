@@ -79,3 +79,22 @@ async def test_calls_behind_a_locked_file_fail_together_and_it_works_once_it_is_
     other.close()
     assert await file.write(lambda db: db.execute("DELETE FROM t").rowcount) == 1
     await file.stop()
+
+
+async def test_file_of_an_older_version_gets_what_it_lacks_and_keeps_its_rows(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.sqlite3"
+    older = SqliteFile(path, "CREATE TABLE IF NOT EXISTS a (x INTEGER);", 1, what="things")
+    await older.write(lambda db: db.execute("INSERT INTO a VALUES (7)").rowcount)
+    await older.stop()
+    schema = """
+    CREATE TABLE IF NOT EXISTS a (x INTEGER, y TEXT NOT NULL DEFAULT 'none', z REAL);
+    CREATE INDEX IF NOT EXISTS a_by_y ON a (y);
+    CREATE TABLE IF NOT EXISTS b (x INTEGER);
+    """
+    for _ in range(2):
+        newer = SqliteFile(path, schema, 2, what="things")
+        assert await newer.read("SELECT x, y, z FROM a") == [(7, "none", None)]
+        assert await newer.read("SELECT * FROM b") == []
+        await newer.stop()
