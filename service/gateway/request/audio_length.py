@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import struct
 
 from service.http.token_usage import AUDIO_TOKENS_PER_S
 
@@ -42,7 +43,7 @@ def audio_seconds(encoded: str) -> float:
     except ValueError:
         head = b""
     least, most = size / _MOST_BYTES_PER_S, size / _BYTES_PER_S
-    told = _wav_seconds(head, size) or _flac_seconds(head)
+    told = _wav_seconds(head, size) or _flac_seconds(head, size)
     return most if told is None else min(max(told, least), most)
 
 
@@ -50,16 +51,23 @@ def _wav_seconds(head: bytes, size: int) -> float | None:
     if len(head) < _WAV_HEADER or head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return None
     at = head.find(b"fmt ")
-    if at < 0 or len(head) < at + 20:
+    if at < 0 or len(head) < at + 22:
         return None
-    bytes_per_s = int.from_bytes(head[at + 16 : at + 20], "little")
+    rate, told, block = struct.unpack_from("<IIH", head, at + 12)
+    # Decoders go by the rate and the block, and ignore what is told of the bytes per second. In
+    # compressed formats a block holds many samples, so that the smaller one is right.
+    bytes_per_s = min(told, rate * block) or told
     return size / bytes_per_s if bytes_per_s else None
 
 
-def _flac_seconds(head: bytes) -> float | None:
+def _flac_seconds(head: bytes, size: int) -> float | None:
     if len(head) < _FLAC_HEADER or head[:4] != b"fLaC":
         return None
     # STREAMINFO: 20 bits of sample rate, 3 + 5 bits of format, 36 bits of the number of samples.
     packed = int.from_bytes(head[18:26], "big")
     rate, samples = packed >> 44, packed & (2**36 - 1)
-    return samples / rate if rate and samples else None
+    if not rate or not samples:
+        return None
+    channels, bits = (packed >> 41 & 7) + 1, (packed >> 36 & 31) + 1
+    # It is no larger than what it is made from.
+    return max(samples / rate, size / (rate * channels * bits / 8))

@@ -17,7 +17,7 @@ def encoded(data: bytes) -> str:
 
 
 def flac(rate: int, samples: int, size: int) -> bytes:
-    packed = (rate << 44 | 15 << 36 | samples).to_bytes(8, "big")
+    packed = (rate << 44 | 7 << 36 | samples).to_bytes(8, "big")
     return (b"fLaC\x00\x00\x00\x22" + bytes(10) + packed).ljust(size, b"\0")
 
 
@@ -25,6 +25,22 @@ def flac(rate: int, samples: int, size: int) -> bytes:
 def test_wav_tells_its_length(seconds: float) -> None:
     assert audio_seconds(encoded(wav(seconds))) == pytest.approx(seconds, rel=0.02)
     assert audio_tokens(encoded(wav(seconds))) >= 50 * seconds
+
+
+@pytest.mark.parametrize(
+    ("at", "lie"),
+    [(28, 352_800), (28, 2**32 - 1), (32, 200), (4, 0), (4, 2**32 - 1), (40, 1), (40, 2**32 - 1)],
+)
+def test_wav_that_lies_about_its_bytes_is_as_long_as_decoders_find_it(at: int, lie: int) -> None:
+    data = bytearray(wav(10.0))
+    size = 2 if at == 32 else 4
+    data[at : at + size] = lie.to_bytes(size, "little")
+    assert audio_seconds(encoded(bytes(data))) == pytest.approx(10, rel=0.02)
+
+
+def test_flac_is_no_larger_than_what_it_is_made_from() -> None:
+    # One sample is told; 16,000 of one byte a second are 25 s.
+    assert audio_seconds(encoded(flac(16_000, 1, 400_000))) == pytest.approx(25, rel=0.01)
 
 
 def test_flac_tells_its_length() -> None:
