@@ -66,6 +66,7 @@ from service.batches.cost_limit import CostLimit
 from service.batches.file_folder import FileFolder, storage_error
 from service.batches.input_lines import CheckLine, InputIndex, InputLines, LineFault, read_index
 from service.batches.line_call import (
+    MOST_FAILURES,
     After,
     Endpoint,
     LineCall,
@@ -73,6 +74,7 @@ from service.batches.line_call import (
     after_reply,
     fault_of,
     has_deadline,
+    least_cost,
     result_of,
     wait_s,
     with_used,
@@ -645,18 +647,26 @@ class BatchRunner:
         model = counted_as(choice.model, batch.shares)
         # A line may have megabytes.
         line = await asyncio.to_thread(lines.numbered, choice.line)
-        may_cost = await self._reserve(job, choice, turn)
-        if may_cost is None:
-            message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
-            fault = fault_of(line.number, line.custom_id, name, "max_cost_reached", message)
-            await self._put(job, replace(fault, model=model), [])
-            return
         try:
-            tries = failures = 0
+            tries = failures = raised = 0
+            may_cost = await self._reserve(job, choice, turn)
             while True:
+                if may_cost is None:
+                    message = f"the batch has used its `max_cost` of {batch.terms.max_cost:g}"
+                    fault = fault_of(line.number, line.custom_id, name, "max_cost_reached", message)
+                    await self._put(job, replace(fault, model=model), [])
+                    return
                 tries += 1
                 reply, behalf = await self._try(job, choice, line.body, name, may_cost)
                 settlements = behalf.settlements
+                least = least_cost(reply) if raised < MOST_FAILURES else None
+                if least is not None and least > may_cost:
+                    # A long prompt is bounded by its bytes, which are many times its tokens.
+                    raised += 1
+                    self._later(job, self._release(settlements))
+                    job.cost.give_back(choice.line)
+                    may_cost = await self._reserve(job, choice, turn, least)
+                    continue
                 after = after_reply(
                     reply.status,
                     waits=reply.retry_after_s is not None,
@@ -682,14 +692,16 @@ class BatchRunner:
             job.cost.give_back(choice.line)
 
     @staticmethod
-    async def _reserve(job: _Job, choice: LineChoice, turn: _Turn) -> float | None:
-        """Reserve a part of the batch's `max_cost` for a line.
+    async def _reserve(
+        job: _Job, choice: LineChoice, turn: _Turn, least: float = 0.0
+    ) -> float | None:
+        """Reserve a part of the batch's `max_cost` for a line, `least` at the least.
 
         Returns:
             The most that the line may cost, infinite without `max_cost`; None where too little is
             left for what is expected of it.
         """
-        while (may_cost := job.cost.reserve(choice.line, choice.cost)) is None:
+        while (may_cost := job.cost.reserve(choice.line, choice.cost, least)) is None:
             if job.cost.is_final:
                 return None
             # Lines under way give back what they don't use of theirs, perhaps in hours.

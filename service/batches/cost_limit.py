@@ -39,12 +39,13 @@ class CostLimit:
         """Whether no line under way can give anything back."""
         return not self._parts
 
-    def reserve(self, line: int, expected: float) -> float | None:
+    def reserve(self, line: int, expected: float, least: float = 0.0) -> float | None:
         """Reserve a line's part.
 
         Args:
             line: The line's number.
             expected: What is expected of it.
+            least: With less it would be refused, whatever it costs in the end.
 
         Returns:
             The most that the line may cost, infinite without a bound; None where too little is left
@@ -53,10 +54,11 @@ class CostLimit:
         if math.isinf(self._most):
             return math.inf
         left = self._most - self.spent - self.under_way
-        needed = _OF_EXPECTED * expected if self._parts else expected
+        enough = least + _OF_EXPECTED * expected
+        needed = enough if self._parts else max(least, expected)
         if left <= 0 or needed > left * (1 + 1e-9):
             return None
-        part = min(left, max(_OF_EXPECTED * expected, left / _OF_LEFT))
+        part = min(left, max(enough, left / _OF_LEFT))
         self._parts[line] = part
         return part
 

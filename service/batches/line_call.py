@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from service.batches.batch_records import LineResult
-from service.errors import CoeError
+from service.errors import CoeError, InfeasibleBoundsError
 from service.http.asgi_helpers import Message, Receive, Send
 from service.http.error_formats import error_response
 from service.http.on_behalf import OnBehalf, UsedByCalls
@@ -97,6 +97,28 @@ def after_reply(
     if status == 0 or (status >= 500 and status != 507):
         return After.FINISHED if failures + 1 >= MOST_FAILURES else After.TRY_AGAIN
     return After.FINISHED
+
+
+def least_cost(reply: LineReply) -> float | None:
+    """The least bound of cost with which a request is answered that was refused for its bound.
+
+    Args:
+        reply: The reply to it.
+
+    Returns:
+        The bound in units of cost; None for any other reply.
+    """
+    if reply.status != 400:
+        return None
+    try:
+        error = orjson.loads(reply.body)["error"]
+        if error["code"] != InfeasibleBoundsError.code:
+            return None
+        nearest = error["nearest"]
+        least = nearest.get("max_cost", nearest.get("together", {}).get("max_cost"))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return None
+    return float(least) if isinstance(least, (int, float)) else None
 
 
 def wait_s(tries: int, retry_after_s: float | None, jitter: float) -> float:

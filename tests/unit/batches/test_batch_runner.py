@@ -196,6 +196,38 @@ async def test_runner_counts_the_cost_of_a_result_whose_storing_seemed_to_fail(
     assert bench.counted.count("completed") == 3
 
 
+@pytest.mark.parametrize(
+    ("floor", "most", "completed", "code"),
+    [(0.4, 10.0, 10, None), (0.4, 1.0, 8, "max_cost_reached"), (2.0, 1.0, 0, "max_cost_reached")],
+)
+async def test_runner_gives_lines_the_bound_that_they_need_while_there_is_cost_left(
+    tmp_path: Path, floor: float, most: float, completed: int, code: str | None
+) -> None:
+    """A request is refused for a bound below its floor, and costs far less in the end."""
+    good = answers(0.08)
+    bounds: list[float] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        number = json.loads((await receive())["body"])["number"]
+        bound = float(dict(scope["headers"])[b"x-coe-max-cost"])
+        if bound < floor:
+            error = {"code": "infeasible_bounds", "nearest": {"max_cost": floor}}
+            await send_response(send, 400, [], json.dumps({"error": error}).encode())
+            return
+        bounds.append(bound)
+        await send_response(send, 200, [], good(number, 1)[1])
+
+    bench = Bench(tmp_path, good, lines=10, in_flight=4)
+    bench.runner._parts = replace(bench.runner._parts, answer=answer)
+    batch = await bench.run(BatchTerms(max_cost=most))
+    assert batch.counts.completed == completed
+    assert batch.counts.cost <= most
+    assert {line["error"]["code"] for line in bench.read(batch.error_file_id)} == (
+        {code} if code else set()
+    )
+    assert all(bound >= floor for bound in bounds)
+
+
 async def test_runner_that_has_lost_its_lease_spends_no_cost_a_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,9 +26,10 @@ def test_lines_never_cost_more_than_allowed_and_none_waits_for_nothing(
             limit.spent += data.draw(part) * under_way.pop(line)
             limit.give_back(line)
         else:
-            may_cost = limit.reserve(line, waiting[line])
+            least = most * data.draw(part) / 4
+            may_cost = limit.reserve(line, waiting[line], least)
             if may_cost is not None:
-                assert may_cost >= waiting[line] * (1 - 1e-9)
+                assert may_cost >= max(least, waiting[line]) * (1 - 1e-9)
                 under_way[line] = may_cost
             elif not limit.is_final:
                 assert under_way, "a line waits for others"

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import orjson
 import pytest
 
 from service.batches.line_call import (
@@ -15,6 +16,7 @@ from service.batches.line_call import (
     LineReply,
     after_reply,
     fault_of,
+    least_cost,
     result_of,
     wait_s,
     with_used,
@@ -203,3 +205,29 @@ async def test_call_tells_the_lower_bound_of_cost(
     call = LineCall("/v1/embeddings", {"model": "m", **body}, "batch_req_1", 2.5, most)
     await call.run(answer, OnBehalf(NOBODY), LineReply().send)
     assert dict(seen["headers"]).get(b"x-coe-max-cost") == header
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "least"),
+    [
+        (400, {"code": "infeasible_bounds", "nearest": {"max_cost": 0.5}}, 0.5),
+        (400, {"code": "infeasible_bounds", "nearest": {"together": {"max_cost": 2}}}, 2.0),
+        (400, {"code": "infeasible_bounds", "nearest": {"min_quality": 0.5}}, None),
+        (400, {"code": "infeasible_bounds", "nearest": {"max_cost": "0.5"}}, None),
+        (400, {"code": "infeasible_bounds", "nearest": None}, None),
+        (400, {"code": "infeasible_bounds"}, None),
+        (400, {"code": "invalid_request", "nearest": {"max_cost": 0.5}}, None),
+        (400, None, None),
+        (200, {"code": "infeasible_bounds", "nearest": {"max_cost": 0.5}}, None),
+    ],
+)
+def test_least_cost_is_that_of_a_reply_that_refuses_the_bound(
+    status: int, error: object, least: float | None
+) -> None:
+    reply = LineReply(status, body=bytearray(orjson.dumps({"error": error})))
+    assert least_cost(reply) == least
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"{", b'"error"'])
+def test_least_cost_of_a_strange_body_is_unknown(body: bytes) -> None:
+    assert least_cost(LineReply(400, body=bytearray(body))) is None
