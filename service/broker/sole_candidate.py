@@ -14,7 +14,7 @@ import numpy as np
 
 from service.broker.pool_state import Floats, PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.recipe_steps import fixed_cast
+from service.broker.recipe_steps import Cast
 from service.broker.selection import (
     LEAST_PREFILL_S,
     READ_ALONG,
@@ -30,6 +30,8 @@ _MOST_POOLS = 8
 _READ_UNNOTICED_S = (1 - READ_ALONG) * READING_S
 _POSSIBLE = np.zeros(1, dtype=np.int8)
 _POSSIBLE.setflags(write=False)
+_NO = np.zeros(1, dtype=bool)
+_NO.setflags(write=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def select_sole(
         utility=np.array((worth - request.time_price * (waiting + displaced),)),
         exclusion=_POSSIBLE,
         ideal=np.array((worth - request.time_price * idle,)),
-        cast=fixed_cast(catalog, rows, request.escalation_prob),
+        cast=Cast(catalog.members[rows], catalog.later[rows], request.escalation_prob, _NO, _NO),
         option=option,
     )
 

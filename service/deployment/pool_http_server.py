@@ -36,6 +36,8 @@ def server_config(app: Any) -> uvicorn.Config:
         lifespan="off",
         log_config=None,
         access_log=False,
+        # Only gateways call, and nobody asks for their addresses.
+        proxy_headers=False,
         server_header=False,
         date_header=False,
         timeout_keep_alive=75,

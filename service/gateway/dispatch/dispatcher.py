@@ -444,6 +444,8 @@ class Dispatcher:
         self, plan: RoutePlan, selection: Selection, position: int, views: list[PoolView]
     ) -> None:
         """Wake a pool for the best expert that no pool holds, if it beats the selection."""
+        if len(selection.exclusion) == 1:
+            return  # The only candidate is the selection.
         if selection.locked or not (selection.exclusion == Exclusion.NO_POOL).any():
             return
         there = {name for view in views for name in view.snapshot.experts}
