@@ -236,7 +236,7 @@ class StoringSend:
         response = event.get("response") if isinstance(event, dict) else None
         if not isinstance(response, dict) or self._ended:
             return line
-        if kind in _ENDS:
+        if isinstance(kind, str) and kind in _ENDS:
             self._ended = True
             event["response"] = await self._stored(response)
         else:
