@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -175,6 +175,9 @@ class StoringSend:
             if self._answers and not self._streams:
                 self._start = message
                 return
+            if self._answers:
+                # A cached stream has a length, which ids of ours change.
+                message = {**message, "headers": _without_length(message["headers"])}
         elif self._answers and self._streams:
             message = await self._stream(message)
         elif self._answers:
@@ -210,9 +213,8 @@ class StoringSend:
             given = None
         if isinstance(given, dict):
             body = orjson.dumps(await self._stored(given))
-        headers = [pair for pair in start["headers"] if pair[0] != b"content-length"]
         length = (b"content-length", str(len(body)).encode())
-        await self._send({**start, "headers": [*headers, length]})
+        await self._send({**start, "headers": [*_without_length(start["headers"]), length]})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _stream(self, message: Message) -> Message:
@@ -271,3 +273,7 @@ class StoringSend:
         if turn.conversation is not None:
             ours["conversation"] = {"id": turn.conversation}
         return {**given, **ours}
+
+
+def _without_length(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [pair for pair in headers if pair[0] != b"content-length"]

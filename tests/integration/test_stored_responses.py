@@ -97,6 +97,28 @@ async def test_conversation_goes_on_from_a_stored_response(tmp_path: Path) -> No
     assert newest.data[0].id == every[-1].id
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answer_of_the_cache_is_stored_under_an_id_of_its_own(
+    tmp_path: Path, stream: bool
+) -> None:
+    tenants = {"acme": {"cache": {"mode": "exact"}}, "other": {}}
+    found = []
+    async with run_gateway(config(tmp_path, tenants=tenants)) as s, client(s) as api:
+        for _ in range(2):
+            reply = await api.responses.create(
+                model="general",
+                input="one",
+                stream=stream,
+                extra_headers={"x-coe-cache": "exact"},
+            )
+            if isinstance(reply, openai.AsyncStream):
+                reply = [event async for event in reply][-1].response  # type: ignore[union-attr]
+            found.append(await api.responses.retrieve(reply.id))
+        assert len(asked(s)) == 1
+    assert found[0].id != found[1].id
+    assert found[0].output == found[1].output
+
+
 async def test_stream_is_stored_when_the_client_has_its_end(tmp_path: Path) -> None:
     async with run_gateway(config(tmp_path)) as s, client(s) as api:
         events = [

@@ -60,11 +60,15 @@ async def passed(kind: bytes, body: bytes) -> tuple[bytes, Kept]:
         out.append(message)
 
     async with keeper.keeping(REQUEST, send) as storing:
-        headers = [(b"content-type", kind)]
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         await storing({"type": "http.response.start", "status": 200, "headers": headers})
         await storing({"type": "http.response.body", "body": body})
     await keeper.stop()
-    return b"".join(message.get("body", b"") for message in out), kept
+    shown = b"".join(message.get("body", b"") for message in out)
+    # What passes has another length than what the server, or the cache, told.
+    told = dict(out[0]["headers"]).get(b"content-length")
+    assert told in (None, str(len(shown)).encode())
+    return shown, kept
 
 
 @settings(max_examples=60)
