@@ -73,6 +73,7 @@ class LineEstimates:
         category: (L,), a number for the category of each line.
         unplanned: Lines that no model can answer, or that are not valid. They run as they are, so
             that each gets its own error.
+        least: (L, R), the least bound of cost with which a line is not refused; None for 0.
     """
 
     numbers: Ints
@@ -85,6 +86,7 @@ class LineEstimates:
     prompts: tuple[str, ...]
     category: Ints
     unplanned: tuple[LineChoice, ...] = ()
+    least: Floats | None = None
 
 
 class EstimatesLines(Protocol):
@@ -308,6 +310,7 @@ def _plan(found: LineEstimates, terms: BatchTerms, *, exact: bool = True) -> Bat
     order = run_order(first, work_s, found.prompts, found.load_s, found.weights)
     quality, cost = options.quality[lines, chosen], options.cost[lines, chosen]
     tokens = found.tokens[lines, chosen]
+    least = np.zeros(len(lines)) if found.least is None else found.least[lines, chosen]
     choices = tuple(
         LineChoice(
             int(found.numbers[line]),
@@ -315,6 +318,7 @@ def _plan(found: LineEstimates, terms: BatchTerms, *, exact: bool = True) -> Bat
             float(quality[line]),
             float(cost[line]),
             float(tokens[line]),
+            float(least[line]),
         )
         for line in order.tolist()
     )
@@ -372,6 +376,7 @@ def replanned(
         prompts=tuple(found.prompts[row] for row in rows.tolist()),
         category=found.category[rows],
         unplanned=(),
+        least=None if found.least is None else found.least[rows],
     )
     most = math.inf if terms.max_cost is None else terms.max_cost
     if math.isfinite(most):

@@ -199,7 +199,7 @@ def _merged(
 
 def dump_plan(choices: Iterable[LineChoice]) -> bytes:
     """Serialize a plan."""
-    return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens] for c in choices])
+    return orjson.dumps([[c.line, c.model, c.quality, c.cost, c.tokens, c.least] for c in choices])
 
 
 def load_plan(plan: bytes) -> tuple[LineChoice, ...]:

@@ -661,7 +661,7 @@ class BatchRunner:
                 settlements = behalf.settlements
                 least = least_cost(reply) if raised < MOST_FAILURES else None
                 if least is not None and least > may_cost:
-                    # A long prompt is bounded by its bytes, which are many times its tokens.
+                    # The plan did not know it, as where the line is routed anew.
                     raised += 1
                     self._later(job, self._release(settlements))
                     job.cost.give_back(choice.line)
@@ -695,12 +695,13 @@ class BatchRunner:
     async def _reserve(
         job: _Job, choice: LineChoice, turn: _Turn, least: float = 0.0
     ) -> float | None:
-        """Reserve a part of the batch's `max_cost` for a line, `least` at the least.
+        """Reserve a part of the batch's `max_cost` for a line, no less than `least`.
 
         Returns:
             The most that the line may cost, infinite without `max_cost`; None where too little is
             left for what is expected of it.
         """
+        least = max(least, choice.least)
         while (may_cost := job.cost.reserve(choice.line, choice.cost, least)) is None:
             if job.cost.is_final:
                 return None

@@ -66,6 +66,8 @@ class LineChoice:
         quality: The expected quality of the answer, in [0, 1].
         cost: The expected cost, in units of cost.
         tokens: The expected tokens of the prompt and the answer.
+        least: The least bound of cost with which the line is not refused: its prompt is bounded by
+            its bytes.
     """
 
     line: int
@@ -73,6 +75,7 @@ class LineChoice:
     quality: float
     cost: float
     tokens: float
+    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,29 @@ async def test_batch_runs_by_its_plan_grouped_and_within_its_budget(tmp_path: Pa
         assert len(list(groupby(sorted(models.values())))) == 3
 
 
+async def test_batch_with_cost_left_refuses_no_line_and_cuts_no_answer(tmp_path: Path) -> None:
+    async with run_gateway(config(tmp_path)) as s, client(s) as api:
+        # Prompts of few tokens and many bytes, of which requests are refused for a tight bound.
+        asked = [
+            {**body(i), "messages": [{"role": "user", "content": "words here " * (i % 8)}]}
+            for i in range(64)
+        ]
+        async with s.post({"endpoint": CHAT, "requests": asked}, "/v1/batches/plan") as reply:
+            curve = (await reply.json())["curve"]
+        budget = (curve[0]["cost"] + curve[-1]["cost"]) / 2
+        file = await upload(api, *(whole(i, given) for i, given in enumerate(asked)))
+        made = await create(api, file.id, extra_body={"coe": {"max_cost": budget}})
+        batch = await ended(api, made.id)
+        answers = await read(api, batch.output_file_id)
+        tokens = [each["response"]["body"]["usage"]["completion_tokens"] for each in answers]
+        assert batch.coe["cost"] <= budget
+        # The last lines may lack room.
+        assert len(answers) >= 60
+        assert sum(each < 4 for each in tokens) <= 4
+        refused = await read(api, batch.error_file_id)
+        assert all(each["error"]["code"] == "max_cost_reached" for each in refused)
+
+
 async def test_batch_whose_terms_nothing_keeps_fails_with_the_reason(tmp_path: Path) -> None:
     async with run_gateway(config(tmp_path)) as s, client(s) as api:
         file = await upload(api, whole(0, body(0)))

@@ -53,6 +53,7 @@ class _Line:
     cost: Floats
     possible: NDArray[np.bool_]
     tokens: Floats
+    least: Floats
     answer_tokens: Floats
     prompt_tokens: Floats
     answers: int
@@ -169,6 +170,10 @@ class BatchEstimator:
             plan.skill,
             plan.recruitable,
         )
+        # Answers are cut to a bound of cost, and prompts can't be.
+        floor = self._cost_model.floor(
+            request.most_prompt_tokens + added.most_tokens, request.answers if generates else 0
+        )
         needed = request.prompt_tokens + min(request.most_tokens or 0, LONG_TOKENS)
         contexts = np.array([self._context(name) for name in catalog.experts])
         too_long = (contexts > 0) & (contexts < needed)
@@ -182,6 +187,7 @@ class BatchEstimator:
             np.where(possible, used.cost[at], 0.0),
             possible,
             np.where(possible, used.tokens[at], 0.0),
+            catalog.most_calls[self._rows] @ floor,
             answer,
             prompt,
             request.answers,
@@ -235,6 +241,7 @@ class BatchEstimator:
                 [categories.setdefault(line.category, len(categories)) for line in found], int
             ),
             unplanned,
+            table(models, [line.least for line in found]),
         )
 
     def _engines(self) -> tuple[Floats, NDArray[np.intp], Floats]:

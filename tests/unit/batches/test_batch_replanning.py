@@ -321,5 +321,7 @@ async def test_replanning_that_fails_keeps_the_plan_and_tries_again(monkeypatch)
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.text(), st.floats(0, 1)), max_size=9))
 def test_dump_plan_is_read_by_load_plan(lines: list[tuple[int, str, float]]) -> None:
-    made = tuple(LineChoice(i, model, q, 1.5, 2.0) for i, model, q in lines)
+    made = tuple(LineChoice(i, model, q, 1.5, 2.0, 0.25) for i, model, q in lines)
     assert load_plan(dump_plan(made)) == made
+    # Those of an earlier version have one column less.
+    assert load_plan(b'[[7,"m",0.5,1.5,2.0]]') == (LineChoice(7, "m", 0.5, 1.5, 2.0),)
