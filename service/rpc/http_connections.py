@@ -22,6 +22,7 @@ _BUFFER_BYTES = 2**18
 _IDLE_S = 60.0
 # Replies below are interim, such as 103 Early Hints, and say nothing of the final one.
 _LEAST_FINAL = 200
+_HEAD_BYTES = 256 * 1024
 
 
 class ConnectError(OSError):
@@ -104,6 +105,8 @@ class HttpConnection(asyncio.Protocol):
         self._parser: Any = None
         self._head: asyncio.Future[HttpReply] | None = None
         self._headers: dict[str, str] = {}
+        # Bytes that came before the headers ended.
+        self._head_bytes = 0
         self._body: asyncio.StreamReader | LineReader | None = None
         self._lines: LineReader | None = None
         self._until_close = False
@@ -134,6 +137,7 @@ class HttpConnection(asyncio.Protocol):
         self._lines = lines
         self._parser = httptools.HttpResponseParser(self)
         self._head = asyncio.get_running_loop().create_future()
+        self._head_bytes = 0
         # Requests of one turn of the loop are written after it, one behind the other. So only the
         # first one wakes the server's process, which costs as much as the write.
         data = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
@@ -154,9 +158,15 @@ class HttpConnection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(ConnectionError(f"the reply is not HTTP: {error}"))
             self.abort()
+            return
+        if self._head is not None and not self._head.done():
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self._fail(ConnectionError(f"its headers have more than {_HEAD_BYTES} bytes"))
+                self.abort()
 
     def on_message_begin(self) -> None:
         self._headers = {}
@@ -168,12 +178,14 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         assert self._transport is not None
-        if self._parser.get_status_code() < _LEAST_FINAL:
+        status = self._parser.get_status_code()
+        if not 100 <= status <= 599:
+            raise ValueError(f"status {status}")  # the parser passes it on as an error of its own
+        if status < _LEAST_FINAL:
             return  # the reply follows
         body = asyncio.StreamReader(_BUFFER_BYTES)
         self._body = self._lines or body
         body.set_transport(self._transport)
-        status = self._parser.get_status_code()
         # Such a body, of an HTTP/1.0 server for example, ends where the connection does.
         chunked = "chunked" in self._headers.get("transfer-encoding", "")
         has_body = status not in (204, 304)

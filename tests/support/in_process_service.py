@@ -291,11 +291,15 @@ def _settled(made: RunningGateway) -> bool:
 
 
 def _up(snapshot: Snapshot) -> bool:
-    """Return whether each expert is ready or failed, or shares a slot with a ready one."""
+    """Return whether each expert is ready or failed, or rests, or shares a slot with a ready one.
+
+    On a slow machine an expert with a short `idle_unload_s` rests before the gateway sees it ready.
+    """
     states = snapshot.experts.values()
     answering = {state.slot for state in states if state.state == "device"}
     return all(
         state.state in ("device", "failed")
+        or state.released
         or (state.state in ("host", "disk") and state.slot in answering)
         for state in states
     )

@@ -40,6 +40,7 @@ from service.errors import (
     ExpertFailedError,
     InvalidRequestError,
     OverCapacityError,
+    UpstreamError,
 )
 from service.http.asgi_helpers import LineBuffer, body_message, start_response
 from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
@@ -63,6 +64,8 @@ _HEALTH_EVERY_S = 5.0
 _END_NOTICED_S = 0.25
 # Streams of chat and of completions end with it.
 _LAST_EVENT = b"data: [DONE]"
+# Some servers that rank answer with a list.
+_JSON_BEGINS = (b"{", b"[")
 _LINES_TOLD, _CHARS_TOLD = 8, 1200
 # A vLLM of ours reads these. They would make another one load modules that it lacks.
 _OURS = ("VLLM_LOGGING_CONFIG_PATH", "VLLM_RPC_BASE_PATH", "OMP_NUM_THREADS")
@@ -407,7 +410,7 @@ class CommandEngine:
                         raise
                     # Servers close idle connections, and this request met one that ended.
                     connections.give_back(connection)
-            await self._pass_on(answer, reply, request.expert)
+            await self._pass_on(answer, reply, request)
         except OSError as error:
             # Where it did not end, it closed the connection, which is as fatal for this request.
             raise EngineDeadError(
@@ -435,14 +438,17 @@ class CommandEngine:
             or f"the connection to its server was lost ({type(error).__name__})"
         )
 
-    async def _pass_on(self, answer: HttpReply, send: DeferredStartSend, expert: str) -> None:
+    async def _pass_on(
+        self, answer: HttpReply, send: DeferredStartSend, request: EngineRequest
+    ) -> None:
         """Pass an answer on as it comes.
 
         Raises:
             EngineDeadError: The answer has no end, or a line without one, or was cut off.
-            UpstreamError: It is nested too deep to be sent on.
+            UpstreamError: It is no JSON, or nested too deep to be sent on.
         """
-        content_type = answer.headers.get("content-type", "application/json")
+        expert = request.expert
+        content_type = answer.headers.get("content-type", "application/json").lower()
         status = answer.status
         if 300 <= status < 400 or status in (401, 403):
             # The client is not to blame, and can't log in there.
@@ -455,6 +461,11 @@ class CommandEngine:
             if is_json and _ends_with_connection(answer) and not _is_json(body):
                 raise EngineDeadError(f"the server of {expert!r} cut its answer off")
             if status < 400:
+                if request.endpoint != AUDIO and body.lstrip()[:1] not in _JSON_BEGINS:
+                    # An empty answer, a page, or a compressed one is no answer of this API.
+                    raise UpstreamError(
+                        f"the server of expert {expert!r} answered with no JSON", status=502
+                    )
                 check_reply(body, expert)
             await send(body_message(body if status >= 400 else rename_reply(body, expert)))
             return

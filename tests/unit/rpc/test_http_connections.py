@@ -164,8 +164,18 @@ async def test_calls_at_once_have_connections_of_their_own() -> None:
         ending(HEAD + b"content-length: 5\r\n\r\nhe"),
         ending(HEAD + b"transfer-encoding: chunked\r\n\r\n3\r\nhel\r\n"),
         saying(HEAD + b"transfer-encoding: chunked\r\n\r\nxyz\r\n"),
+        saying(b"HTTP/1.1 000 What\r\ncontent-length: 0\r\n\r\n"),
+        saying(b"HTTP/1.1 999 What\r\ncontent-length: 0\r\n\r\n"),
+        saying(b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"),
+        saying(HEAD + b"x: " + b"a" * 2**19),
+        saying(HEAD, *[b"x: " + b"a" * 2**14 + b"\r\n"] * 32),
+        saying(*[b"HTTP/1.1 103 Early Hints\r\nx: " + b"a" * 2**14 + b"\r\n\r\n"] * 32),
     ],
-    ids=["nothing", "half a head", "not HTTP", "half a body", "no last chunk", "bad chunk"],
+    ids=[
+        *("nothing", "half a head", "not HTTP", "half a body", "no last chunk", "bad chunk"),
+        *("status 0", "status 999", "another protocol"),
+        *("a header without an end", "headers without an end", "interim replies without an end"),
+    ],
 )
 async def test_reply_that_is_not_whole_raises_and_is_not_used_again(answer: Answer) -> None:
     async with connected(answer) as (connections, server):

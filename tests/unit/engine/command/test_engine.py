@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import os
 import signal
 import socket
@@ -105,7 +106,70 @@ def running(pids: list[int]) -> list[int]:
     return found
 
 
+@asynccontextmanager
+async def answering(tmp_path: Path, reply: bytes) -> AsyncIterator[CommandEngine]:
+    """An engine whose server answers every request with these bytes."""
+    left = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                pass  # until the client hangs up
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        left.set()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        engine = make(tmp_path)
+        port = server.sockets[0].getsockname()[1]
+        process: Any = SimpleNamespace(status=None, ended=asyncio.Event())
+        engine._connections, engine._process = HttpConnections("127.0.0.1", port, 5.0), process
+        try:
+            yield engine
+        finally:
+            engine._connections.close()
+            await left.wait()
+
+
+def whole_reply(kind: str, body: bytes) -> bytes:
+    return (
+        f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
 # --- answers
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/json", b""),
+        ("application/json", b" \n"),
+        ("application/json", b"3"),
+        ("text/html", b"<html>who are you?</html>"),
+        ("text/plain", b"hello"),
+        ("application/json", gzip.compress(b"{}")),
+    ],
+)
+async def test_run_answer_that_is_no_json_is_refused(
+    tmp_path: Path, kind: str, body: bytes
+) -> None:
+    async with answering(tmp_path, whole_reply(kind, body)) as engine:
+        with pytest.raises(UpstreamError, match="with no JSON") as caught:
+            await ask(engine, chat("hello"))
+        assert caught.value.status == 502
+
+
+@pytest.mark.parametrize("kind", ["Text/Event-Stream; charset=UTF-8", "TEXT/EVENT-STREAM"])
+async def test_run_stream_is_known_however_its_type_is_written(tmp_path: Path, kind: str) -> None:
+    events = b'data: {"model": "m", "choices": []}\n\ndata: [DONE]\n\n'
+    async with answering(tmp_path, whole_reply(kind, events)) as engine:
+        got = await ask(engine, chat("hello", stream=True))
+    assert b'"model":"e"' in got.body.replace(b" ", b"")
+    assert b'"m"' not in got.body
 
 
 async def test_run_whole_answer_has_the_experts_name_and_usage(tmp_path: Path) -> None:
