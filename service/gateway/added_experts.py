@@ -386,6 +386,9 @@ class AddedExpertService:
         for status, body in replies:
             if status == 400:
                 raise DisallowedFieldError(_message(body), param="adapter")
+            if status >= 500:
+                # The pool has a fault, and the addition may be right.
+                raise ExpertFailedError(f"expert {name!r}: {_message(body)}")
             if status >= 400:
                 raise ConflictError(_message(body))
 

@@ -39,8 +39,11 @@ class FakeLink:
         self.known = AddedExperts()
 
     async def check_added(self, added: AddedExperts, name: str) -> tuple[int, bytes]:
-        bad = added.experts[name].expert.adapter == "/adapters/wrong-rank"
-        return (409, b'{"error":{"message":"its rank is 64"}}') if bad else (200, b"")
+        replies = {
+            "/adapters/wrong-rank": (409, b'{"error":{"message":"its rank is 64"}}'),
+            "/adapters/of-the-pool": (500, b'{"error":{"message":"internal error"}}'),
+        }
+        return replies.get(added.experts[name].expert.adapter or "", (200, b""))
 
     async def set_added(self, added: AddedExperts) -> tuple[int, bytes]:
         self.known = added
@@ -170,6 +173,7 @@ async def test_replaced_adapter_keeps_everything_else() -> None:
         ("/elsewhere", DisallowedFieldError),
         ("relative", ConflictError),
         ("/adapters/wrong-rank", ConflictError),
+        ("/adapters/of-the-pool", ExpertFailedError),
         ("/adapters/bad", ExpertFailedError),
     ],
 )
