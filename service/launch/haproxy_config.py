@@ -160,7 +160,10 @@ def write_wrapper(
         page.write_bytes(_page(400, "invalid_request_error", "invalid_request_error", message))
         denied.append(f"http-request deny deny_status 400 errorfile {page} if {condition}")
     ports = "|".join(f"({port})" for port in own_ports)
+    # Serve's rule while it knows no gateway: a plain 404, as if there were no such endpoint.
     fallback = rf"\1server startup unix@{fallback_socket}"
+    if fallback_socket is None:
+        fallback = r"\1http-request deny deny_status 503"
     to_fallback = rf"s#^( *)http-request return status 404 .*/-/routes .*#{fallback}#" "\n"
     (folder / "rules.sed").write_text(
         rf"s/^( *bind )\*?:({ports})$/\1127.0.0.1:\2/"
@@ -169,7 +172,7 @@ def write_wrapper(
         "\n"
         r"/^ *errorfile 50[0-9] .*$/d"
         "\n"
-        + (to_fallback if fallback_socket is not None else "")
+        + to_fallback
         + _after("^defaults *$", lines)
         + "/^frontend http_frontend/,/^ *bind /{\n"
         + (rf"s/^( *bind )127\.0\.0\.1:/\1{_bracketed(host)}:/" "\n" if host is not None else "")

@@ -37,9 +37,12 @@ frontend prometheus
     http-request use-service prometheus-exporter if {{ path /metrics }}
 frontend http_frontend
     bind 127.0.0.1:{port}
+    use_backend default_backend if {{ path /nobody }}
     default_backend gateway
 backend gateway
     server one 127.0.0.1:{gateway}
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Ping /-/routes for routes."
 listen stats
   bind *:{stats}
   stats enable
@@ -145,6 +148,8 @@ def test_haproxy_template_of_serve_has_the_lines_that_are_changed() -> None:
         "stats socket {{ config.socket_path }} mode 666 level admin",
         "frontend http_frontend\n    bind {{ config.frontend_host }}:{{ config.frontend_port }}",
         "bind :{{ config.metrics_port }}",
+        "    http-request return status 404 ",
+        "/-/routes ",
         "bind *:{{ config.stats_port }}",
     ):
         assert line in text
@@ -236,6 +241,11 @@ def test_haproxy_renames_the_session_that_serve_would_obey(proxy: Running) -> No
     assert status == 200
     assert answer["x-coe-session-id"] == "my one"
     assert "x-session-id" not in answer
+
+
+def test_haproxy_without_a_gateway_answers_503(proxy: Running) -> None:
+    status, body = proxy.ask(b"GET /nobody HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (status, body["error"]["code"]) == (503, "gateway_unavailable")
 
 
 def probed(port: int) -> bool:
