@@ -288,11 +288,7 @@ class Admission:
         if all(known) and not TABLE[request.endpoint].listens:
             prompt = min(prompt, request.prompts * context)
         calls = max(map(len, expert_sets), default=1)
-        prices = [[self._prices[name] for name in experts] for experts in expert_sets]
-        dearest = Price(
-            max((sum(price.prompt for price in each) for each in prices), default=0.0),
-            max((sum(price.completion for price in each) for each in prices), default=0.0),
-        )
+        dearest = self._dearest(expert_sets)
         if not TABLE[request.endpoint].generates:
             return UsageBound(
                 prompt,
@@ -321,6 +317,16 @@ class Admission:
             if request.most_tokens is not None
             else max(1, math.ceil(likely_tokens() / calls)),
             places=request.sequences,
+        )
+
+    def _dearest(self, expert_sets: Sequence[Sequence[str]]) -> Price:
+        """The greatest price of all calls of a candidate together."""
+        if len(expert_sets) == 1 and len(expert_sets[0]) == 1:
+            return self._prices[expert_sets[0][0]]
+        prices = [[self._prices[name] for name in experts] for experts in expert_sets]
+        return Price(
+            max((sum(price.prompt for price in each) for each in prices), default=0.0),
+            max((sum(price.completion for price in each) for each in prices), default=0.0),
         )
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
