@@ -1,8 +1,7 @@
-"""`python -m loadtests.gateway`: Measures the overhead of this gateway and of others.
+"""`python -m loadtests.gateway`: Measures the overhead of this gateway.
 
 Without options, it compares this service with vLLM's own API server on a real model. With `--engine
-simulated`, it measures the service around an engine that takes no time. With `--peer litellm`, it
-compares this gateway with LiteLLM's proxy in front of the same upstream.
+simulated`, it measures the service around an engine that takes no time.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 
 import uvloop
 
-from loadtests.gateway import gateway_overhead, vs_litellm, vs_vllm
+from loadtests.gateway import gateway_overhead, vs_vllm
 from loadtests.lib.command_line import parser, tell
 from loadtests.lib.machine_load import Watch
 from loadtests.lib.targets_and_report import Report
@@ -21,7 +20,6 @@ from loadtests.lib.targets_and_report import Report
 def _arguments() -> argparse.Namespace:
     words = parser("gateway", __doc__)
     words.add_argument("--engine", choices=("vllm", "simulated"), default="vllm")
-    words.add_argument("--peer", choices=("litellm",), help="another gateway to compare with")
     words.add_argument(
         "--quick", action="store_true", help="run fewer pairs; the intervals are wider"
     )
@@ -35,8 +33,6 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _measure(given: argparse.Namespace, watch: Watch) -> Report:
-    if given.peer == "litellm":
-        return await vs_litellm.run(given.port, watch, quick=given.quick)
     if given.engine == "simulated":
         return await gateway_overhead.run(given.port, watch, quick=given.quick)
     return await vs_vllm.run(given.port, watch, quick=given.quick, threads=given.threads)

@@ -2,13 +2,15 @@
 
 Proxies are measured in front of it, and so is the load generator's own limit. A stream has
 `max_tokens` chunks: the first comes at once, and the others follow at intervals of `--step-ms`. A
-reply that is no stream comes after `--whole-ms`.
+reply that is no stream comes after `--whole-ms`. With `--stamped`, each chunk's text is the time of
+its writing (`time.perf_counter` in s, which all processes of a machine share on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from typing import Any, cast
 
 import httptools
@@ -48,14 +50,19 @@ def _json(data: dict[str, Any]) -> bytes:
 
 _WORD = event(" word", last=False)
 _LAST = event(" word", last=True)
+# Each stamp has the same length, so that the sizes in the chunks' heads stay right.
+_STAMP = b"%017.6f"
+_STAMPED_WORD = event("0" * 17, last=False).replace(b"0" * 17, _STAMP)
+_STAMPED_LAST = event("0" * 17, last=True).replace(b"0" * 17, _STAMP)
 
 
 class Upstream(asyncio.Protocol):
     """Serves one connection: a piece each `step_s`, or a whole answer after `whole_s`."""
 
-    def __init__(self, step_s: float, whole_s: float = 0.0) -> None:
+    def __init__(self, step_s: float, whole_s: float = 0.0, *, stamped: bool = False) -> None:
         self._step_s = step_s
         self._whole_s = whole_s
+        self._stamped = stamped
         self._loop = asyncio.get_running_loop()
         self._parts: list[bytes] = []
 
@@ -90,7 +97,10 @@ class Upstream(asyncio.Protocol):
         if self._transport.is_closing():
             return
         last = i == words - 1
-        chunk = _LAST if last else _WORD
+        if self._stamped:
+            chunk = (_STAMPED_LAST if last else _STAMPED_WORD) % time.perf_counter()
+        else:
+            chunk = _LAST if last else _WORD
         self._transport.write(_STREAM_HEAD + chunk if i == 0 else chunk)
         if last:
             self._transport.write(_END)
@@ -98,11 +108,14 @@ class Upstream(asyncio.Protocol):
         self._loop.call_at(began_s + (i + 1) * self._step_s, self._step, began_s, i + 1, words)
 
 
-async def serve(port: int, step_ms: float, whole_ms: float) -> None:
+async def serve(port: int, step_ms: float, whole_ms: float, *, stamped: bool) -> None:
     """Serve until cancelled."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Upstream(step_ms / 1000, whole_ms / 1000), "127.0.0.1", port, backlog=1024
+        lambda: Upstream(step_ms / 1000, whole_ms / 1000, stamped=stamped),
+        "127.0.0.1",
+        port,
+        backlog=1024,
     )
     await server.serve_forever()
 
@@ -113,8 +126,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=20.0, help="between chunks, in ms")
     parser.add_argument("--whole-ms", type=float, default=0.0, help="until whole replies, in ms")
+    parser.add_argument("--stamped", action="store_true", help="chunks tell when they were written")
     given = parser.parse_args()
-    uvloop.run(serve(given.port, given.step_ms, given.whole_ms))
+    uvloop.run(serve(given.port, given.step_ms, given.whole_ms, stamped=given.stamped))
 
 
 if __name__ == "__main__":

@@ -22,19 +22,21 @@ _CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The target of requests: address, endpoint path, and a key if needed."""
+    """The target of requests: address, endpoint path, a key if needed, and headers of its own."""
 
     host: str
     port: int
     path: str = "/v1/chat/completions"
     key: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
 
     def request(self, body: dict[str, Any]) -> bytes:
         """A whole HTTP request, ready to be written."""
         data = orjson.dumps(body)
         key = f"authorization: Bearer {self.key}\r\n" if self.key else ""
+        own = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
         head = (
-            f"POST {self.path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n{key}"
+            f"POST {self.path} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n{key}{own}"
             f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
         )
         return head.encode() + data
@@ -42,7 +44,10 @@ class Target:
 
 @dataclass(slots=True)
 class Exchange:
-    """A request and its reply; times of `time.perf_counter` in s."""
+    """A request and its reply; times of `time.perf_counter` in s.
+
+    `parts_at_s`: when each of `parts` was read.
+    """
 
     began_s: float
     first_s: float = 0.0
@@ -50,6 +55,7 @@ class Exchange:
     status: int = 0
     error: str = ""
     parts: list[bytes] = field(default_factory=list)
+    parts_at_s: list[float] = field(default_factory=list)
 
     @property
     def body(self) -> bytes:
@@ -159,6 +165,7 @@ class _Connection(asyncio.Protocol):
             if not exchange.first_s:
                 exchange.first_s = self._now_s
             exchange.parts.append(body)
+            exchange.parts_at_s.append(self._now_s)
 
     def on_message_complete(self) -> None:
         """The parser: the reply is whole."""
@@ -196,13 +203,25 @@ class _Loop:
         self.connections.append(connection)
         return connection
 
-    async def run(self, for_s: float | None) -> None:
+    async def run(self, for_s: float | None, spread_s: float) -> None:
         if for_s is not None:
             self._until_s = time.perf_counter() + for_s
-        for connection in list(self.connections):
-            self._busy += 1
-            self._next(connection)
+        # All are counted first: the loop must not end before the last one has begun.
+        self._busy = len(self.connections)
+        if not spread_s:
+            for connection in list(self.connections):
+                self._begin(connection)
+        else:
+            clock = asyncio.get_running_loop()
+            for i, connection in enumerate(self.connections):
+                clock.call_later(i * spread_s / len(self.connections), self._begin, connection)
         await self._done
+
+    def _begin(self, connection: _Connection) -> None:
+        if connection.open:
+            self._next(connection)
+        else:
+            self._replace_connection()
 
     def _next(self, connection: _Connection) -> None:
         late = self._until_s is not None and time.perf_counter() >= self._until_s
@@ -220,6 +239,9 @@ class _Loop:
             self._next(connection)
             return
         # A server that closes after its reply costs us a connection, not the run.
+        self._replace_connection()
+
+    def _replace_connection(self) -> None:
         task = asyncio.ensure_future(self._reconnect())
         self._reconnecting.add(task)
         task.add_done_callback(self._reconnecting.discard)
@@ -245,21 +267,29 @@ def _no_collection() -> Iterator[None]:
 
 
 async def closed_loop(
-    target: Target, supply: Supply, in_flight: int, *, for_s: float | None = None
+    target: Target,
+    supply: Supply,
+    in_flight: int,
+    *,
+    for_s: float | None = None,
+    spread_s: float = 0.0,
 ) -> Turn:
     """Keep `in_flight` requests under way until `supply` gives None, or for `for_s`.
 
-    Connections are open before the clock starts.
+    Connections are open before the clock starts. The first requests begin at once, or at even
+    times over `spread_s`.
     """
     loop = _Loop(target, supply, None)
-    for _ in range(in_flight):
-        await loop.connect()
-    with _no_collection():
-        cpu_s, began_s = time.process_time(), time.perf_counter()
-        await loop.run(for_s)
-        wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
-    for connection in loop.connections:
-        connection.close()
+    try:
+        for _ in range(in_flight):
+            await loop.connect()
+        with _no_collection():
+            cpu_s, began_s = time.process_time(), time.perf_counter()
+            await loop.run(for_s, spread_s)
+            wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
+    finally:
+        for connection in loop.connections:
+            connection.close()
     return Turn(loop.exchanges, wall_s, cpu_s)
 
 

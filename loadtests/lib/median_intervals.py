@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RESAMPLES = 4000
+_PERCENTILE_RESAMPLES = 400
 _COVERED = 0.95
 
 
@@ -69,6 +70,44 @@ def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float])
     """The ratio of two medians whose samples are not pairs."""
     value = float(np.median(numerators) / np.median(denominators))
     return _interval(value, _resampled_medians(numerators, 1) / _resampled_medians(denominators, 2))
+
+
+def _resampled_percentiles(
+    values: Sequence[float], percent: float, seed: int
+) -> NDArray[np.float64]:
+    known = np.asarray(values, dtype=np.float64)
+    chance = np.random.default_rng(seed)
+    # One resample at a time: thousands of values, thousands of times, are too many at once.
+    return np.array(
+        [
+            np.percentile(known[chance.integers(0, known.size, known.size)], percent)
+            for _ in range(_PERCENTILE_RESAMPLES)
+        ]
+    )
+
+
+def percentile_added(
+    values: Sequence[float], baseline: Sequence[float], percent: float
+) -> Estimate:
+    """A percentile less the same one of a baseline, whose samples are not pairs."""
+    value = percentile(values, percent) - percentile(baseline, percent)
+    more = _resampled_percentiles(values, percent, 1)
+    return _interval(value, more - _resampled_percentiles(baseline, percent, 2))
+
+
+def ratio_of_added_percentiles(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    baseline: Sequence[float],
+    percent: float,
+) -> Estimate:
+    """The ratio of two `percentile_added` over one baseline."""
+    over = percentile(numerators, percent) - percentile(baseline, percent)
+    under = percentile(denominators, percent) - percentile(baseline, percent)
+    base = _resampled_percentiles(baseline, percent, 2)
+    overs = _resampled_percentiles(numerators, percent, 1) - base
+    unders = _resampled_percentiles(denominators, percent, 3) - base
+    return _interval(over / under, overs / unders)
 
 
 def mean_of_medians(groups: Sequence[Sequence[float]]) -> Estimate:

@@ -18,6 +18,7 @@ from loadtests.lib.load_client import (
     once,
     repeat,
 )
+from loadtests.routers.chunk_delays import chunk_delays
 
 _BODY = {"model": "m", "messages": [], "max_tokens": 3, "stream": True}
 
@@ -98,6 +99,33 @@ async def test_load_client_truncated_reply_is_an_error(reply: bytes, fault: str)
 def test_load_client_sends_the_api_key() -> None:
     assert b"authorization" not in Target("h", 1).request(_BODY)
     assert b"authorization: Bearer k\r\n" in Target("h", 1, key="k").request(_BODY)
+
+
+def test_load_client_sends_headers_of_the_target() -> None:
+    request = Target("h", 1, headers=(("x-a", "1"), ("x-b", "2"))).request(_BODY)
+    assert b"\r\nx-a: 1\r\nx-b: 2\r\n" in request
+
+
+async def test_load_client_spreads_the_first_requests_and_loses_none() -> None:
+    async with _listening(lambda: Upstream(0.0)) as target:
+        turn = await closed_loop(
+            target, once([target.request(_BODY)] * 8), 4, for_s=60.0, spread_s=0.1
+        )
+    assert len(turn.check().exchanges) == 8
+    # It can't end before the last connection, at 3/4 of the spread, had its turn.
+    assert turn.wall_s > 0.07
+
+
+async def test_load_client_tells_when_each_stamped_chunk_was_read() -> None:
+    async with _listening(lambda: Upstream(0.005, stamped=True)) as target:
+        asker = Asker(target)
+        exchange = await asker.ask(target.request(_BODY))
+        asker.close()
+    assert len(exchange.parts) == len(exchange.parts_at_s)
+    delays = chunk_delays(exchange, 3, exchange.began_s, exchange.ended_s + 1)
+    assert len(delays) == 3
+    assert min(delays) >= -0.001  # stamps are rounded to microseconds
+    assert max(delays) <= exchange.total_ms
 
 
 def test_load_client_error_event_in_a_stream_is_an_error() -> None:

@@ -37,6 +37,20 @@ def test_ratios_and_differences_compare_pairwise() -> None:
         median_intervals.ratios([1.0], [1.0, 2.0])
 
 
+def test_added_percentiles_are_those_of_shifted_samples() -> None:
+    baseline = [float(i) for i in range(200)]
+    found = median_intervals.percentile_added([x + 5 for x in baseline], baseline, 99)
+    assert found.value == pytest.approx(5.0)
+    assert found.low <= 5.0 <= found.high
+    same = median_intervals.percentile_added([7.0] * 9, [4.0] * 5, 50)
+    assert same == Estimate(3.0, 3.0, 3.0)
+
+
+def test_ratio_of_added_percentiles_takes_the_baseline_from_both() -> None:
+    found = median_intervals.ratio_of_added_percentiles([9.0] * 9, [3.0] * 9, [1.0] * 9, 99)
+    assert found == Estimate(4.0, 4.0, 4.0)
+
+
 def test_mean_of_medians_weights_groups_equally() -> None:
     found = median_intervals.mean_of_medians([[4.0] * 40, [1.0]])
     assert found.value == pytest.approx(2.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.lib.machine_load import descendants
-from loadtests.lib.process_times import processor_ms, role_of
+from loadtests.lib.process_times import processor_ms, role_of, tree_bytes, tree_ms
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,19 @@ def test_descendants_are_found_through_their_parents() -> None:
         assert set(found) < set(descendants(os.getpid()))
     finally:
         outer.communicate(b"\n")
+
+
+def test_tree_counts_what_a_child_uses_and_holds() -> None:
+    inner = "x = bytearray(60_000_000); sum(range(3_000_000)); print('done', flush=True); input()"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", outer], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"done\n"
+        assert tree_bytes(process.pid) > 60_000_000
+        child = next(pid for pid in descendants(process.pid) if pid != process.pid)
+        assert tree_ms(process.pid) > tree_ms(child) > 5
+    finally:
+        process.communicate(b"\n")

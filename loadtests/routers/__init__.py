@@ -1,0 +1,1 @@
+"""This gateway beside other projects' gateways and routers."""
