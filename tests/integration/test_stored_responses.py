@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ import pytest
 
 from service.config import Config
 from service.errors import StorageFullError, StoreUnavailableError
+from service.gateway.request import stored_turn
+from service.gateway.request.body_limits import RequestLimitChecker
+from service.gateway.request.request_intake import RequestIntake
 from service.http.asgi_helpers import read_body
 from service.store.api_keys import digest_of
 from service.stored_responses.sqlite_responses import SqliteResponses
@@ -117,6 +121,31 @@ async def test_answer_of_the_cache_is_stored_under_an_id_of_its_own(
         assert len(asked(s)) == 1
     assert found[0].id != found[1].id
     assert found[0].output == found[1].output
+
+
+async def test_large_bodies_are_read_and_written_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {}
+
+    def spied(owner: Any, name: str, size: Callable[..., int]) -> None:
+        before = getattr(owner, name)
+
+        def spy(*given: Any, **more: Any) -> Any:
+            if size(*given) > 200_000:
+                on_loop = threading.current_thread() is threading.main_thread()
+                seen.setdefault(name, set()).add(on_loop)
+            return before(*given, **more)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spied(RequestLimitChecker, "shape", lambda _, raw, *rest: len(raw))
+    spied(RequestIntake, "parse", lambda _, path, raw, *rest: len(raw))
+    spied(stored_turn, "_written", lambda data, before, own: len(str([*before, *own])))
+    async with run_gateway(config(tmp_path)) as s, client(s) as api:
+        first = await api.responses.create(model="general", input="w" * 300_000)
+        await api.responses.create(model="general", input="x", previous_response_id=first.id)
+    assert seen == {"shape": {False}, "parse": {False}, "_written": {False}}
 
 
 async def test_stream_is_stored_when_the_client_has_its_end(tmp_path: Path) -> None:

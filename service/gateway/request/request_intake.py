@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from service.gateway.guard.guard import Guard, GuardResult
 from service.gateway.request.audio_form import read_audio_form
 from service.gateway.request.body_limits import RequestLimitChecker
 from service.gateway.request.expert_defaults import RequestDefaults
+from service.gateway.request.large_bodies import apart
 from service.gateway.request.media_tokens import MediaPrices
 from service.gateway.request.parsing import InferenceRequest, parse_request
 from service.gateway.request.stored_turn import INPUT_TOKENS, RESPONSES, StoredTurns
@@ -24,9 +24,6 @@ from service.http.prompt_endpoints import AUDIO
 from service.telemetry import metric_declarations
 from service.telemetry.metrics_registry import MetricsRegistry
 from service.types import Tenant
-
-# Larger bodies are parsed in a thread, so that they do not delay running streams.
-_LARGE_BYTES = 128 * 1024
 
 
 class RequestIntake:
@@ -91,10 +88,11 @@ class RequestIntake:
         arrived_s = time.monotonic()
         stored = None
         if path in (RESPONSES, INPUT_TOKENS) and self._turns is not None:
-            self._limits.shape(raw)
+            # `parse` checks it again, with the conversation before it.
+            await apart(partial(self._limits.shape, raw), len(raw))
             raw, stored = await self._turns.begin(raw, tenant, counts=path == INPUT_TOKENS)
         parse = partial(self.parse, path, raw, headers, tenant, named)
-        request = await asyncio.to_thread(parse) if len(raw) > _LARGE_BYTES else parse()
+        request = await apart(parse, len(raw))
         if stored is not None:
             request = replace(request, stored=stored)
         result = await self._run_guard(request)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
 
 from service.errors import InvalidRequestError
+from service.gateway.request.large_bodies import apart
 from service.stored_responses.conversation_service import ConversationService
 from service.stored_responses.response_service import ResponseService, StoredContext
 from service.stored_responses.stored_records import StoredItem, bodies, input_items, new_response_id
@@ -87,7 +89,7 @@ class StoredTurns:
         if tenant.priority == BATCH:
             return raw, None
         try:
-            data = orjson.loads(raw)
+            data = await apart(partial(orjson.loads, raw), len(raw))
         except orjson.JSONDecodeError:
             return raw, None
         given = data.get("input") if isinstance(data, dict) else None
@@ -125,12 +127,11 @@ class StoredTurns:
         if not counts:
             # Neither an engine nor a remote server keeps what is kept here.
             data["store"] = False
-        if before is not None and before.items:
-            data["input"] = orjson.Fragment(
-                _joined(before.items, given if isinstance(given, list) else own)
-            )
+        items = () if before is None else before.items
+        size = len(raw) + sum(len(item.body) for item in items)
+        write = partial(_written, data, items, given if isinstance(given, list) else own)
         try:
-            whole = orjson.dumps(data)
+            whole = await apart(write, size)
         except orjson.JSONEncodeError:
             raise InvalidRequestError("the body is nested too deep") from None
         self._service.check_size(len(whole))
@@ -166,6 +167,13 @@ def _conversation(given: object) -> str | None:
             param="conversation",
         )
     return found
+
+
+def _written(data: dict[str, Any], before: Sequence[StoredItem], own: Sequence[Any]) -> bytes:
+    """The body with the items before its own."""
+    if before:
+        data = {**data, "input": orjson.Fragment(_joined(before, own))}
+    return orjson.dumps(data)
 
 
 def _joined(before: Sequence[StoredItem], own: Sequence[Any]) -> bytes:

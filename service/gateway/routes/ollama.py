@@ -28,6 +28,7 @@ from service.gateway.ollama.requests import (
     model_name,
     translated,
 )
+from service.gateway.request.large_bodies import apart
 from service.gateway.routes import models
 from service.gateway.routes.inference import InferenceEndpoint
 from service.http.asgi_helpers import (
@@ -43,8 +44,6 @@ from service.types import Tenant
 router = APIRouter()
 
 _MAX_SHOW_BYTES = 10_000
-# Larger bodies are translated in a thread, so that they do not delay running streams.
-_LARGE_BYTES = 128 * 1024
 # A pool may still be ending the request whose answer is complete.
 _UNLOAD_TRIES, _UNLOAD_PAUSE_S = 5, 0.1
 
@@ -137,10 +136,7 @@ class OllamaEndpoint:
             )
         except ClientDisconnectedError:
             return
-        translate = partial(self._translated, raw)
-        request, body = (
-            await asyncio.to_thread(translate) if len(raw) > _LARGE_BYTES else translate()
-        )
+        request, body = await apart(partial(self._translated, raw), len(raw))
         if not request.asks:
             # It calls no expert, but counts as a request.
             tenant = await services.admission.look_up(headers)
