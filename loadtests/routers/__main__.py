@@ -64,7 +64,7 @@ class _Plan:
 
 
 _QUICK = _Plan(300, 1.0, 3, 1.5, 1, 2.0, 2.0)
-_FULL = _Plan(1500, 1.5, 7, 2.5, 3, 2.0, 5.0)
+_FULL = _Plan(1000, 1.0, 5, 2.0, 2, 2.0, 4.0)
 
 
 def _arguments() -> argparse.Namespace:
