@@ -430,7 +430,7 @@ def test_cluster_pools_come_go_and_change_while_requests_are_answered(
         for name, future in asked.items():
             outcomes = future.result()
             assert outcomes.keys() == {"ok"}, (name, outcomes)
-            assert outcomes["ok"] > 0
+            assert outcomes["ok"] > 5
     # What does not change goes on in the same processes.
     assert set(service.named(POOL + "main")) < set(main)
     assert service.named("ray::ServeReplica:coe:gateway") == gateways
