@@ -1,4 +1,4 @@
-"""Measures the time of one selection among 150 experts, 16 pools and recipes."""
+"""Measures the time of one selection among 150 experts, 16 or 64 pools and 256 recipes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from loadtests.lib.median_intervals import median
+from loadtests.lib.median_intervals import Estimate, median
 from loadtests.lib.targets_and_report import Report, Table, at_most
 from service.broker.pool_state import PoolStateTable, PoolView
 from service.broker.recipe_catalog import RecipeCatalog
@@ -16,7 +16,8 @@ from service.broker.selection import SelectionRequest, select
 from service.rpc.snapshot import ExpertState, Queue, Snapshot, Speed
 from service.types import MAX_LATER, Recipe, Residency
 
-EXPERTS, POOLS, SLOTS, RECIPES = 150, 16, 10, 256
+EXPERTS, SLOTS, RECIPES = 150, 10, 256
+POOLS = (16, 64)
 TARGET_MS = 0.5
 _WARM_UP = 50
 
@@ -57,48 +58,56 @@ def pool_of(boot: str, names: tuple[str, ...], draw: random.Random) -> PoolView:
 
 
 def measure(report: Report, rounds: int) -> None:
-    """Time choices with every snapshot known, and with one of the pools' new each time."""
+    """Time choices with every snapshot known, and with one or all of the pools' new each time."""
+    table = Table(
+        f"Choice among {EXPERTS} experts and {RECIPES} recipes, one core",
+        ("pools", "whole snapshots since the last choice", "median ms", "95 % interval"),
+    )
+    report.tables.append(table)
+    for pools in POOLS:
+        for fresh in (0, 1, pools):
+            measured = _choices(pools, fresh, rounds)
+            spread = f"{measured.low:.3f}–{measured.high:.3f}"
+            table.rows.append((str(pools), str(fresh), f"{measured.value:.3f}", spread))
+            report.facts[f"choice_{pools}_pools_{fresh}_fresh_ms"] = measured.value
+            if fresh <= 1:
+                name = "none" if fresh == 0 else "one"
+                report.reach.append(
+                    at_most(
+                        f"choice among {pools} pools, {name} of the snapshots new, ms",
+                        TARGET_MS,
+                        measured,
+                    )
+                )
+
+
+def _choices(pools: int, fresh: int, rounds: int) -> Estimate:
+    """The time of a choice in ms, each after `fresh` new snapshots."""
     draw = random.Random(1)
     book = book_of(draw)
-    views = [pool_of(f"pool-{i}", book.experts, draw) for i in range(POOLS)]
+    views = [pool_of(f"pool-{i}", book.experts, draw) for i in range(pools)]
     board = PoolStateTable(book.index)
     numbers = np.random.default_rng(1)
     rows = book.everything
     reach = numbers.random((len(rows), MAX_LATER)) * (book.later[rows] < len(book.experts))
-    table = Table(
-        f"Choice among {EXPERTS} experts, {POOLS} pools, {len(book.recipes)} recipes, one core",
-        ("pools heard of since the last choice", "median ms", "95 % interval"),
-    )
-    report.tables.append(table)
-    for fresh in (0, 1, POOLS):
-        times = []
-        for i in range(rounds + _WARM_UP):
-            wish = SelectionRequest(
-                rows=rows,
-                quality=numbers.random(len(rows)),
-                escalation_prob=reach,
-                tokens=numbers.random(EXPERTS) * 200,
-                cost=numbers.random(EXPERTS),
-                prompt_tokens=200,
-                cost_price=0.01,
-                deadline_s=30.0,
-            )
-            for k in range(fresh):
-                at = (i + k) % POOLS
-                snapshot = views[at].snapshot
-                views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
-            begun = time.perf_counter()
-            weighed = select(book, board.to_matrix(views), wish)
-            at_best = weighed.best_position()
-            times.append(1e3 * (time.perf_counter() - begun))
-            assert at_best is not None
-        measured = median(times[_WARM_UP:])
-        table.rows.append(
-            (str(fresh), f"{measured.value:.3f}", f"{measured.low:.3f}–{measured.high:.3f}")
+    times = []
+    for i in range(rounds + _WARM_UP):
+        wish = SelectionRequest(
+            rows=rows,
+            quality=numbers.random(len(rows)),
+            escalation_prob=reach,
+            tokens=numbers.random(EXPERTS) * 200,
+            cost=numbers.random(EXPERTS),
+            prompt_tokens=200,
+            cost_price=0.01,
+            deadline_s=30.0,
         )
-        report.facts[f"choice_{fresh}_fresh_ms"] = measured.value
-        if fresh <= 1:
-            name = "none" if fresh == 0 else "one"
-            report.reach.append(
-                at_most(f"choice, {name} of the snapshots new, ms", TARGET_MS, measured)
-            )
+        for k in range(fresh):
+            at = (i + k) % pools
+            snapshot = views[at].snapshot
+            views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
+        begun = time.perf_counter()
+        best = select(book, board.to_matrix(views), wish).best_position()
+        times.append(1e3 * (time.perf_counter() - begun))
+        assert best is not None
+    return median(times[_WARM_UP:])

@@ -270,6 +270,8 @@ class _PoolRow:
     def __init__(self, index: dict[str, int]) -> None:
         self._index = index
         self.last: Snapshot | None = None
+        self._names: list[str] = []
+        self._distance = np.zeros(0)
         self.figures = np.zeros((_COLUMNS, len(index)))
         self.figures[_CAPACITY] = 1.0
 
@@ -320,7 +322,11 @@ class _PoolRow:
         )
 
     def _read_structure(self, snapshot: Snapshot) -> None:
-        names = self._names = list(snapshot.experts)
+        names = list(snapshot.experts)
+        if names != self._names:
+            hashes = [rendezvous_hash(name, snapshot.boot) for name in names]
+            self._distance = _ALIKE * np.array(hashes)
+        self._names = names
         self._at = {name: i for i, name in enumerate(names)}
         slots: dict[int, int] = {}
         weights: dict[str, int] = {}
@@ -337,7 +343,6 @@ class _PoolRow:
         self._all_in_order = names == list(self._index)
         self._values = np.empty((_COLUMNS, len(names)))
         self._values[_CAPACITY] = [max(1, snapshot.capacity.get(name, 1)) for name in names]
-        self._distance = _ALIKE * np.array([rendezvous_hash(n, snapshot.boot) for n in names])
         self.figures[_USABLE] = 0.0
         # Time until ready, time of a swap, context; whether it is not resident, and usable.
         self._states = np.zeros((5, len(names)))
