@@ -25,7 +25,9 @@ def gateway(**members: tuple[str, ...]) -> Any:
     snapshot = Snapshot("boot", "cpu", experts=states, capacity={"warm": 2})
     view = PoolView("boot", snapshot, 0.0, {})
     return SimpleNamespace(
-        dispatcher=SimpleNamespace(views=lambda: [view]), batch_members=dict(members)
+        dispatcher=SimpleNamespace(views=lambda: [view]),
+        batch_members=dict(members),
+        config=SimpleNamespace(experts={"warm": None, "other": None}),
     )
 
 

@@ -68,7 +68,7 @@ def test_listing_has_openai_s_shape() -> None:
 def test_openapi_describes_every_endpoint() -> None:
     result = describe(CONFIG)
     posts = {path for path, item in result["paths"].items() if "post" in item}
-    batches = {"/v1/files", "/v1/batches", "/v1/batches/{id}/cancel"}
+    batches = {"/v1/files", "/v1/batches", "/v1/batches/plan", "/v1/batches/{id}/cancel"}
     ollama = {*OLLAMA_ENDPOINTS, "/api/show"}
     assert posts == {*ENDPOINTS, *ollama, "/v1/route", "/v1/feedback", *batches}
     stored = describe(CONFIG.model_copy(update={"responses": ResponsesConfig(enabled=True)}))
