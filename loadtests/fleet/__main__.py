@@ -41,11 +41,7 @@ def measure(parts: list[str], extent: Extent, plot: Path | None) -> Report:
     finally:
         logging.disable(logging.NOTSET)
     if plot is not None:
-        try:
-            draw(curves, plot)
-        except (ImportError, OSError, ValueError) as error:
-            # What took an hour to play is worth more than its plot.
-            report.notes.append(f"No plot was written: {error}.")
+        report.notes += draw(curves, plot)
     return report
 
 

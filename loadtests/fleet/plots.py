@@ -11,12 +11,20 @@ from loadtests.fleet.experiments import WANTED, Curves
 _Points = Sequence[tuple[float, float, float, float]]
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Curves, path: Path) -> list[str]:
     """Write the panels for which there are figures. The file's ending says the format.
 
-    Raises:
-        ValueError: There are no figures.
+    Returns:
+        Why no plot was written, if so: what took an hour to play is worth more than its plot.
     """
+    try:
+        _draw(curves, path)
+    except (ImportError, OSError, ValueError) as error:
+        return [f"No plot was written: {error}."]
+    return []
+
+
+def _draw(curves: Curves, path: Path) -> None:
     import matplotlib  # for plots only, and slow to import
 
     matplotlib.use("Agg")
