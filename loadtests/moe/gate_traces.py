@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.moe.offload_simulation import GateTrace, one_by_one
+from service.expert_offload.slot_simulation import GateTrace, one_by_one
 from service.moe.steering_profile import moe_shape
 
 # The favour of an expert is a stationary process with this correlation between tokens.

@@ -10,7 +10,8 @@ import numpy as np
 from loadtests.lib.targets_and_report import Report, Table
 from loadtests.lib.varied_prompts import prompts
 from loadtests.moe.gate_traces import model_trace, random_trace
-from service.moe.offload_simulation import (
+from service.expert_offload.slot_policies import POLICY_NAMES
+from service.expert_offload.slot_simulation import (
     PREFETCH_NAMES,
     GateTrace,
     belady,
@@ -18,7 +19,6 @@ from service.moe.offload_simulation import (
     prefetch_accuracy,
     simulate,
 )
-from service.moe.slot_policies import POLICY_NAMES
 
 BOUNDS = (0.1, 0.25, 0.5, 0.75)
 _SEED = 1

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.config.section_base import Section
+from service.config.section_base import Bytes, Section
 
 MoeBackend = Literal[
     "auto",
@@ -37,6 +37,29 @@ MoeBackend = Literal[
     "emulation",
     "rdna3",
 ]
+
+# `service.expert_offload.slot_policies` has the policies.
+SlotPolicyName = Literal["lru", "lfu", "segment", "decay", "cacheable"]
+ExpertPrefetch = Literal["none", "frequency", "next_gate"]
+
+
+class ExpertOffload(Section):
+    """Routed experts that do not all fit into memory. The others wait in a file on the disk."""
+
+    bytes: Bytes = Field(
+        description="Memory for the routed experts of one engine, in bytes; each layer gets the "
+        "same number of slots. It must hold one expert of each layer."
+    )
+    prefetch: ExpertPrefetch = Field(
+        "next_gate",
+        description="What is read ahead of a layer's step: nothing, the experts that the policy "
+        "finds worth most, or those that the next layer's gate chooses for this layer's input.",
+    )
+    policy: SlotPolicyName = Field(
+        "cacheable",
+        description="Which expert keeps its slot: by last use, by uses, by uses in the last 16 "
+        "steps, by uses that fade, or by uses that fade as fast as suits the layer.",
+    )
 
 
 class EplbOptions(Section):

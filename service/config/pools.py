@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from service.config.autoscaling import AutoscalingConfig, refuse_changes
-from service.config.moe_options import MoeKernelOptions
+from service.config.moe_options import ExpertOffload, MoeKernelOptions
 from service.config.section_base import Bytes, Section
 from service.config.vllm_args import PARALLEL, EngineArguments
 
@@ -71,6 +71,11 @@ class EngineOptions(Section):
     )
     moe_capture: MoeCapture | None = Field(
         None, description="Sample which routed experts each layer chooses. Default: off."
+    )
+    expert_offload: ExpertOffload | None = Field(
+        None,
+        description="Hold fewer routed experts of a mixture in memory than it has; CPU only. "
+        "Default: all are in memory.",
     )
     tool_call_parser: str | None = Field(
         None, description="vLLM's parser for tool calls; needed for tool_choice auto."
@@ -264,6 +269,26 @@ class PoolConfig(Section):
             raise ValueError(
                 "vllm.moe_capture needs enforce_eager: true on CPU, because compiled code there "
                 "has no hook for the choice of experts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> PoolConfig:
+        if self.vllm.expert_offload is None:
+            return self
+        if self.engine != "vllm":
+            raise ValueError(f"vllm.expert_offload needs engine: vllm, not {self.engine}")
+        if self.gpus > 0:
+            raise ValueError("vllm.expert_offload works on CPU only, and this pool has gpus")
+        if not self.vllm.enforce_eager:
+            raise ValueError(
+                "vllm.expert_offload needs enforce_eager: true, because compiled code computes "
+                "with all experts"
+            )
+        if self.vllm.spare_adapters:
+            raise ValueError(
+                "vllm.expert_offload: adapters beside a mixture need a GPU, so "
+                "spare_adapters must be 0"
             )
         return self
 

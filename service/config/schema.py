@@ -28,7 +28,7 @@ from service.config.experts import (
 )
 from service.config.feedback import FeedbackConfig
 from service.config.guard import GuardConfig, InjectionConfig, PiiConfig
-from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels
+from service.config.moe_options import ON_CPU, EplbOptions, ExpertKernels, ExpertOffload
 from service.config.pools import MoeCapture, PoolConfig, SimulatedOptions, SwapOptions, VllmOptions
 from service.config.prices import PricesConfig
 from service.config.recipes import DeliberationConfig, RecipeConfig, RecruitmentConfig
@@ -675,6 +675,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("pools", "*"): PoolConfig,
     ("pools", "*", "vllm"): VllmOptions,
     ("pools", "*", "vllm", "moe_capture"): MoeCapture,
+    ("pools", "*", "vllm", "expert_offload"): ExpertOffload,
     ("pools", "*", "vllm", "eplb_config"): EplbOptions,
     ("pools", "*", "autoscaling"): AutoscalingConfig,
     ("pools", "*", "swap"): SwapOptions,

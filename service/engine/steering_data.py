@@ -14,6 +14,8 @@ PLACES_KEY = "coe_places"
 MERGED_KEY = "coe_merged"
 # Whether the routers record their choices.
 RECORD_CHOICES_KEY = "coe_record_choices"
+# The slots for routed experts that do not all fit.
+OFFLOAD_KEY = "coe_expert_offload"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from service.config import Config, ExpertConfig, PoolConfig
 from service.engine.gpu_share import GpuShare
 from service.errors import ConfigError, ModelStoreError
+from service.expert_offload.slot_plan import OffloadPlan, plan_offload
 from service.models import AdapterInfo, ModelInfo, inspect_model
 from service.models.lora_adapters import FOLLOWED, find_misfit, name_another_base
 from service.moe.option_check import check_kernels
@@ -154,13 +155,14 @@ def plan_pool(
     inspect = functools.cache(inspect)  # a large model has hundreds of files to read
     weights = share_weights(config, kind, None, lambda _, name: str(inspect(name).path.resolve()))
     config, named = weights.config, config
-    moe = check_kernels(config, kind, inspect)
+    moe = (*check_kernels(config, kind, inspect), *_offload_lines(config, kind, inspect))
     check_arguments(config, kind)
     draft = draft_bytes(
         pool, kind, inspect_folder, lambda info: weights_bytes(info, pool.vllm.dtype)
     )
     groups = config.groups(kind)
     slots = slots_of(config, kind)
+    _check_offload(config, kind, config.units(kind), inspect)
     for unit in config.units(kind):
         if config.experts[unit[0]].command is None:
             _check_unit(config, unit, pool, inspect)
@@ -470,6 +472,71 @@ def _check_capture(
         )
 
 
+def _check_offload(
+    config: Config,
+    kind: str,
+    units: Sequence[tuple[str, ...]],
+    inspect: Callable[[str], ModelInfo | AdapterInfo],
+) -> None:
+    """Check that the experts of a pool with `expert_offload` run on engines of their own.
+
+    Raises:
+        ConfigError: None of them is a mixture, or one runs on an engine whose weights are swapped.
+    """
+    pool = config.pools[kind]
+    if pool.vllm.expert_offload is None:
+        return
+    where = f"pools.{kind}.vllm.expert_offload"
+    own = [unit[0] for unit in units if config.experts[unit[0]].command is None]
+    infos = [inspect(config.experts[name].base or name) for name in own]
+    if not any(isinstance(info, ModelInfo) and info.is_moe for info in infos):
+        raise ConfigError(f"{where}: none of its experts is a mixture of experts")
+    for name in own:
+        if config.experts[name].form in ("merged", "steered"):
+            raise ConfigError(
+                f"{where}: {name!r} is {config.experts[name].form}, and changes the weights or "
+                "gates of a running engine; allowed are experts with weights of their own"
+            )
+    if slots_of(config, kind) < len(config.groups(kind)) and pool.swap.method != "respawn":
+        raise ConfigError(
+            f"{where}: its experts share slots, and a running engine can't take over the weights "
+            "of another mixture; allowed are a slot for each expert, and swap.method: respawn"
+        )
+
+
+def _offload_plan(pool: PoolConfig, name: str, info: ModelInfo) -> OffloadPlan | None:
+    """Return the plan of a mixture's slots; None where all experts are in memory.
+
+    Raises:
+        ConfigError: The experts can't be held in slots.
+    """
+    if (offload := pool.vllm.expert_offload) is None or not info.is_moe:
+        return None
+    weights = weights_bytes(info, pool.vllm.dtype)
+    element = _element_bytes(info, pool.vllm.dtype)
+    try:
+        return plan_offload(info, offload.bytes, weight_bytes=weights, element_bytes=element)
+    except ValueError as error:
+        raise ConfigError(f"experts.{name}.model: vllm.expert_offload: {error}") from None
+
+
+def _offload_lines(
+    config: Config, kind: str, inspect: Callable[[str], ModelInfo | AdapterInfo]
+) -> Iterator[str]:
+    pool = config.pools[kind]
+    if (offload := pool.vllm.expert_offload) is None:
+        return
+    for name in config.local_experts(kind):
+        if config.experts[name].model is None or not isinstance(info := inspect(name), ModelInfo):
+            continue
+        if (plan := _offload_plan(pool, name, info)) is not None:
+            yield (
+                f"{name}: {plan.slots} of {plan.experts} routed experts of each of {plan.layers} "
+                f"layers in memory, {_gib(plan.slot_bytes)}; policy {offload.policy}, prefetch "
+                f"{offload.prefetch}"
+            )
+
+
 def _share(plans: list[EnginePlan]) -> EnginePlan:
     """Plan one engine for several units: one runs, and the others are in host memory."""
     # Only vLLM's engines have what the first one stands for, such as a KV cache.
@@ -623,10 +690,13 @@ def _plan_unit(
     ranks = pool.vllm.parallel("data_parallel_size")  # each has its own weights and KV cache
     kv_bytes = (pool.vllm.kv_cache_bytes or 0) * pool.vllm.engine_gpus
     offloaded = offloaded_bytes(pool, weights * ranks)
+    # vLLM packs all other weights beside the parameters.
+    slots = _offload_plan(pool, base, info)
+    on_cpu = weights * PACKING if slots is None else slots.other_bytes * PACKING + slots.peak_bytes
     plan = EnginePlan(
         base=base,
         adapters=tuple(adapters),
-        weight_bytes=weights * ranks - offloaded if on_gpu else weights * PACKING,
+        weight_bytes=weights * ranks - offloaded if on_gpu else on_cpu,
         adapter_bytes=parameters * element * ranks,
         kv_bytes=kv_bytes,
         kv_tokens=0,

@@ -48,6 +48,7 @@ ONLY_IN = {
         "service/engine/vllm/worker/gate_choice_recorder.py",
         "service/engine/vllm/worker/graph_steering.py",
         "service/engine/vllm/worker/model_access.py",
+        "service/engine/vllm/worker/offload_worker.py",
         "service/engine/vllm/worker/eager_steering.py",
         "service/engine/vllm/worker/swap_extension.py",
         "service/engine/vllm/worker/pack_while_loading.py",

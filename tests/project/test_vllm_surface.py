@@ -87,6 +87,9 @@ ASSIGNED = {
     "app.state.server": None,
     "target.cpu_linear": None,
     "weight.weight_loader": None,
+    "parameter.weight_loader": None,
+    "DefaultModelLoader.load_weights": LOADER,
+    "method.apply": MOE_METHOD,
 }
 # Attributes that we read of `AsyncLLM`, in `async_llm_handle.py`.
 READ_OF_LLM = {
@@ -135,8 +138,18 @@ READ = {
     SERVING_MODELS: {"load_lora_adapter", "lora_requests", "unload_lora_adapter"},
     "vllm.lora.request:LoRARequest": {"lora_int_id"},
     ROUTER: {"global_num_experts", "set_capture_fn", "top_k"},
-    MOE_RUNNER: {"layer_id", "router"},
-    MOE_METHOD: {"is_monolithic", "moe_kernel"},
+    MOE_RUNNER: {"gate", "layer_id", "routed_experts", "router"},
+    MOE_METHOD: {"get_fused_moe_quant_config", "is_monolithic", "moe", "moe_kernel"},
+    f"{FUSED_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": {"experts_cls"},
+    f"{FUSED_MOE}.experts.cpu_moe:CPUUnquantizedExperts": {
+        "isa",
+        "process_weights_after_loading",
+    },
+    f"{FUSED_MOE}.routed_experts:RoutedExperts": {
+        "quant_method",
+        "top_k",
+        "weight_loader",
+    },
     f"{FUSED_MOE}.config:FusedMoEQuantConfig": {"use_int4_w4a16", "use_int8_w8a16"},
     f"{FUSED_MOE}.modular_kernel:FusedMoEExperts": {"quant_config"},
     f"{FUSED_MOE}.modular_kernel:FusedMoEExpertsModular": {"apply"},
@@ -177,8 +190,8 @@ AT_RUN_TIME = {
 # Expressions whose attributes we may assign: objects of ours, and vLLM's arguments, which its own
 # `AsyncEngineArgs.from_cli_args` checks.
 OUR_OBJECTS = re.compile(
-    r"self|args|done|held|load|load\.thread|part|refusal|scratch|self\._routing_stats|self\._scratch"
-    r"|self\._stats|settings|state|step\.sample"
+    r"self|args|done|held|load|load\.thread|loaded|part|refusal|scratch|self\._routing_stats"
+    r"|self\._scratch|self\._stats|self\.counters|settings|state|step\.sample"
 )
 TORCH = re.compile(r"(found|parameter|self\._parameter|module\.weight)\.data")
 # Private names that are no attributes of Python objects.

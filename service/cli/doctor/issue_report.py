@@ -129,6 +129,7 @@ def _config(config: Config) -> dict[str, Any]:
 def _pool(config: Config, kind: str) -> dict[str, Any]:
     pool: PoolConfig = config.pools[kind]
     resolved = resolve_swap_method(config, kind)
+    offload = pool.vllm.expert_offload
     return {
         **{name: getattr(pool, name) for name in _POOL_FIELDS},
         "experts": list(config.local_experts(kind)),
@@ -137,6 +138,7 @@ def _pool(config: Config, kind: str) -> dict[str, Any]:
         "vllm": {
             **{name: getattr(pool.vllm, name) for name in _VLLM_FIELDS},
             "moe_capture": pool.vllm.moe_capture is not None,
+            "expert_offload": offload.model_dump() if offload is not None else None,
             "args": {name: _plain(value) for name, value in pool.vllm.args.items()},
         },
     }

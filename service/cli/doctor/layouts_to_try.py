@@ -108,6 +108,7 @@ def trial_options(options: VllmOptions) -> VllmOptions:
             "kv_cache_bytes": _KV_BYTES,
             "max_num_seqs": 8,
             "moe_capture": None,
+            "expert_offload": None,
             "tool_call_parser": None,
             "reasoning_parser": None,
             "media_domains": (),

@@ -29,7 +29,7 @@ from service.engine.engine_interface import (
     SwapResult,
 )
 from service.engine.gpu_share import GpuShare
-from service.engine.steering_data import RECORD_CHOICES_KEY
+from service.engine.steering_data import OFFLOAD_KEY, RECORD_CHOICES_KEY
 from service.engine.thinking_budget import set_thinking_budget
 from service.engine.vllm.async_llm_handle import (
     INPUT_TOKENS,
@@ -51,6 +51,7 @@ from service.errors import (
     OverCapacityError,
 )
 from service.http.prompt_endpoints import AUDIO, UPSTREAM_PATHS
+from service.models.model_store import model_root
 
 GENERATE_ENDPOINTS = frozenset(
     {
@@ -68,6 +69,9 @@ GENERATE_ENDPOINTS = frozenset(
 _TOKEN_ENDPOINTS = frozenset({"/tokenize", "/detokenize"})
 _MAX_TOKENIZE_BYTES = 4 * 1024 * 1024
 _CAPTURE_EXTENSION = "service.engine.vllm.worker.gate_capture.CaptureExtension"
+_OFFLOAD_WORKER = "service.engine.vllm.worker.offload_worker.OffloadWorker"
+# In the model store, hidden from its list.
+PACKED_EXPERTS = ".packed-experts"
 GRAPH_STEERING_WORKER = "service.engine.vllm.worker.gpu_worker.GraphSteeringWorker"
 
 
@@ -170,6 +174,14 @@ class VllmEngine:
             sleep=self._sleep_level > 0,
             gpu_share=self._gpu_share,
         )
+        if (offload := self._options.expert_offload) is not None:
+            settings.worker_cls = _OFFLOAD_WORKER
+            settings.additional_config[OFFLOAD_KEY] = {
+                "bytes": offload.bytes,
+                "policy": offload.policy,
+                "prefetch": offload.prefetch,
+                "folder": str(model_root() / PACKED_EXPERTS),
+            }
         if self._routing_stats is not None:
             settings.worker_extension_cls = _CAPTURE_EXTENSION
             if self._records_choices:

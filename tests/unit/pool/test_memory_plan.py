@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.config import Config
+from service.config import Config, read_config
 from service.errors import ConfigError, ModelStoreError
 from service.models import AdapterInfo, ModelInfo, MoeInfo
 from service.moe.steering_profile import LayerSteering, SteeringProfile, moe_shape, write_profile
 from service.pool.memory_plan import (
     ENGINE_BYTES,
+    PACKING,
     REPLICA_BYTES,
     SERVERS_REPLICA_BYTES,
     PoolPlan,
@@ -531,3 +534,121 @@ def test_plan_servers_asleep_on_a_gpu_are_in_host_memory() -> None:
     experts = {"a": by_command("9GiB", "10GiB"), "b": by_command("8GiB", "9GiB")}
     plan = plan_servers(experts, 24 * 1024**3, gpus=1, slots=1, vllm={})
     assert plan.host_bytes == 19 * 1024**3
+
+
+# --- routed experts that do not all fit
+
+
+def mixture(layers: int = 2, experts: int = 4) -> ModelInfo:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (10, 8)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}.mlp"
+        shapes[f"{at}.shared_experts.up_proj.weight"] = (6, 8)
+        for expert in range(experts):
+            shapes |= {
+                f"{at}.experts.{expert}.{name}_proj.weight": (4, 8)
+                for name in ("gate", "up", "down")
+            }
+    parameters = sum(map(math.prod, shapes.values()))
+    return model(
+        dtype="float32",
+        moe=MoeInfo(experts, 2, 4),
+        shapes=shapes,
+        parameters=parameters,
+        weight_bytes=4 * parameters,
+    )
+
+
+EXPERT = 3 * 4 * 8 * 4
+
+
+def with_offload(offload: Any, experts: dict[str, Any] | None = None, **settings: Any) -> Config:
+    vllm = {"kv_cache_bytes": 64 * MIB, "enforce_eager": True, "dtype": "float32"}
+    vllm |= {"expert_offload": offload} | settings.pop("vllm", {})
+    return Config.model_validate(
+        {
+            "experts": experts or {"m": {"model": "m"}},
+            "pools": {"cpu": {"engine": "vllm", "vllm": vllm, **settings}},
+        }
+    )
+
+
+def plan_offloaded(config: Config, info: ModelInfo | None = None) -> Any:
+    return plan_pool(config, "cpu", lambda name: replace(info or mixture(), path=Path(name)))
+
+
+def test_plan_counts_slots_and_tells_them() -> None:
+    offload = {"bytes": 2 * 2 * EXPERT, "policy": "lru", "prefetch": "none"}
+    made = plan_offloaded(with_offload(offload))
+    whole = plan_offloaded(with_offload(None))
+    info = mixture()
+    others = info.weight_bytes - 8 * EXPERT
+    assert whole.engines[0].weight_bytes == info.weight_bytes * PACKING
+    assert made.engines[0].weight_bytes == others * PACKING + 6 * EXPERT
+    assert made.moe[-1] == (
+        "m: 2 of 4 routed experts of each of 2 layers in memory, 0.00 GiB; policy lru, "
+        "prefetch none"
+    )
+    assert len(made.moe) == len(whole.moe) + 1
+
+
+TWO_MIXTURES = {"m": {"model": "m"}, "n": {"model": "n"}}
+
+
+@pytest.mark.parametrize(
+    ("experts", "settings", "info", "message"),
+    [
+        ({}, {}, model(), "expert_offload: none of its experts is a mixture of experts"),
+        ({}, {"offload": {"bytes": 10}}, None, "takes 768; allowed is that or more"),
+        (TWO_MIXTURES, {"slots": 1}, None, "a slot for each expert, and swap.method: respawn"),
+        (
+            {"m": {"model": "m"}, "n": {"base": "m", "profile": "p"}},
+            {},
+            None,
+            "'n' is steered",
+        ),
+    ],
+)
+def test_plan_that_can_not_be_served_raises(
+    experts: dict[str, Any], settings: dict[str, Any], info: ModelInfo | None, message: str
+) -> None:
+    offload = settings.pop("offload", {"bytes": "1GiB"})
+    with pytest.raises(ConfigError, match=message):
+        plan_offloaded(with_offload(offload, experts, **settings), info)
+
+
+def test_plan_experts_that_respawn_may_share_a_slot() -> None:
+    infos = {name: mixture(layers) for name, layers in (("m", 1), ("n", 2))}
+    config = with_offload({"bytes": "1GiB"}, TWO_MIXTURES, slots=1, swap={"method": "respawn"})
+    made = plan_pool(config, "cpu", lambda name: infos[name])
+    assert len(made.engines) == 1
+
+
+@pytest.mark.parametrize(
+    ("offload", "settings", "message"),
+    [
+        ({}, {}, "expert_offload.bytes"),
+        ({"bytes": -1}, {}, "expert_offload.bytes"),
+        ({"bytes": "4GiB", "policy": "fifo"}, {}, "'lru', 'lfu', 'segment', 'decay'"),
+        ({"bytes": "4GiB", "prefetch": "all"}, {}, "'none', 'frequency' or 'next_gate'"),
+        ({"bytes": "4GiB", "precision": "int8"}, {}, "precision"),
+        ({"bytes": "4GiB"}, {"gpus": 1}, "works on CPU only"),
+        ({"bytes": "4GiB"}, {"vllm": {"enforce_eager": False}}, "needs enforce_eager: true"),
+        ({"bytes": "4GiB"}, {"vllm": {"spare_adapters": 1}}, "spare_adapters must be 0"),
+        ({"bytes": "4GiB"}, {"engine": "simulated"}, "needs engine: vllm"),
+    ],
+)
+def test_wrong_setting_gets_one_clear_error(
+    offload: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    vllm = {"kv_cache_bytes": 64 * MIB, "enforce_eager": True} | settings.pop("vllm", {})
+    raw = {
+        "experts": {"m": {"model": "m"}},
+        "pools": {
+            "cpu": {"engine": "vllm", "vllm": {**vllm, "expert_offload": offload}, **settings}
+        },
+    }
+    with pytest.raises(ConfigError) as caught:
+        read_config(raw, "coe.yaml", Path())
+    assert message in caught.value.message
+    assert len(caught.value.message.splitlines()) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtests.moe import gate_traces, offload_simulated
-from service.moe.offload_simulation import GateTrace, prefetch_accuracy
+from service.expert_offload.slot_simulation import GateTrace, prefetch_accuracy
 
 
 def test_random_choices_repeat_as_often_as_mixtral_does() -> None:

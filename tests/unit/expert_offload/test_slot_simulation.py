@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.moe.offload_simulation import (
+from service.expert_offload.slot_policies import POLICY_NAMES, PolicyName
+from service.expert_offload.slot_simulation import (
     PREFETCH_NAMES,
     GateTrace,
     OffloadOutcome,
@@ -22,7 +23,6 @@ from service.moe.offload_simulation import (
     simulate,
     step_counts,
 )
-from service.moe.slot_policies import POLICY_NAMES, PolicyName
 
 
 @st.composite

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.moe.slot_policies import PolicyName, slot_policy
-from service.moe.slot_table import SlotTable
+from service.config.moe_options import ExpertPrefetch
+from service.expert_offload.slot_policies import PolicyName, slot_policy
+from service.expert_offload.slot_table import SlotTable
 
-PrefetchName = Literal["none", "frequency", "next_gate"]
+PrefetchName = ExpertPrefetch
 PREFETCH_NAMES: tuple[PrefetchName, ...] = get_args(PrefetchName)
 
 

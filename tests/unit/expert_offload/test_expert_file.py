@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.moe.expert_file import (
+from service.expert_offload.expert_file import (
     PAGE_BYTES,
     ExpertFile,
     ExpertFileError,

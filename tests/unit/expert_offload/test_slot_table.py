@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.moe.slot_policies import POLICY_NAMES, PolicyName, slot_policy
-from service.moe.slot_table import Load, SlotTable
+from service.expert_offload.slot_policies import POLICY_NAMES, PolicyName, slot_policy
+from service.expert_offload.slot_table import Load, SlotTable
 
 
 @st.composite
@@ -111,7 +111,7 @@ def test_policy_evicts_what_it_promises(
 
 
 def test_cacheable_follows_the_half_life_that_hits_most() -> None:
-    from service.moe.slot_policies import Cacheable
+    from service.expert_offload.slot_policies import Cacheable
 
     stays, changes = Cacheable(8, 2), Cacheable(8, 2)
     chance = np.random.default_rng(1)

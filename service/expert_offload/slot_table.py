@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.moe.slot_policies import SlotPolicy
+from service.expert_offload.slot_policies import SlotPolicy
 
 
 @dataclass(frozen=True, slots=True)

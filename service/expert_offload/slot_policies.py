@@ -9,8 +9,8 @@ The policies, each for one layer:
 
 - `lru`: The last use.
 - `lfu`: The uses since the start.
-- `segment`: The uses in the last `SEGMENT` steps, then the last use. A segment is the unit of the
-  local routing consistency in https://arxiv.org/abs/2505.16056.
+- `segment`: The uses in the last `SEGMENT_STEPS` steps, then the last use. A segment is the unit of
+  the local routing consistency in https://arxiv.org/abs/2505.16056.
 - `decay`: The uses, each halved every `HALF_LIFE_STEPS` steps.
 - `cacheable`: As `decay`, with the half-life that would have kept the most hits in this layer. The
   paper shows that layers differ in how long they stay with the same experts.
@@ -20,15 +20,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.moe.load_statistics import SEGMENT
+from service.config.moe_options import SlotPolicyName
 
-PolicyName = Literal["lru", "lfu", "segment", "decay", "cacheable"]
+PolicyName = SlotPolicyName
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+# As long as a segment of `service.moe.load_statistics`.
+SEGMENT_STEPS = 16
 HALF_LIFE_STEPS = 32.0
 # From a few words to all that was ever seen.
 _HALF_LIVES_STEPS = (2.0, 8.0, 32.0, 128.0, float("inf"))
@@ -89,10 +91,10 @@ class Decayed:
 
 
 class Segment:
-    """The expert with the fewest uses in the last `SEGMENT` steps goes first, then the oldest."""
+    """The expert with the fewest uses in `SEGMENT_STEPS` steps goes first, then the oldest."""
 
     def __init__(self, experts: int) -> None:
-        self._recent: deque[Floats] = deque(maxlen=SEGMENT)
+        self._recent: deque[Floats] = deque(maxlen=SEGMENT_STEPS)
         self._last = Lru(experts)
         self._uses: Floats = np.zeros(experts)
 
