@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,24 @@ def pool_of(boot: str, names: tuple[str, ...], draw: random.Random) -> PoolView:
     return PoolView(boot, snapshot, 0.1, {})
 
 
+def requests_of(catalog: RecipeCatalog) -> Iterator[SelectionRequest]:
+    """Yield requests that may take any recipe, without end."""
+    numbers = np.random.default_rng(1)
+    rows = catalog.everything
+    reach = numbers.random((len(rows), MAX_LATER)) * (catalog.later[rows] < len(catalog.experts))
+    while True:
+        yield SelectionRequest(
+            rows=rows,
+            quality=numbers.random(len(rows)),
+            escalation_prob=reach,
+            tokens=numbers.random(EXPERTS) * 200,
+            cost=numbers.random(EXPERTS),
+            prompt_tokens=200,
+            cost_price=0.01,
+            deadline_s=30.0,
+        )
+
+
 def measure(report: Report, rounds: int) -> None:
     """Time choices with every snapshot known, and with one or all of the pools' new each time."""
     table = Table(
@@ -87,27 +106,16 @@ def _choices(pools: int, fresh: int, rounds: int) -> Estimate:
     book = book_of(draw)
     views = [pool_of(f"pool-{i}", book.experts, draw) for i in range(pools)]
     board = PoolStateTable(book.index)
-    numbers = np.random.default_rng(1)
-    rows = book.everything
-    reach = numbers.random((len(rows), MAX_LATER)) * (book.later[rows] < len(book.experts))
+    requests = requests_of(book)
     times = []
     for i in range(rounds + _WARM_UP):
-        wish = SelectionRequest(
-            rows=rows,
-            quality=numbers.random(len(rows)),
-            escalation_prob=reach,
-            tokens=numbers.random(EXPERTS) * 200,
-            cost=numbers.random(EXPERTS),
-            prompt_tokens=200,
-            cost_price=0.01,
-            deadline_s=30.0,
-        )
         for k in range(fresh):
             at = (i + k) % pools
             snapshot = views[at].snapshot
             views[at] = replace(views[at], snapshot=replace(snapshot, seq=snapshot.seq + 1))
+        request = next(requests)
         begun = time.perf_counter()
-        best = select(book, board.to_matrix(views), wish).best_position()
+        best = select(book, board.to_matrix(views), request).best_position()
         times.append(1e3 * (time.perf_counter() - begun))
         assert best is not None
     return median(times[_WARM_UP:])

@@ -24,20 +24,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 from msgspec import structs
 
 from loadtests.lib.child_processes import say
 from loadtests.lib.median_intervals import Estimate, median, percentile
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
-from loadtests.route.selection_latency import EXPERTS, SLOTS, book_of, pool_of
+from loadtests.route.selection_latency import EXPERTS, SLOTS, book_of, pool_of, requests_of
 from service.broker.pool_state import PoolStateTable, PoolView
-from service.broker.recipe_catalog import RecipeCatalog
-from service.broker.selection import SelectionRequest, select
+from service.broker.selection import select
 from service.rpc.pool_directory import PoolDirectory, followed_subset
 from service.rpc.pool_link import PoolAddress
 from service.rpc.snapshot import Queue, Snapshot, Speed, encode
-from service.types import MAX_LATER
 
 POOLS = (16, 64)
 LINES_PER_S = 20
@@ -93,7 +90,7 @@ async def _follow(url: str, count: int, seconds: float) -> tuple[float, list[flo
         await asyncio.sleep(seconds)
         share = (time.process_time() - used) / (time.perf_counter() - began)
         times = []
-        for request in itertools.islice(_requests(catalog), int(seconds * _CHOICES_PER_S)):
+        for request in itertools.islice(requests_of(catalog), int(seconds * _CHOICES_PER_S)):
             await asyncio.sleep(1 / _CHOICES_PER_S)
             begun = time.perf_counter()
             views = [
@@ -107,23 +104,6 @@ async def _follow(url: str, count: int, seconds: float) -> tuple[float, list[flo
     finally:
         await directory.close()
     return share, times
-
-
-def _requests(catalog: RecipeCatalog) -> Iterator[SelectionRequest]:
-    numbers = np.random.default_rng(1)
-    rows = catalog.everything
-    reach = numbers.random((len(rows), MAX_LATER)) * (catalog.later[rows] < len(catalog.experts))
-    while True:
-        yield SelectionRequest(
-            rows=rows,
-            quality=numbers.random(len(rows)),
-            escalation_prob=reach,
-            tokens=numbers.random(EXPERTS) * 200,
-            cost=numbers.random(EXPERTS),
-            prompt_tokens=200,
-            cost_price=0.01,
-            deadline_s=30.0,
-        )
 
 
 def _subset_of_fleet(rounds: int = 40) -> tuple[Estimate, Estimate]:
@@ -142,7 +122,7 @@ def _subset_of_fleet(rounds: int = 40) -> tuple[Estimate, Estimate]:
     whole = PoolStateTable(catalog.index)
     times: list[float] = []
     ratios: list[float] = []
-    requests = _requests(catalog)
+    requests = requests_of(catalog)
     for gateway in range(8):
         subset = [by_boot[one.boot] for one in followed_subset(f"gateway-{gateway}", addresses)]
         table = PoolStateTable(catalog.index)
