@@ -14,9 +14,9 @@ from loadtests.lib.child_processes import say
 from loadtests.lib.machine_load import Watch
 from loadtests.lib.median_intervals import median, ratios
 from loadtests.lib.targets_and_report import Report, Table, at_least
-from loadtests.moe.random_mixtral import random_mixtral
+from loadtests.moe.random_mixtral import engine_options, given_or_random
 from loadtests.swap.real_shared_slot_engine import ask
-from service.config import MoeCapture, VllmOptions
+from service.config import MoeCapture
 from service.engine.vllm.engine import VllmEngine, VllmModel
 from service.telemetry.pool_metrics import PoolMetrics
 
@@ -38,14 +38,7 @@ class Looked(VllmEngine):
     def __init__(self, folder: Path, every: int) -> None:
         self._look = MoeCapture(every=every)
         self.metrics = PoolMetrics(self._look)
-        options = VllmOptions(
-            dtype="float32",
-            max_model_len=512,
-            kv_cache_bytes=256 * 1024**2,
-            max_num_seqs=_IN_FLIGHT,
-            enforce_eager=True,
-            moe_capture=self._look,
-        )
+        options = engine_options(_IN_FLIGHT).model_copy(update={"moe_capture": self._look})
         model = VllmModel(_NAME, str(folder), {})
         super().__init__(model, options, on_cpu=True, observer=self.metrics)
 
@@ -123,10 +116,9 @@ def report(model: Path | None, watch: Watch, *, pairs: int, requests: int, every
     `requests`: of each place in a turn.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model
-        if folder is None:
-            folder = Path(scratch) / "model"
-            random_mixtral(folder, layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K)
+        folder = given_or_random(
+            model, Path(scratch), layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K
+        )
         measuring = _measure(folder, watch, pairs=pairs, requests=requests, every=every)
         looked, alone, seen = asyncio.run(measuring)
     made = Report("moe_capture")

@@ -22,9 +22,8 @@ import torch
 from loadtests.lib.child_processes import say
 from loadtests.lib.median_intervals import Estimate, median, ratios
 from loadtests.lib.targets_and_report import Report, Table, at_least, at_most
-from loadtests.moe.random_mixtral import random_mixtral
+from loadtests.moe.random_mixtral import engine_options, given_or_random
 from loadtests.moe.steering_cost import BASE, Work, measure, sources
-from service.config import VllmOptions
 from service.engine.vllm.worker.kept_choices import CpuKeptChoices
 from service.moe.steering_profile import LayerSteering, MoeShape, SteeringProfile, moe_shape, steer
 
@@ -184,18 +183,11 @@ def report(model: Path | None, *, pairs: int = 15, turns: int = 6, rounds: int =
     made = Report("moe_drop")
     say("vLLM's CPU kernel by the size of a step")
     _tell_kernels(made, list(_kernel_costs(pairs)))
-    options = VllmOptions(
-        dtype="float32",
-        max_model_len=512,
-        kv_cache_bytes=256 * 1024**2,
-        max_num_seqs=_LONG.in_flight,
-        enforce_eager=True,
-    )
+    options = engine_options(_LONG.in_flight)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model
-        if folder is None:
-            folder = Path(scratch) / "model"
-            random_mixtral(folder, layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K)
+        folder = given_or_random(
+            model, Path(scratch), layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K
+        )
         shape = moe_shape(folder)
         if shape is None or shape.top_k < 2:
             raise RuntimeError(f"{folder} is no mixture with several experts for a token")

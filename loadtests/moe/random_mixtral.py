@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from service.config import VllmOptions
 from service.models import locate
 
 _BASE = "smollm2-135m-instruct"
@@ -113,3 +114,25 @@ def _weights(shape: MixtralShape, draw: Draw) -> dict[str, NDArray[np.float32]]:
                 f"{expert}.w3.weight": matrix(inner, hidden),
             }
     return weights
+
+
+def given_or_random(
+    model: Path | None, scratch: Path, *, layers: int, experts: int, top_k: int
+) -> Path:
+    """Return the folder of the mixture to measure: `model`, or a random one below `scratch`."""
+    if model is not None:
+        return model
+    folder = scratch / "model"
+    random_mixtral(folder, layers=layers, experts=experts, top_k=top_k)
+    return folder
+
+
+def engine_options(in_flight: int) -> VllmOptions:
+    """The options of the engines that are measured, for so many requests at once."""
+    return VllmOptions(
+        dtype="float32",
+        max_model_len=512,
+        kv_cache_bytes=256 * 1024**2,
+        max_num_seqs=in_flight,
+        enforce_eager=True,
+    )

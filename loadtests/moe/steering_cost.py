@@ -12,7 +12,7 @@ from pathlib import Path
 from loadtests.lib.child_processes import say
 from loadtests.lib.median_intervals import median, ratios
 from loadtests.lib.targets_and_report import Report, Table, at_most
-from loadtests.moe.random_mixtral import random_mixtral
+from loadtests.moe.random_mixtral import engine_options, given_or_random
 from loadtests.swap.real_shared_slot_engine import SharedEngine, ask
 from service.config import Config, VllmOptions
 from service.engine.vllm.swapping_engine import Weights
@@ -134,18 +134,11 @@ def report(model: Path | None, *, times: int = 200, turns: int = 8, rounds: int 
 
     Raises RuntimeError where the folder is no mixture of experts.
     """
-    options = VllmOptions(
-        dtype="float32",
-        max_model_len=512,
-        kv_cache_bytes=256 * 1024**2,
-        max_num_seqs=_WORK.in_flight,
-        enforce_eager=True,
-    )
+    options = engine_options(_WORK.in_flight)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model
-        if folder is None:
-            folder = Path(scratch) / "model"
-            random_mixtral(folder, layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K)
+        folder = given_or_random(
+            model, Path(scratch), layers=_LAYERS, experts=_EXPERTS, top_k=_TOP_K
+        )
         root = Path(scratch) / "profiles"
         root.mkdir()
         weights = sources(folder, root, _profiles(folder))
